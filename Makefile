@@ -1,0 +1,48 @@
+# make distill   everything from text to an evaluated ternary student (CONFIG=configs/demo.toml)
+# make test      the tests
+CONFIG ?= configs/demo.toml
+ARGS ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+TRISTILL := $(BIN)/tristill
+RUN := $(TRISTILL) run --config $(CONFIG) $(ARGS) --until
+
+.PHONY: teacher dump-logits distill evaluate test test-slow check format docs bench clean
+
+# The steps. Each runs all steps before it that are not up to date.
+teacher dump-logits distill evaluate: $(VENV)/.installed
+	$(RUN) $@
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Writes docs/cli.md, docs/config.md and the tables of README.md anew.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pipeline.reference
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.dump_speed
+	$(BIN)/python -m benchmarks.demo
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	touch $@

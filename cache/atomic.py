@@ -1,0 +1,43 @@
+"""One commit point: a file is there whole under its name, or it is not there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write and seek in, that appears as `path` when the block ends and never before.
+
+    It is written as `.<name>.partial` in the same folder, flushed, synced and renamed. If the block raises, the
+    partial file is removed and an earlier `path` is untouched. After a kill the partial file stays; the next write of
+    the same path replaces it. One process at a time may write a path.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the content of `path` in one step that survives a crash."""
+    with atomic_file(path) as file:
+        file.write(content)

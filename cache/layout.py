@@ -1,0 +1,38 @@
+"""Which windows stand in which shard, and what shards are called."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cache.spec import CacheSpec, SplitName
+
+MANIFEST_NAME = "cache.json"
+TOKENIZER_NAME = "tokenizer.json"
+SHARD_NAME = re.compile(r"^(train|validation)-[0-9]{5,}\.h5$")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRange:
+    """Consecutive windows of one split that make up one shard."""
+
+    split: SplitName
+    index: int
+    first_window: int
+    num_windows: int
+
+    @property
+    def name(self) -> str:
+        """File name of the shard."""
+        return f"{self.split}-{self.index:05d}.h5"
+
+    def num_chunks(self, spec: CacheSpec) -> int:
+        """Chunks of every dataset; the last one may be padded."""
+        return -(-self.num_windows // spec.windows_per_chunk)
+
+
+def shard_ranges(spec: CacheSpec) -> Iterator[ShardRange]:
+    """All shards of a cache, in the order of the manifest: by split name, then by first window."""
+    for split in sorted(spec.splits):
+        num_windows = spec.splits[split].num_windows
+        for index, first in enumerate(range(0, num_windows, spec.windows_per_shard)):
+            yield ShardRange(split, index, first, min(spec.windows_per_shard, num_windows - first))

@@ -1,0 +1,82 @@
+"""`cache.json`: the list of shards with their sizes and checksums (docs/format.md, section 6)."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cache.atomic import write_atomically
+from cache.errors import CacheCorruptError, CacheMissingError
+from cache.hashing import canonical_json
+from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
+from cache.spec import CacheSpec, Fingerprint, SplitName, describe
+
+_LARGEST_MANIFEST_BYTES = 256 * 2**20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardRecord(_Strict):
+    """One shard as it must be found on disk."""
+
+    name: Annotated[str, Field(pattern=SHARD_NAME.pattern)]
+    split: SplitName
+    first_window: Annotated[int, Field(ge=0)]
+    num_windows: Annotated[int, Field(ge=1)]
+    file_bytes: Annotated[int, Field(ge=1)]
+    sha256: Fingerprint
+    stored_bytes: dict[str, Annotated[int, Field(ge=0)]]
+
+
+class Manifest(_Strict):
+    """What `cache.json` holds."""
+
+    spec: CacheSpec
+    shards: tuple[ShardRecord, ...]
+
+    @model_validator(mode="after")
+    def _shards_are_those_of_the_spec(self) -> Self:
+        found = [(shard.name, shard.split, shard.first_window, shard.num_windows) for shard in self.shards]
+        expected = [(shard.name, shard.split, shard.first_window, shard.num_windows) for shard in self.ranges]
+        if found != expected:
+            odd = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), None)
+            detail = f"found {odd[0]}, expected {odd[1]}" if odd else f"found {len(found)}, expected {len(expected)}"
+            raise ValueError(f"the list of shards does not follow from the spec: {detail}")
+        return self
+
+    @property
+    def ranges(self) -> list[ShardRange]:
+        """The shards' windows, in the order of `shards`."""
+        return list(shard_ranges(self.spec))
+
+    def to_json(self) -> str:
+        """Canonical JSON, as stored."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Commit the cache: from here on it is complete."""
+    write_atomically(folder / MANIFEST_NAME, manifest.to_json().encode("ascii"))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The checked manifest of a complete cache."""
+    path = folder / MANIFEST_NAME
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_MANIFEST_BYTES + 1)
+    except FileNotFoundError as exc:
+        num_shards = len([p for p in folder.glob("*.h5") if SHARD_NAME.match(p.name)]) if folder.is_dir() else 0
+        found = f"an unfinished cache of {num_shards} shards" if num_shards else "no cache"
+        raise CacheMissingError(f"{folder}: found {found}; run `tristill dump-logits` to make or finish it") from exc
+    if len(content) > _LARGEST_MANIFEST_BYTES:
+        raise CacheCorruptError(f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; this is no cache manifest")
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as exc:
+        raise CacheCorruptError(
+            f"{path}: the manifest breaks the cache format:\n{describe(exc)}\n"
+            f"delete it and run `tristill dump-logits` again: the shards are kept"
+        ) from exc

@@ -1,0 +1,192 @@
+"""Reads a finished cache: single windows, and shuffled batches in bounded memory."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.arrays import ArraySpec
+from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
+from cache.hashing import sha256_of_file
+from cache.layout import TOKENIZER_NAME, ShardRange
+from cache.manifest import Manifest, load_manifest
+from cache.order import Group, WindowOrder
+from cache.shard import OpenShard, corrupt
+from cache.spec import CacheSpec, SplitName
+
+_MAX_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBatch:
+    """Windows in the order asked for; B windows, T positions.
+
+    input_ids: (B, T + 1), unsigned. target: the profile's datasets by name, each (B, T, ...); empty if not asked for.
+    hidden: per layer (B, T, D) float16.
+    """
+
+    input_ids: np.ndarray
+    target: dict[str, np.ndarray]
+    hidden: dict[int, np.ndarray]
+
+
+def open_cache(folder: Path | str) -> "Cache":
+    """The finished cache in `folder`; checks the manifest, every shard's presence and size, and the tokenizer."""
+    return Cache(Path(folder))
+
+
+class Cache:
+    """A finished cache. Safe to read from several threads; open it again after a fork."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: Manifest = load_manifest(folder)
+        self._ranges = self.manifest.ranges
+        self._first_range = {shard.split: i for i, shard in reversed(list(enumerate(self._ranges)))}
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        for record in self.manifest.shards:
+            path = folder / record.name
+            found_bytes = path.lstat().st_size if path.exists() else None
+            if found_bytes != record.file_bytes:
+                what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
+                raise corrupt(str(path), f"{what}, expected {record.file_bytes} bytes")
+        if not self.tokenizer_path.is_file():
+            raise CacheCorruptError(f"{self.tokenizer_path}: is missing; run `tristill dump-logits` again")
+        found = sha256_of_file(self.tokenizer_path)
+        if found != self.spec.tokenizer_fingerprint:
+            raise CacheMismatchError(
+                f"{self.tokenizer_path}: found a tokenizer with fingerprint {found}, expected "
+                f"{self.spec.tokenizer_fingerprint}, which made this cache; run `tristill dump-logits` again"
+            )
+
+    @property
+    def spec(self) -> CacheSpec:
+        """The settings, fingerprints and sizes of the cache."""
+        return self.manifest.spec
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer that made the ids."""
+        return self.folder / TOKENIZER_NAME
+
+    def num_windows(self, split: SplitName) -> int:
+        """Windows in a split; refuses a split that is not there."""
+        if split not in self.spec.splits:
+            raise CacheRequestError(f"{self.folder}: has no split {split}, found {sorted(self.spec.splits)}")
+        return self.spec.splits[split].num_windows
+
+    def close(self) -> None:
+        """Close all shards; they are opened again when needed."""
+        with self._lock:
+            for shard in self._open.values():
+                shard.close()
+            self._open.clear()
+
+    def window(self, split: SplitName, index: int) -> WindowBatch:
+        """One window with everything known of it, as a batch of one."""
+        if not 0 <= index < self.num_windows(split):
+            raise CacheRequestError(f"window {index}: the split {split} has {self.num_windows(split)} windows")
+        layers = self.spec.hidden.layers if self.spec.hidden else ()
+        block, row = divmod(index, self.spec.windows_per_chunk)
+        rows = [(self._read_block(split, block, self.spec.arrays), row)]
+        return self._gather(rows, targets=True, hidden_layers=layers)
+
+    def stream(
+        self,
+        split: SplitName,
+        batch_size: int,
+        *,
+        seed: int | None,
+        epoch: int = 0,
+        first_batch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+        targets: bool = True,
+        hidden_layers: tuple[int, ...] = (),
+        threads: int = 2,
+    ) -> Iterator[WindowBatch]:
+        """Batches of one epoch, shuffled by (seed, epoch); `seed=None` gives the stored order.
+
+        `batch_size` counts windows over all ranks; each of the `world_size` ranks gets its equal share of every batch,
+        so the order is the same at any world size. `first_batch` resumes in mid-epoch. Only what is asked for is read
+        and decompressed, in `threads` threads, one shuffle buffer ahead: memory is at most three buffers of decoded
+        windows, whatever the size of the cache. With `drop_last=False` the last batch may be short.
+        """
+        if batch_size % world_size:
+            raise CacheRequestError(f"batch_size {batch_size} is not a multiple of world_size {world_size}")
+        num_windows = self.num_windows(split)
+        arrays = (
+            self.spec.arrays[0],
+            *(self.spec.target_arrays if targets else ()),
+            *self.spec.hidden_arrays(hidden_layers),
+        )
+        end = num_windows // batch_size * batch_size if drop_last else num_windows
+        order = WindowOrder(num_windows, self.spec.windows_per_chunk, seed, epoch)
+        share = batch_size // world_size
+        rows: list[tuple[dict[str, np.ndarray], int]] = []
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-decode")
+        try:
+            for position, group, blocks in self._prefetched(pool, order, split, arrays, first_batch * batch_size):
+                for offset, window in enumerate(group.windows.tolist()):
+                    place = position + offset
+                    if not first_batch * batch_size <= place < end or place % batch_size // share != rank:
+                        continue
+                    block, row = divmod(window, self.spec.windows_per_chunk)
+                    rows.append((blocks[block].result(), row))
+                    if len(rows) == share:
+                        yield self._gather(rows, targets, hidden_layers)
+                        rows = []
+            if rows:
+                yield self._gather(rows, targets, hidden_layers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prefetched(
+        self,
+        pool: ThreadPoolExecutor,
+        order: WindowOrder,
+        split: SplitName,
+        arrays: tuple[ArraySpec, ...],
+        first_position: int,
+    ) -> Iterator[tuple[int, Group, dict[int, Future[dict[str, np.ndarray]]]]]:
+        ready: tuple[int, Group, dict[int, Future[dict[str, np.ndarray]]]] | None = None
+        for position, group in order.groups(first_position):
+            blocks = {block: pool.submit(self._read_block, split, block, arrays) for block in group.blocks.tolist()}
+            if ready:
+                yield ready
+            ready = (position, group, blocks)
+        if ready:
+            yield ready
+
+    def _read_block(self, split: SplitName, block: int, arrays: tuple[ArraySpec, ...]) -> dict[str, np.ndarray]:
+        shard_index, chunk = divmod(block, self.spec.windows_per_shard // self.spec.windows_per_chunk)
+        shard = self._shard(self._ranges[self._first_range[split] + shard_index])
+        return {array.name: shard.read_chunk(array.name, chunk) for array in arrays}
+
+    def _shard(self, shard: ShardRange) -> OpenShard:
+        with self._lock:
+            if shard.name not in self._open:
+                self._open[shard.name] = OpenShard(self.folder / shard.name, self.spec, shard)
+            self._open.move_to_end(shard.name)
+            # A shard falls out of the table while a thread may still read it: its descriptor closes with the object.
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return self._open[shard.name]
+
+    def _gather(
+        self, rows: list[tuple[dict[str, np.ndarray], int]], targets: bool, hidden_layers: tuple[int, ...]
+    ) -> WindowBatch:
+        def stack(name: str) -> np.ndarray:
+            return np.stack([block[name][row] for block, row in rows])
+
+        return WindowBatch(
+            input_ids=stack("input_ids"),
+            target={array.name: stack(array.name) for array in self.spec.target_arrays} if targets else {},
+            hidden={layer: stack(f"hidden_{layer}") for layer in hidden_layers},
+        )

@@ -1,0 +1,209 @@
+"""One shard: HDF5 bytes made in memory, and the table of chunks of a shard on disk (docs/format.md, section 3).
+
+HDF5 never touches the disk when writing: the file image is made in memory and handed to `atomic_file`, so a full disk
+is an ordinary OSError and a shard is never half there. When reading, h5py is used once per shard, to find and check
+where the chunks lie; the chunks themselves are read with `os.pread`, outside h5py's global lock.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import zstandard
+
+from cache.arrays import ArraySpec
+from cache.errors import CacheCorruptError, CacheMismatchError
+from cache.hashing import canonical_json
+from cache.layout import ShardRange
+from cache.spec import CacheSpec, differences
+
+ZSTANDARD_FILTER = 32015
+SPEC_ATTRIBUTE = "tristill_spec"
+SHARD_ATTRIBUTE = "tristill_shard"
+_LARGEST_ATTRIBUTE_BYTES = 60_000
+_LIBRARY_BOUNDS = ("v110", "v110")
+
+Frames = Mapping[str, list[bytes]]
+
+
+def shard_identity(shard: ShardRange) -> str:
+    """The JSON of the attribute `tristill_shard`."""
+    return canonical_json(
+        {"first_window": shard.first_window, "num_windows": shard.num_windows, "split": shard.split}
+    )
+
+
+def shard_image(spec: CacheSpec, shard: ShardRange, frames: Frames, compression_level: int) -> bytes:
+    """The bytes of a shard whose chunks are the given Zstandard frames, per dataset and in order."""
+    with h5py.File(shard.name, "w", driver="core", backing_store=False, libver=_LIBRARY_BOUNDS) as file:
+        file.attrs.create(SPEC_ATTRIBUTE, np.bytes_(spec.to_json().encode("ascii")))
+        file.attrs.create(SHARD_ATTRIBUTE, np.bytes_(shard_identity(shard).encode("ascii")))
+        for array in spec.arrays:
+            dataset = _create_dataset(file, spec, shard, array, compression_level)
+            rest = (0,) * len(array.window_shape)
+            for chunk, frame in enumerate(frames[array.name]):
+                dataset.write_direct_chunk((chunk * spec.windows_per_chunk, *rest), frame)
+        file.flush()
+        image: bytes = file.id.get_file_image()
+    return image
+
+
+def _create_dataset(
+    file: h5py.File, spec: CacheSpec, shard: ShardRange, array: ArraySpec, compression_level: int
+) -> h5py.h5d.DatasetID:
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((spec.windows_per_chunk, *array.window_shape))
+    properties.set_filter(ZSTANDARD_FILTER, h5py.h5z.FLAG_OPTIONAL, (compression_level,))
+    properties.set_obj_track_times(False)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    # A shard may hold fewer windows than a chunk; HDF5 wants fixed dimensions no smaller than the chunk, or room to grow.
+    shape = (shard.num_windows, *array.window_shape)
+    room = (max(shard.num_windows, spec.windows_per_chunk), *array.window_shape)
+    space = h5py.h5s.create_simple(shape, room)
+    return h5py.h5d.create(file.id, array.name.encode("ascii"), h5py.h5t.py_create(np.dtype(array.dtype)), space, properties)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """Where one frame lies in the file."""
+
+    offset: int
+    num_bytes: int
+
+
+class OpenShard:
+    """A checked shard, ready for reads from any thread. Holds a file descriptor and the chunk tables, no data."""
+
+    def __init__(self, path: Path, spec: CacheSpec, shard: ShardRange) -> None:
+        """Check everything of docs/format.md, section 8, that can be checked without decompressing."""
+        self.path = path
+        self._spec = spec
+        self._arrays = {array.name: array for array in spec.arrays}
+        self.descriptor = _open_regular_file(path)
+        try:
+            self.file_bytes = os.fstat(self.descriptor).st_size
+            self._chunks = _read_chunk_tables(path, self.file_bytes, spec, shard)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __del__(self) -> None:
+        """A shard that the reader let go of closes when the last thread is done with it."""
+        if hasattr(self, "descriptor"):
+            self.close()
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a dataset's compressed chunks."""
+        return sum(chunk.num_bytes for chunk in self._chunks[name])
+
+    def read_chunk(self, name: str, chunk: int) -> np.ndarray:
+        """The decoded chunk, `(windows_per_chunk, ...)`, read-only; padding of a last chunk included."""
+        array = self._arrays[name]
+        stored = self._chunks[name][chunk]
+        expected_bytes = array.window_bytes * self._spec.windows_per_chunk
+        where = f"{self.path}: dataset {name}, chunk {chunk}"
+        frame = os.pread(self.descriptor, stored.num_bytes, stored.offset)
+        if len(frame) != stored.num_bytes:
+            raise corrupt(where, f"found {len(frame)} bytes, expected {stored.num_bytes}: the file is truncated")
+        try:
+            declared_bytes = zstandard.frame_content_size(frame)
+            if declared_bytes != expected_bytes:
+                raise corrupt(where, f"its frame declares {declared_bytes} bytes, expected {expected_bytes}")
+            content = zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected_bytes)
+        except zstandard.ZstdError as exc:
+            raise corrupt(where, f"its stored bytes are damaged ({exc})") from exc
+        return np.frombuffer(content, dtype=array.dtype).reshape(self._spec.windows_per_chunk, *array.window_shape)
+
+
+def corrupt(where: str, what: str) -> CacheCorruptError:
+    """The error for damage in one shard, with the way out."""
+    return CacheCorruptError(
+        f"{where}: {what}; delete this shard and run `tristill dump-logits` again: it writes only what is missing"
+    )
+
+
+def _open_regular_file(path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError as exc:
+        raise corrupt(str(path), "the shard is missing") from exc
+    except OSError as exc:
+        raise corrupt(str(path), f"cannot be opened as a regular file ({exc.strerror})") from exc
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise corrupt(str(path), "is not a regular file")
+    return descriptor
+
+
+def _read_chunk_tables(
+    path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange
+) -> dict[str, list[StoredChunk]]:
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
+            if found != spec:
+                raise CacheMismatchError(
+                    f"{path}: the shard belongs to another cache: {differences(found, spec)}; point cache.dir "
+                    "elsewhere, or run `tristill dump-logits --force` to replace that cache"
+                )
+            identity = _read_attribute(file, SHARD_ATTRIBUTE, path)
+            if identity != shard_identity(shard):
+                raise corrupt(str(path), f"it says it holds {identity}, expected {shard_identity(shard)}")
+            return {array.name: _chunk_table(file, path, file_bytes, spec, shard, array) for array in spec.arrays}
+    except (OSError, RuntimeError, ValueError, KeyError) as exc:
+        raise corrupt(str(path), f"is damaged or no HDF5 file ({exc})") from exc
+
+
+def _read_attribute(file: h5py.File, name: str, path: Path) -> str:
+    if name not in file.attrs:
+        raise corrupt(str(path), f"has no attribute {name}")
+    attribute = file.attrs.get_id(name)
+    is_text = attribute.dtype.kind == "S" and attribute.shape == ()
+    if not is_text or attribute.get_storage_size() > _LARGEST_ATTRIBUTE_BYTES:
+        raise corrupt(str(path), f"attribute {name} is not a fixed-length string of moderate size")
+    text: str = bytes(file.attrs[name]).decode("ascii")
+    json.loads(text)
+    return text
+
+
+def _chunk_table(
+    file: h5py.File, path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange, array: ArraySpec
+) -> list[StoredChunk]:
+    where = f"{path}: dataset {array.name}"
+    if not isinstance(file.get(array.name, getlink=True), h5py.HardLink):
+        raise corrupt(where, "is missing or is a link")
+    dataset = file[array.name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise corrupt(where, "is not a plain dataset")
+    found = (dataset.dtype.str, dataset.shape, dataset.chunks)
+    chunk_shape = (spec.windows_per_chunk, *array.window_shape)
+    expected = (array.dtype, (shard.num_windows, *array.window_shape), chunk_shape)
+    if found != expected:
+        raise corrupt(where, f"has type, shape and chunks {found}, expected {expected}")
+    properties = dataset.id.get_create_plist()
+    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+    if filters != [ZSTANDARD_FILTER]:
+        raise corrupt(where, f"has filters {filters}, expected [{ZSTANDARD_FILTER}]")
+    table: list[StoredChunk | None] = [None] * shard.num_chunks(spec)
+
+    def note(info: h5py.h5d.StoreInfo) -> None:
+        inside = 0 <= info.byte_offset and info.byte_offset + info.size <= file_bytes
+        if inside and info.filter_mask == 0:
+            table[info.chunk_offset[0] // spec.windows_per_chunk] = StoredChunk(info.byte_offset, info.size)
+
+    dataset.id.chunk_iter(note)
+    chunks = [chunk for chunk in table if chunk is not None]
+    if len(chunks) != len(table):
+        raise corrupt(where, f"has {len(chunks)} readable chunks, expected {len(table)}")
+    return chunks

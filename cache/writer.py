@@ -1,0 +1,173 @@
+"""Writes a cache shard by shard; each shard is committed on its own, the manifest last."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+from cache.atomic import write_atomically
+from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
+from cache.hashing import sha256_of_file
+from cache.layout import MANIFEST_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.manifest import Manifest, ShardRecord, save_manifest
+from cache.shard import OpenShard, shard_image
+from cache.spec import CacheSpec
+
+
+class CacheWriter:
+    """One dump. Shards found on disk are verified and kept, so a killed dump goes on where it was.
+
+    One process at a time may write a folder; the caller sees to that.
+    """
+
+    def __init__(self, folder: Path, spec: CacheSpec, tokenizer_json: bytes, compression_level: int = 3) -> None:
+        """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache."""
+        self.folder = folder
+        self.spec = spec
+        self._compression_level = compression_level
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records: dict[str, ShardRecord] = {}
+        for shard in shard_ranges(spec):
+            if record := self._found_on_disk(shard):
+                self._records[shard.name] = record
+        self._write(folder / TOKENIZER_NAME, tokenizer_json)
+
+    def _found_on_disk(self, shard: ShardRange) -> ShardRecord | None:
+        path = self.folder / shard.name
+        if not os.path.lexists(path):
+            return None
+        try:
+            return verified_record(path, self.spec, shard)
+        except CacheCorruptError:
+            return None  # counts as missing, and is replaced when its windows are written again
+
+    def missing_shards(self) -> list[ShardRange]:
+        """Shards still to be written; the others were found on disk and verified, or written since."""
+        return [shard for shard in shard_ranges(self.spec) if shard.name not in self._records]
+
+    def shard(self, shard: ShardRange) -> "ShardWriter":
+        """A writer for the windows of one shard."""
+        return ShardWriter(self, shard)
+
+    def finish(self) -> Manifest:
+        """Write the manifest. Raises CacheRequestError while shards are missing."""
+        if missing := self.missing_shards():
+            names = ", ".join(shard.name for shard in missing[:5])
+            raise CacheRequestError(f"{self.folder}: {len(missing)} shards are not written yet: {names}")
+        records = tuple(self._records[shard.name] for shard in shard_ranges(self.spec))
+        manifest = Manifest(spec=self.spec, shards=records)
+        try:
+            save_manifest(self.folder, manifest)
+        except OSError as exc:
+            raise self._refused(self.folder / MANIFEST_NAME, exc) from exc
+        return manifest
+
+    def commit(self, shard: ShardRange, frames: Mapping[str, list[bytes]]) -> None:
+        """Put a finished shard on disk."""
+        path = self.folder / shard.name
+        self._write(path, shard_image(self.spec, shard, frames, self._compression_level))
+        self._records[shard.name] = _record(path, self.spec, shard)
+
+    def compressor(self) -> zstandard.ZstdCompressor:
+        """The compressor of every frame: content size and checksum are written."""
+        return zstandard.ZstdCompressor(self._compression_level, write_checksum=True, write_content_size=True)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        try:
+            write_atomically(path, content)
+        except OSError as exc:
+            raise self._refused(path, exc) from exc
+
+    def _refused(self, path: Path, exc: OSError) -> CacheWriteError:
+        return CacheWriteError(
+            f"{path}: could not be written ({exc.strerror or exc}); {len(self._records)} finished shards are safe: "
+            "free some space or fix the permissions and run the same command again"
+        )
+
+
+class ShardWriter:
+    """Collects windows of one shard, compresses whole chunks as they fill, and commits at the end."""
+
+    def __init__(self, writer: CacheWriter, shard: ShardRange) -> None:
+        self._writer = writer
+        self._shard = shard
+        self._arrays = {array.name: array for array in writer.spec.arrays}
+        self._frames: dict[str, list[bytes]] = {name: [] for name in self._arrays}
+        self._compressor = writer.compressor()
+        self._buffers = {
+            array.name: np.zeros((writer.spec.windows_per_chunk, *array.window_shape), array.dtype)
+            for array in writer.spec.arrays
+        }
+        self._num_buffered = 0
+        self._num_windows = 0
+
+    def append(self, windows: Mapping[str, np.ndarray]) -> None:
+        """Add windows: one array per dataset, each `(n, ...)` of the spec's shape, type and any n."""
+        if windows.keys() != self._arrays.keys():
+            raise CacheRequestError(f"found datasets {sorted(windows)}, expected {sorted(self._arrays)}")
+        num_new = len(windows["input_ids"])
+        for name, array in self._arrays.items():
+            found, expected = windows[name].shape, (num_new, *array.window_shape)
+            if found != expected:
+                raise CacheRequestError(f"dataset {name}: found shape {found}, expected {expected}")
+        if self._num_windows + num_new > self._shard.num_windows:
+            raise CacheRequestError(f"{self._shard.name}: more than its {self._shard.num_windows} windows")
+        taken = 0
+        while taken < num_new:
+            room = self._writer.spec.windows_per_chunk - self._num_buffered
+            part = slice(taken, taken + min(room, num_new - taken))
+            count = part.stop - part.start
+            for name, buffer in self._buffers.items():
+                buffer[self._num_buffered : self._num_buffered + count] = windows[name][part]
+            self._num_buffered += count
+            taken += count
+            if count == room:
+                self._flush_chunk()
+        self._num_windows += num_new
+
+    def commit(self) -> None:
+        """Put the shard on disk. Raises CacheRequestError when windows are missing."""
+        if self._num_windows != self._shard.num_windows:
+            raise CacheRequestError(
+                f"{self._shard.name}: found {self._num_windows} windows, expected {self._shard.num_windows}"
+            )
+        if self._num_buffered:
+            for buffer in self._buffers.values():
+                buffer[self._num_buffered :] = 0
+            self._flush_chunk()
+        self._writer.commit(self._shard, self._frames)
+
+    def _flush_chunk(self) -> None:
+        for name, buffer in self._buffers.items():
+            self._frames[name].append(self._compressor.compress(buffer))
+        self._num_buffered = 0
+
+
+def verified_record(path: Path, spec: CacheSpec, shard: ShardRange) -> ShardRecord:
+    """The record of a shard whose every frame was decompressed and passed its checksum."""
+    opened = OpenShard(path, spec, shard)
+    try:
+        for array in spec.arrays:
+            for chunk in range(shard.num_chunks(spec)):
+                opened.read_chunk(array.name, chunk)
+    finally:
+        opened.close()
+    return _record(path, spec, shard)
+
+
+def _record(path: Path, spec: CacheSpec, shard: ShardRange) -> ShardRecord:
+    opened = OpenShard(path, spec, shard)
+    try:
+        return ShardRecord(
+            name=shard.name,
+            split=shard.split,
+            first_window=shard.first_window,
+            num_windows=shard.num_windows,
+            file_bytes=opened.file_bytes,
+            sha256=sha256_of_file(path),
+            stored_bytes={array.name: opened.stored_bytes(array.name) for array in spec.arrays},
+        )
+    finally:
+        opened.close()

@@ -1,0 +1,1 @@
+"""Stage two: trains a ternary student from a cache, or online."""

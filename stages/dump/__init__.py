@@ -1,0 +1,1 @@
+"""Stage one, second half: writes what the teacher knows into a cache."""

@@ -1,0 +1,28 @@
+"""What can go wrong while a step computes, by the user's doing.
+
+StageError
+    CorpusError         text that cannot be read, is empty or too short
+    TokenizerError      a tokenizer that cannot be read or does not fit
+    CheckpointError     a model or training state that cannot be read or does not fit
+    TargetsError        the signals that the losses need are not to be had
+"""
+
+
+class StageError(Exception):
+    """Base of all errors of this package; its text says what was found, expected, where, and what to do."""
+
+
+class CorpusError(StageError):
+    """The corpus cannot be read, is empty, or is too short."""
+
+
+class TokenizerError(StageError):
+    """The tokenizer cannot be read or does not fit."""
+
+
+class CheckpointError(StageError):
+    """A model folder or training checkpoint cannot be read or does not fit."""
+
+
+class TargetsError(StageError):
+    """The signals that the losses need are not to be had."""

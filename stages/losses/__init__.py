@@ -1,0 +1,1 @@
+"""Loss terms on distributions and hidden states, each exact on partial targets."""

@@ -1,0 +1,67 @@
+"""Progress of long work on stderr: a bar on a terminal, plain lines otherwise."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+_PLAIN_LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Counts units of work, and shows speed, time left and a short note."""
+
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
+        """`done` units were done before a resume: they count for the percentage, not for the speed."""
+        self._label, self._total, self._unit = label, total, unit
+        self._done = self._start_done = done
+        self._start_s = self._last_line_s = time.monotonic()
+        self._note = ""
+        self._bar = (
+            tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def advance(self, units: int, note: str = "") -> None:
+        """Report `units` more done."""
+        self._done += units
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(units)
+            self._bar.set_postfix_str(self._note, refresh=False)
+        elif time.monotonic() - self._last_line_s >= _PLAIN_LINE_EVERY_S:
+            self._print_line()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start_s
+
+    @property
+    def units_per_s(self) -> float:
+        """Mean speed since the start."""
+        return (self._done - self._start_done) / max(self.elapsed_s, 1e-9)
+
+    def _print_line(self) -> None:
+        self._last_line_s = time.monotonic()
+        parts = [f"{self._label}: {self._done:,}"]
+        if self._total:
+            parts[0] += f" of {self._total:,} ({self._done / self._total:.0%})"
+        parts[0] += f" {self._unit}"
+        parts.append(f"{self.units_per_s:,.0f} {self._unit}/s")
+        if self._total and self.units_per_s > 0 and self._done < self._total:
+            parts.append(f"{(self._total - self._done) / self.units_per_s:,.0f} s left")
+        parts.append(self._note)
+        print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)  # noqa: T201
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None:
+            self._print_line()

@@ -1,0 +1,1 @@
+"""Quantisers of weights and activations, with straight-through gradients."""

@@ -1,0 +1,29 @@
+"""The base of all config sections: frozen, closed, documented, and split into what affects numbers and what does not."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_NEUTRAL = {"affects_numbers": False}
+
+
+class Section(BaseModel):
+    """One table of the TOML config. Sections import no torch and stand beside the code that they configure."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def numbers(self) -> dict[str, Any]:
+        """The settings that affect results, as plain JSON values; the rest may change without invalidating anything."""
+        plain = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.json_schema_extra == _NEUTRAL:
+                del plain[name]
+            elif isinstance(value, Section):
+                plain[name] = value.numbers()
+        return plain
+
+
+def neutral(description: str, **bounds: Any) -> Any:
+    """A field that changes no result: paths, devices, log intervals."""
+    return Field(description=description, json_schema_extra=dict(_NEUTRAL), **bounds)

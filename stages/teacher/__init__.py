@@ -1,0 +1,1 @@
+"""Stage one, first half: trains the full-precision teacher."""

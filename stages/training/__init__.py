@@ -1,0 +1,1 @@
+"""The one training loop that teacher and student share."""
