@@ -1,6 +1,7 @@
 """What is on disk: windows of token ids with what the teacher knew about them. Knows nothing of models.
 
-The format is docs/format.md. All that stage two needs is here; everything else is private to the package.
+The format is docs/format.md. All that reads or writes a cache is here. The modules `atomic`, `hashing` and `order` are
+also used by the packages above; the others are private.
 """
 
 from cache.errors import (

@@ -8,6 +8,7 @@ from cache.spec import CacheSpec, SplitName
 
 MANIFEST_NAME = "cache.json"
 TOKENIZER_NAME = "tokenizer.json"
+_POSITIONS_PER_CHUNK = 4096
 SHARD_NAME = re.compile(r"^(train|validation)-[0-9]{5,}\.h5$")
 
 
@@ -36,3 +37,8 @@ def shard_ranges(spec: CacheSpec) -> Iterator[ShardRange]:
         num_windows = spec.splits[split].num_windows
         for index, first in enumerate(range(0, num_windows, spec.windows_per_shard)):
             yield ShardRange(split, index, first, min(spec.windows_per_shard, num_windows - first))
+
+
+def default_windows_per_chunk(context_length: int) -> int:
+    """Windows that make up about 4096 positions: enough to compress well, few enough to shuffle finely."""
+    return max(1, _POSITIONS_PER_CHUNK // context_length)

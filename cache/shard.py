@@ -33,9 +33,7 @@ Frames = Mapping[str, list[bytes]]
 
 def shard_identity(shard: ShardRange) -> str:
     """The JSON of the attribute `tristill_shard`."""
-    return canonical_json(
-        {"first_window": shard.first_window, "num_windows": shard.num_windows, "split": shard.split}
-    )
+    return canonical_json({"first_window": shard.first_window, "num_windows": shard.num_windows, "split": shard.split})
 
 
 def shard_image(spec: CacheSpec, shard: ShardRange, frames: Frames, compression_level: int) -> bytes:
@@ -61,11 +59,13 @@ def _create_dataset(
     properties.set_filter(ZSTANDARD_FILTER, h5py.h5z.FLAG_OPTIONAL, (compression_level,))
     properties.set_obj_track_times(False)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    # A shard may hold fewer windows than a chunk; HDF5 wants fixed dimensions no smaller than the chunk, or room to grow.
+    # A shard may hold fewer windows than a chunk; HDF5 wants dimensions no smaller than the chunk, or room to grow.
     shape = (shard.num_windows, *array.window_shape)
     room = (max(shard.num_windows, spec.windows_per_chunk), *array.window_shape)
     space = h5py.h5s.create_simple(shape, room)
-    return h5py.h5d.create(file.id, array.name.encode("ascii"), h5py.h5t.py_create(np.dtype(array.dtype)), space, properties)
+    return h5py.h5d.create(
+        file.id, array.name.encode("ascii"), h5py.h5t.py_create(np.dtype(array.dtype)), space, properties
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,7 @@ def _open_regular_file(path: Path) -> int:
     return descriptor
 
 
-def _read_chunk_tables(
-    path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange
-) -> dict[str, list[StoredChunk]]:
+def _read_chunk_tables(path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange) -> dict[str, list[StoredChunk]]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             found = CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
@@ -198,7 +196,7 @@ def _chunk_table(
     table: list[StoredChunk | None] = [None] * shard.num_chunks(spec)
 
     def note(info: h5py.h5d.StoreInfo) -> None:
-        inside = 0 <= info.byte_offset and info.byte_offset + info.size <= file_bytes
+        inside = info.byte_offset >= 0 and info.byte_offset + info.size <= file_bytes
         if inside and info.filter_mask == 0:
             table[info.chunk_offset[0] // spec.windows_per_chunk] = StoredChunk(info.byte_offset, info.size)
 

@@ -44,8 +44,9 @@ class SplitSpec(_Strict):
 class CacheSpec(_Strict):
     """All that a reader must know. Holds no time and no path, so equal dumps have equal bytes."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     vocab_size: Annotated[int, Field(ge=2, le=LARGEST_VOCAB_SIZE)]
+    end_of_text_id: Annotated[int, Field(ge=0)]
     context_length: Annotated[int, Field(ge=1)]
     profile: TopKProfile
     hidden: HiddenSpec | None = None
@@ -82,9 +83,15 @@ class CacheSpec(_Strict):
         width = self.hidden.width if self.hidden else 0
         return tuple(ArraySpec(f"hidden_{layer}", (self.context_length, width), "<f2") for layer in layers)
 
-    def unserved(self, temperature: float, hidden_layers: tuple[int, ...]) -> list[str]:
-        """Reasons why a student that needs these signals cannot be trained from this cache; empty when it can."""
-        reasons = (self.profile.unserved(temperature, self.vocab_size), self._unheld(hidden_layers))
+    def unserved(self, temperature: float | None, hidden_layers: tuple[int, ...]) -> list[str]:
+        """Reasons why a student that needs these signals cannot be trained from this cache; empty when it can.
+
+        `temperature` None means that the teacher's distribution is not needed.
+        """
+        reasons = (
+            None if temperature is None else self.profile.unserved(temperature, self.vocab_size),
+            self._unheld(hidden_layers),
+        )
         return [reason for reason in reasons if reason]
 
     def _unheld(self, layers: tuple[int, ...]) -> str | None:

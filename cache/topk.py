@@ -1,4 +1,4 @@
-"""Profile `topk`: the K largest logits and the exact mass of the tail at one temperature (docs/format.md, section 4)."""
+"""Profile `topk`: the K largest logits and the exact mass of the tail at one temperature; docs/format.md, section 4."""
 
 from typing import Annotated, Literal
 

@@ -10,7 +10,7 @@ from cache.manifest import load_manifest
 from cache.writer import verified_record
 
 
-def verify_cache(folder: Path, on_shard: Callable[[int], None] = lambda num_bytes: None) -> list[str]:
+def verify_cache(folder: Path, on_shard: Callable[[int], object]) -> list[str]:
     """One line per damaged file; empty when every byte is what the dump wrote.
 
     Every shard is hashed against the manifest and every frame decompressed. `on_shard` is told the size of each shard

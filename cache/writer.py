@@ -141,7 +141,7 @@ class ShardWriter:
 
     def _flush_chunk(self) -> None:
         for name, buffer in self._buffers.items():
-            self._frames[name].append(self._compressor.compress(buffer))
+            self._frames[name].append(self._compressor.compress(buffer.data.cast("B")))
         self._num_buffered = 0
 
 

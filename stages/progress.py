@@ -10,6 +10,11 @@ from tqdm import tqdm
 _PLAIN_LINE_EVERY_S = 10.0
 
 
+def say(text: str) -> None:
+    """One line for the user that is not the result."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
 class Progress:
     """Counts units of work, and shows speed, time left and a short note."""
 
@@ -55,7 +60,7 @@ class Progress:
         if self._total and self.units_per_s > 0 and self._done < self._total:
             parts.append(f"{(self._total - self._done) / self.units_per_s:,.0f} s left")
         parts.append(self._note)
-        print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)  # noqa: T201
+        say(", ".join(part for part in parts if part))
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The base of all config sections: frozen, closed, documented, and split into what affects numbers and what does not."""
+"""The base of all config sections: frozen, closed, documented; some fields are marked as affecting no numbers."""
 
 from typing import Any
 

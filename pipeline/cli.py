@@ -1,0 +1,266 @@
+"""The command line: each command parses, calls one function and prints one result.
+
+Commands import what they compute with when they run, so that --help loads neither torch nor datasets.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.config import DEFAULT_STUDENT, check_student_name, load_config
+from pipeline.runner import execute, plan, run_steps
+from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize, Workspace
+from stages.progress import Progress, say
+
+_STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Lists commands in the order of the pipeline."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Names as they were added."""
+        return list(self.commands)
+
+
+def run_options(command: _Command) -> _Command:
+    """The options of every command: which config, what to change in it, and which run folder."""
+    for option in reversed(
+        (
+            click.option(
+                "--config",
+                "config_path",
+                type=click.Path(path_type=Path),
+                default=Path("configs/demo.toml"),
+                show_default=True,
+                help="TOML file with the settings of the run.",
+            ),
+            click.option(
+                "--set",
+                "assignments",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="Change one setting, by its dotted key; may be repeated.",
+            ),
+            click.option(
+                "--run-dir",
+                type=click.Path(path_type=Path, file_okay=False),
+                show_default="runs/<config name>",
+                help="Folder of the run.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+force_option = click.option("--force", is_flag=True, help="Remove what an earlier run left and build anew.")
+
+
+def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> Workspace:
+    """The checked config and the run folder."""
+    return Workspace(load_config(config_path, assignments), run_dir or Path("runs") / config_path.stem)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tristill")
+def cli() -> None:
+    r"""Distil a full-precision language model into ternary students, offline, from a compact cache.
+
+    \b
+    Example: train everything of the demo config, then look at the result.
+        tristill run --until distill
+        tristill evaluate
+    """
+
+
+@cli.command()
+@click.option("--until", type=click.Choice(_STEPS), default="distill", show_default=True, help="The last step to run.")
+@click.option("--dry-run", is_flag=True, help="Only say which steps would run.")
+@run_options
+def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+    r"""Run all steps that are needed, in order; skip what is up to date, go on with what is partly done.
+
+    \b
+    Example:
+        tristill run --until distill --config configs/test.toml
+    """
+    workspace = workspace_of(config_path, assignments, run_dir)
+    steps = plan(workspace, "distill" if until == "evaluate" else until)
+    if dry_run:
+        click.echo("\n".join(step.label for step in steps) or "nothing to do")
+        return
+    changes = [part for assignment in assignments for part in ("--set", assignment)]
+    run_steps(steps, ["--config", str(config_path), *changes, "--run-dir", str(workspace.run_dir)])
+    if until == "evaluate":
+        _evaluate(workspace, (), as_json=False)
+    elif until == "distill":
+        _print_results(workspace)
+
+
+@cli.command()
+@run_options
+@force_option
+def tokenize(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+    r"""Turn the corpus into a tokenizer and files of token ids.
+
+    \b
+    Example:
+        tristill tokenize --set data.source.kind=text --set 'data.source.paths=["books/*.txt"]'
+    """
+    _run_step(Tokenize(workspace_of(config_path, assignments, run_dir)), force)
+
+
+@cli.command()
+@run_options
+@force_option
+def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+    r"""Train the full-precision teacher.
+
+    \b
+    Example:
+        tristill teacher --set teacher.training.steps=2000 --run-dir runs/longer
+    """
+    _run_step(Teacher(workspace_of(config_path, assignments, run_dir)), force)
+
+
+@cli.command("dump-logits")
+@run_options
+@force_option
+def dump_logits(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+    r"""Write what the teacher knows about every position into the cache.
+
+    \b
+    Example:
+        tristill dump-logits --set cache.profile.top_k=64 --set cache.dir=caches/top64
+    """
+    _run_step(DumpLogits(workspace_of(config_path, assignments, run_dir)), force)
+
+
+@cli.command()
+@click.option(
+    "--name", default=DEFAULT_STUDENT, show_default=True, help="Student; a variant of the config or a new one."
+)
+@click.option(
+    "--targets",
+    type=click.Choice(["cached", "online", "auto"]),
+    help="Where targets come from; without it, distill.targets of the config.",
+)
+@run_options
+@force_option
+def distill(
+    name: str,
+    targets: str | None,
+    config_path: Path,
+    assignments: tuple[str, ...],
+    run_dir: Path | None,
+    force: bool,
+) -> None:
+    r"""Train a ternary student on the cache, with no teacher in memory.
+
+    \b
+    Examples:
+        tristill distill
+        tristill distill --name alpha-03 --set distill.alpha=0.3
+        tristill distill --name online --targets online
+    """
+    changes = (*assignments, f"distill.targets={targets}") if targets else assignments
+    workspace = workspace_of(config_path, changes, run_dir)
+    _run_step(Distill(workspace, check_student_name(name)), force)
+
+
+@cli.command()
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@run_options
+def evaluate(
+    names: tuple[str, ...], as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
+) -> None:
+    r"""Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
+
+    The result is also written to evaluation.json in the run folder.
+
+    \b
+    Example:
+        tristill evaluate teacher student runs/other/students/student
+    """
+    _evaluate(workspace_of(config_path, assignments, run_dir), names, as_json=as_json)
+
+
+@cli.group()
+def cache() -> None:
+    """Look at a cache; needs neither teacher nor torch."""
+
+
+def cache_folder_options(command: _Command) -> _Command:
+    """A cache folder, or the config that names it."""
+    return click.argument("folder", required=False, type=click.Path(path_type=Path))(run_options(command))
+
+
+@cache.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@cache_folder_options
+def info(
+    folder: Path | None, as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
+) -> None:
+    r"""Say what a cache holds and how many bytes a position takes.
+
+    \b
+    Example:
+        tristill cache info runs/demo/cache
+    """
+    from pipeline.cache_info import cache_info, cache_info_text
+
+    found = cache_info(folder or workspace_of(config_path, assignments, run_dir).cache)
+    click.echo(json.dumps(found, indent=2) if as_json else cache_info_text(found))
+
+
+@cache.command()
+@cache_folder_options
+def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+    r"""Read every byte of a cache and compare it with its checksums; exits with 1 if any is damaged.
+
+    \b
+    Example:
+        tristill cache verify runs/demo/cache
+    """
+    from cache import verify_cache
+    from cache.manifest import load_manifest
+
+    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    total = sum(shard.file_bytes for shard in load_manifest(folder).shards)
+    with Progress("verify", total, "bytes") as progress:
+        problems = verify_cache(folder, progress.advance)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise click.exceptions.Exit(1)
+    click.echo(f"{folder}: every byte is as it was written")
+
+
+def _run_step(step: Step, force: bool) -> None:
+    execute(step, force=force)
+    click.echo(str(step.folder))
+
+
+def _evaluate(workspace: Workspace, names: tuple[str, ...], *, as_json: bool) -> None:
+    from pipeline.evaluation import evaluate_models
+    from pipeline.results import metrics_table
+
+    metrics = evaluate_models(workspace, names)
+    click.echo(json.dumps(metrics, indent=2) if as_json else metrics_table(metrics))
+
+
+def _print_results(workspace: Workspace) -> None:
+    from pipeline.cache_info import cache_info
+    from pipeline.results import run_table
+
+    click.echo(run_table(workspace))
+    if (workspace.cache / "cache.json").is_file():
+        found = cache_info(workspace.cache)
+        click.echo(f"cache: {found['bytes_per_position']['on disk']:.1f} bytes/position on disk")
+    say(f"students are in {workspace.run_dir / 'students'}")

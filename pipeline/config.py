@@ -1,0 +1,192 @@
+"""The whole config: sections from beside their owners, read from TOML, changed by --set, checked at once."""
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError
+
+from cache.atomic import write_atomically
+from pipeline.errors import ConfigError
+from stages.data.config import DataConfig
+from stages.distill.config import DistillConfig, StudentConfig
+from stages.dump.config import DumpConfig
+from stages.evaluate.config import EvaluateConfig
+from stages.models.config import ModelConfig
+from stages.settings import Section
+from stages.teacher.config import TeacherConfig
+
+DEFAULT_STUDENT = "student"
+_VARIANT_SECTIONS = {"student", "distill", "evaluate"}
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Config(Section):
+    """Everything that one run folder is made from."""
+
+    data: Annotated[DataConfig, Field(description="corpus, tokenizer and windows")] = DataConfig()
+    teacher: Annotated[TeacherConfig, Field(description="the full-precision model")]
+    cache: Annotated[DumpConfig, Field(description="what is kept of the teacher's knowledge")] = DumpConfig()
+    student: Annotated[StudentConfig, Field(description="the ternary model")] = StudentConfig()
+    distill: Annotated[DistillConfig, Field(description="the student's loss and training")]
+    evaluate: Annotated[EvaluateConfig, Field(description="held-out metrics")] = EvaluateConfig()
+    variants: Annotated[
+        dict[str, dict[str, Any]],
+        Field(
+            default_factory=dict,
+            description="further students of the same cache: per name, the settings of student, distill and evaluate "
+            "that differ; `distill --name NAME` trains one, `run` trains all",
+        ),
+    ]
+
+    @property
+    def student_names(self) -> list[str]:
+        """The default student and the variants."""
+        return [DEFAULT_STUDENT, *self.variants]
+
+    @property
+    def student_shape(self) -> ModelConfig:
+        """The student's own shape, or the teacher's."""
+        return self.student.model or self.teacher.model
+
+    def for_student(self, name: str) -> "Config":
+        """The config of one student: this one, with the changes of the variant of that name, if there is one."""
+        plain = self.model_dump(mode="json")
+        return Config.model_validate(_merged({**plain, "variants": {}}, self.variants.get(name, {})))
+
+
+def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
+    """The config in a TOML file after `dotted.key=value` assignments. Raises ConfigError with every problem found."""
+    try:
+        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.toml"))) or "none here"
+        raise ConfigError(f"{path}: found no config there; configs in this checkout: {shipped}") from exc
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read as TOML: {exc}") from exc
+    for assignment in assignments:
+        _assign(plain, assignment)
+    problems = list(_problems(plain))
+    if problems:
+        raise ConfigError(f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return Config.model_validate(plain)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the complete config, defaults included, so that it loads again."""
+    plain = config.model_dump(mode="json", exclude_none=True)
+    write_atomically(path, tomli_w.dumps(plain).encode("utf-8"))
+
+
+def check_student_name(name: str) -> str:
+    """A name that is safe as a folder's."""
+    if not _NAME.match(name):
+        raise ConfigError(f"student name {name!r}: expected letters, digits, '.', '_' and '-', not first a sign")
+    return name
+
+
+def _assign(plain: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {assignment}: expected dotted.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    table = plain
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {assignment}: {parent} is a value, not a table")
+    table[last] = value
+
+
+def _problems(plain: dict[str, Any]) -> Iterator[str]:
+    """Every problem of the config itself and of each variant merged into it, as `path: what`."""
+    own = list(_validation_problems(plain))
+    yield from own
+    variants = plain.get("variants")
+    if not isinstance(variants, dict):
+        return
+    for name, changes in variants.items():
+        where = f"variants.{name}"
+        if not _NAME.match(name) or name == DEFAULT_STUDENT:
+            yield f"{where}: expected another name: letters, digits, '.', '_', '-', and not {DEFAULT_STUDENT!r}"
+        elif not isinstance(changes, dict) or changes.keys() - _VARIANT_SECTIONS:
+            yield f"{where}: expected tables {sorted(_VARIANT_SECTIONS)} only, since variants share one cache"
+        elif not own:
+            merged = _merged({key: value for key, value in plain.items() if key != "variants"}, changes)
+            yield from (f"{where}.{problem}" for problem in _validation_problems(merged))
+
+
+def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:
+    try:
+        Config.model_validate(plain)
+    except ValidationError as exc:
+        for problem in exc.errors(include_url=False):
+            keys, siblings, kinds = _locate(problem["loc"])
+            path = ".".join(keys)
+            if problem["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(keys[-1], siblings, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(siblings)}"
+                yield f"{path}: unknown key; {hint}"
+            elif problem["type"] == "union_tag_not_found":
+                yield f"{path}.kind: is missing; expected one of: {', '.join(kinds)}"
+            elif problem["type"] == "missing":
+                yield f"{path}: is missing; it has no default"
+            else:
+                message = problem["msg"].removeprefix("Value error, ")
+                found = problem["input"]
+                suffix = "" if isinstance(found, dict | BaseModel) else f"; found {found!r}"
+                yield f"{path}: {message}{suffix}"
+
+
+def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str], list[str]]:
+    """(keys of a problem as written in TOML, keys known beside it, kinds of table that may stand there).
+
+    Pydantic's tags of unions are left out of the keys.
+    """
+    models: list[type[BaseModel]] = [Config]
+    keys: list[str] = []
+    siblings: list[str] = []
+    for part in location:
+        tagged = [model for model in models if _kind(model) == part]
+        if tagged and not any(part in model.model_fields for model in models):
+            models = tagged
+            continue
+        siblings = sorted({name for model in models for name in model.model_fields})
+        keys.append(str(part))
+        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        models = [found for field in fields for found in section_types(field.annotation)]
+    return keys, siblings, [kind for model in models if (kind := _kind(model))]
+
+
+def _kind(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    choices = typing.get_args(field.annotation) if field else ()
+    return str(choices[0]) if choices else None
+
+
+def section_types(annotation: Any) -> list[type[BaseModel]]:
+    """The config sections that a field of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [found for part in typing.get_args(annotation) for found in section_types(part)]
+    return []
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, tables merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,41 @@
+"""What can go wrong between the user and a step.
+
+PipelineError
+    ConfigError         a config that does not parse or breaks its bounds   (exit code 2, as all usage errors)
+    MissingInputError   a step's input is not there; says which command makes it
+    StaleError          an artefact was made with other settings or inputs; names them
+    BusyError           another process works on the same folder
+    ChildError          a step that `run` started has failed; it has said why itself
+"""
+
+
+class PipelineError(Exception):
+    """Base of all errors of this package; its text says what was found, expected, where, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(PipelineError):
+    """The config does not parse or breaks its bounds."""
+
+    exit_code = 2
+
+
+class MissingInputError(PipelineError):
+    """The input of a step is not there."""
+
+
+class StaleError(PipelineError):
+    """An artefact on disk was made with other settings or inputs."""
+
+
+class BusyError(PipelineError):
+    """Another process works on the same artefact."""
+
+
+class ChildError(PipelineError):
+    """A step failed in a process of its own; carries its exit code."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code

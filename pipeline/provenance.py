@@ -1,0 +1,95 @@
+"""What an artefact is, what it was made from and how: `provenance.json` in its folder.
+
+The file is written when work starts (`building`) and again when it ends (`complete`): what is not complete is never
+taken for finished, and what was made with other settings or inputs is told apart.
+"""
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache.atomic import write_atomically
+from pipeline.errors import BusyError, StaleError
+
+PROVENANCE_NAME = "provenance.json"
+_PACKAGES = ("tristill", "torch", "numpy", "h5py", "zstandard", "tokenizers", "datasets")
+
+
+class Provenance(BaseModel):
+    """`settings` are those that affect numbers; `inputs` and `fingerprint` are hashes of content."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: str
+    status: Literal["building", "complete"]
+    fingerprint: str | None = None
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    command: str
+    versions: dict[str, str]
+    elapsed_s: float | None = None
+    peak_rss_mib: float | None = None
+
+
+def new_provenance(step: str, settings: dict[str, Any], inputs: dict[str, str]) -> Provenance:
+    """The record of work that starts now in this process."""
+    versions = {"python": sys.version.split()[0]} | {package: version(package) for package in _PACKAGES}
+    command = " ".join(["tristill", *sys.argv[1:]])
+    return Provenance(
+        step=step, status="building", inputs=inputs, settings=settings, command=command, versions=versions
+    )
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """The record in a folder, or None where there is none."""
+    path = folder / PROVENANCE_NAME
+    try:
+        return Provenance.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as exc:
+        raise StaleError(
+            f"{path}: cannot be read as a record of provenance; use another run folder, or --force to build anew"
+        ) from exc
+
+
+def write_provenance(folder: Path, provenance: Provenance) -> None:
+    """Replace the record."""
+    write_atomically(folder / PROVENANCE_NAME, (provenance.model_dump_json(indent=2) + "\n").encode())
+
+
+def differences(recorded: Provenance, settings: dict[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """What changed since, one line each. An input that is not known now says nothing."""
+    old, new = _flat(recorded.settings), _flat(settings)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    lines = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+    for name, fingerprint in recorded.inputs.items():
+        if inputs.get(name, fingerprint) != fingerprint:
+            lines.append(f"input {name}: was {fingerprint[:12]}, is {inputs[name][:12]}")
+    return lines
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; freed by the system when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as exc:
+        raise BusyError(f"{folder}: another process is working on it; wait for it, or use another --run-dir") from exc
+    finally:
+        os.close(descriptor)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{path}.{key}".lstrip(".")).items()}

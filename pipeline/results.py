@@ -1,0 +1,93 @@
+"""Tables of what a run achieved, from the summaries on disk."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import MissingInputError
+from pipeline.steps import Workspace
+
+COLUMNS = {
+    "perplexity": ("perplexity", "{:.2f}"),
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "kl_to_teacher_nats": ("KL to teacher, nats", "{:.4f}"),
+    "top1_agreement": ("top-1 agreement", "{:.1%}"),
+    "acceptance_rate": ("acceptance", "{:.1%}"),
+    "expected_calibration_error": ("ECE", "{:.4f}"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: what it is, how it was trained, and its held-out metrics."""
+
+    name: str
+    alpha: float | None
+    summary: dict[str, Any]
+
+
+def run_rows(workspace: Workspace) -> list[Row]:
+    """The teacher, if it is here, and every finished student of the config."""
+    rows = [Row("teacher", None, read_summary(workspace.teacher))] if has_summary(workspace.teacher) else []
+    for name in workspace.config.student_names:
+        if has_summary(workspace.student(name)):
+            alpha = workspace.config.for_student(name).distill.alpha
+            rows.append(Row(name, alpha, read_summary(workspace.student(name))))
+    return rows
+
+
+def has_summary(folder: Path) -> bool:
+    """Whether a model was finished there."""
+    return (folder / "summary.json").is_file()
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished model."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_bytes())
+    except (OSError, ValueError) as exc:
+        raise MissingInputError(f"{folder / 'summary.json'}: cannot be read ({exc}); train the model first") from exc
+    return summary
+
+
+def metrics_table(metrics: dict[str, dict[str, Any]]) -> str:
+    """Held-out metrics per model, as aligned text."""
+    header = ["model", *(title for title, _ in COLUMNS.values())]
+    lines = [
+        [name, *(_cell(values.get(key), form) for key, (_, form) in COLUMNS.items())]
+        for name, values in metrics.items()
+    ]
+    return text_table([header, *lines])
+
+
+def run_table(workspace: Workspace) -> str:
+    """All models of a run: held-out metrics, training speed and memory; then the size of the cache."""
+    rows = run_rows(workspace)
+    header = ["model", "alpha", *(title for title, _ in COLUMNS.values()), "steps", "positions/s", "peak RSS, MiB"]
+    lines = [
+        [
+            row.name,
+            _cell(row.alpha, "{:g}"),
+            *(_cell(row.summary["validation"].get(key), form) for key, (_, form) in COLUMNS.items()),
+            _cell(row.summary["train"]["steps"], "{}"),
+            _cell(row.summary["train"]["positions_per_s"], "{:,.0f}"),
+            _cell(row.summary["train"]["peak_rss_mib"], "{:,.0f}"),
+        ]
+        for row in rows
+    ]
+    return text_table([header, *lines])
+
+
+def text_table(lines: list[list[str]]) -> str:
+    """Aligned columns in Markdown, so that what is printed can be pasted."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rendered = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([rendered[0], rule, *rendered[1:]])
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

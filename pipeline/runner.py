@@ -1,0 +1,121 @@
+"""Runs steps: decides what is up to date, partly done or stale, and builds what is needed."""
+
+import glob
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import save_config
+from pipeline.errors import ChildError, MissingInputError, StaleError
+from pipeline.provenance import PROVENANCE_NAME, differences, locked, new_provenance, write_provenance
+from pipeline.steps import Distill, Step, Workspace, all_steps
+from stages.progress import say
+from stages.resources import peak_rss_mib
+
+
+def execute(step: Step, *, force: bool = False) -> None:
+    """Build one step's artefact in this process: skip it if up to date, go on if partly done, refuse if stale."""
+    step.folder.mkdir(parents=True, exist_ok=True)
+    with locked(step.folder):
+        if force:
+            _clear(step)
+        refuse_if_stale(step)
+        if step.is_complete():
+            say(f"{step.label}: up to date in {step.folder}")
+            return
+        for needed in step.requires:
+            if not needed.is_complete():
+                raise MissingInputError(
+                    f"{step.label} needs {needed.folder}, which is missing or unfinished; run "
+                    f"`tristill {needed.label}` first, or `tristill run --until {step.command}` for all"
+                )
+        started = time.monotonic()
+        provenance = new_provenance(step.label, step.settings(), step.inputs())
+        save_config(step.run_config, step.workspace.run_dir / "config.toml")
+        write_provenance(step.folder, provenance)
+        fingerprint = step.build()
+        done = {
+            "status": "complete",
+            "fingerprint": fingerprint,
+            "elapsed_s": time.monotonic() - started,
+            "peak_rss_mib": peak_rss_mib(),
+        }
+        write_provenance(step.folder, provenance.model_copy(update=done))
+
+
+def refuse_if_stale(step: Step) -> None:
+    """Raise StaleError if the folder holds an artefact of other settings or inputs, or files that are not ours."""
+    recorded = step.provenance()
+    if recorded is None:
+        if foreign := _found(step, step.owned):
+            raise StaleError(
+                f"{step.folder}: holds {foreign[0].name} but no {PROVENANCE_NAME}, so it was not made by "
+                f"`tristill {step.command}`; use another folder, or remove it yourself"
+            )
+        return
+    if changed := differences(recorded, step.settings(), step.inputs()):
+        raise StaleError(
+            f"{step.folder}: was made with other settings or inputs:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + f"\nset them back, use another --run-dir, or rebuild it with `tristill {step.label} --force`"
+        )
+
+
+def plan(workspace: Workspace, until: str) -> list[Step]:
+    """The steps to run, in order, to have all artefacts of `until`; refuses if any artefact on the way is stale."""
+    steps = all_steps(workspace)
+    last = max(i for i, step in enumerate(steps) if step.command == until)
+    chain = steps[: last + 1]
+    for step in chain:
+        refuse_if_stale(step)
+    wanted: set[Path] = set()
+
+    def want(step: Step) -> None:
+        if step.folder not in wanted and not step.is_complete():
+            wanted.add(step.folder)
+            for needed in step.needs:
+                want(needed)
+
+    for step in chain:
+        if step.command == until:
+            want(step)
+    return [step for step in chain if step.folder in wanted]
+
+
+def run_steps(steps: Sequence[Step], arguments: Sequence[str]) -> None:
+    """Run each step in a process of its own, so that none holds memory of another's, and each could run alone."""
+    for step in steps:
+        name = ["--name", step.name] if isinstance(step, Distill) else []
+        command = [step.command, *name, *arguments]
+        say(f"$ tristill {' '.join(command)}")
+        code = _wait(subprocess.Popen([sys.executable, "-m", "pipeline", *command]))  # noqa: S603 - our own command
+        if code:
+            raise ChildError(f"{step.label} did not finish", exit_code=code if code > 0 else 1)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """The exit code; Ctrl-C reaches the child too, which then saves its state and ends."""
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def _clear(step: Step) -> None:
+    """Remove what an earlier build left; only in a folder that carries our record."""
+    if step.provenance() is None:
+        return
+    for path in _found(step, (*step.owned, PROVENANCE_NAME)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _found(step: Step, patterns: tuple[str, ...]) -> list[Path]:
+    folder = Path(glob.escape(str(step.folder)))
+    return [Path(name) for pattern in patterns for name in sorted(glob.glob(str(folder / pattern)))]  # noqa: PTH207

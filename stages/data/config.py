@@ -1,0 +1,96 @@
+"""Settings of the corpus, its split and its tokenizer."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from stages.settings import Section
+
+
+class PythonStdlib(Section):
+    """The source files of the Python standard library of this machine: real English and code, nothing to download.
+
+    What it holds depends on the Python version; the fingerprints in data.json tell two machines apart.
+    """
+
+    kind: Annotated[Literal["python-stdlib"], Field(description="this source")] = "python-stdlib"
+
+
+class TextFiles(Section):
+    """Text files in UTF-8."""
+
+    kind: Annotated[Literal["text"], Field(description="this source")]
+    paths: Annotated[
+        tuple[str, ...], Field(min_length=1, description="files, folders (all files in them) and globs; ~ is expanded")
+    ]
+    documents: Annotated[
+        Literal["file", "paragraph", "line"],
+        Field(
+            description="what one document is; documents are the unit of the train/validation split and must fit in "
+            "memory, so a corpus in one large file needs `paragraph` (ends at an empty line) or `line`"
+        ),
+    ] = "file"
+
+
+class HuggingFaceDataset(Section):
+    """Anything that `datasets.load_dataset` loads: hub names, local folders and files."""
+
+    kind: Annotated[Literal["hf"], Field(description="this source")]
+    path: Annotated[
+        str, Field(description="first argument of load_dataset: hub name, builder (json, parquet) or folder")
+    ]
+    name: Annotated[str | None, Field(description="configuration of the data set; none if it has but one")] = None
+    split: Annotated[str, Field(description="split to read; ours into train and validation is made from it")] = "train"
+    text_column: Annotated[str, Field(description="column that holds the text")] = "text"
+    streaming: Annotated[bool, Field(description="read as it comes instead of downloading and preparing first")] = True
+    arguments: Annotated[
+        dict[str, Any],
+        Field(default_factory=dict, description="further arguments of load_dataset, such as data_files"),
+    ]
+
+    @field_validator("arguments")
+    @classmethod
+    def _arguments_repeat_no_field(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if repeated := sorted(arguments.keys() & {"path", "name", "split", "streaming", "trust_remote_code"}):
+            raise ValueError(f"{repeated} cannot be given here; path, name, split and streaming are fields beside it")
+        return arguments
+
+
+class TrainedTokenizer(Section):
+    """A byte-level BPE tokenizer, trained on the train split."""
+
+    kind: Annotated[Literal["bpe"], Field(description="this tokenizer")] = "bpe"
+    vocab_size: Annotated[
+        int,
+        Field(
+            ge=257, le=2**24, description="entries wanted: 256 bytes, merges and end of text; fewer if text is short"
+        ),
+    ] = 2048
+    train_bytes: Annotated[
+        int, Field(ge=1, description="bytes of text to train on, from the start of the train split")
+    ] = 64 * 2**20
+
+
+class ExistingTokenizer(Section):
+    """A tokenizer that is already there."""
+
+    kind: Annotated[Literal["file"], Field(description="this tokenizer")]
+    path: Annotated[str, Field(description="a tokenizer.json or a Hugging Face folder that holds one")]
+    end_of_text: Annotated[str, Field(description="token that separates documents")] = "<|endoftext|>"
+
+
+class DataConfig(Section):
+    """From a corpus to windows of token ids."""
+
+    source: Annotated[
+        PythonStdlib | TextFiles | HuggingFaceDataset, Field(discriminator="kind", description="where the text is from")
+    ] = PythonStdlib()
+    tokenizer: Annotated[
+        TrainedTokenizer | ExistingTokenizer, Field(discriminator="kind", description="trained here, or given")
+    ] = TrainedTokenizer()
+    context_length: Annotated[int, Field(ge=1, le=2**20, description="positions per window")] = 256
+    validation_fraction: Annotated[
+        float, Field(gt=0, lt=1, description="share of documents held out, chosen by a hash of their content")
+    ] = 0.05
+    max_train_tokens: Annotated[int | None, Field(ge=1, description="cut the train split; none keeps all")] = None
+    max_validation_tokens: Annotated[int | None, Field(ge=1, description="cut the validation split likewise")] = None

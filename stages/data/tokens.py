@@ -1,0 +1,65 @@
+"""Token ids on disk: a one-dimensional `.npy`, written as a stream and read through a memory map."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from cache.atomic import atomic_file
+from stages.errors import CorpusError
+
+
+class TokenFileWriter:
+    """Appends ids to a `.npy` whose length is known only at the end."""
+
+    def __init__(self, file: BinaryIO, dtype: str) -> None:
+        self._file = file
+        self._dtype = np.dtype(dtype)
+        self.num_tokens = 0
+        self._write_header()
+        self._header_bytes = file.tell()
+
+    def append(self, ids: list[int]) -> None:
+        """Add ids at the end."""
+        self._file.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        self.num_tokens += len(ids)
+
+    def finish(self) -> None:
+        """Write the true length into the header; numpy pads headers so that it fits in place."""
+        self._file.seek(0)
+        self._write_header()
+        assert self._file.tell() == self._header_bytes, "numpy no longer pads .npy headers for growth"
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.num_tokens,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+@contextmanager
+def token_file(path: Path, dtype: str) -> Iterator[TokenFileWriter]:
+    """A writer whose file appears as `path` when the block ends without an error."""
+    with atomic_file(path) as file:
+        writer = TokenFileWriter(file, dtype)
+        yield writer
+        writer.finish()
+
+
+class TokenWindows:
+    """Consecutive windows over a token file: window i is tokens [i T, i T + T], so every position occurs once."""
+
+    def __init__(self, path: Path, context_length: int, max_windows: int | None = None) -> None:
+        """`max_windows` keeps only the first ones."""
+        try:
+            self._tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as exc:
+            raise CorpusError(f"{path}: cannot be read as token ids ({exc}); run `tristill tokenize` again") from exc
+        self.context_length = context_length
+        num_windows = (len(self._tokens) - 1) // context_length
+        self.num_windows = num_windows if max_windows is None else min(num_windows, max_windows)
+
+    def read(self, windows: list[int] | np.ndarray) -> np.ndarray:
+        """The ids of these windows, (B, T + 1)."""
+        size = self.context_length
+        return np.stack([self._tokens[window * size : window * size + size + 1] for window in windows])

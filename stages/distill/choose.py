@@ -1,0 +1,78 @@
+"""Cached or online: where a student's targets come from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cache import CacheMismatchError, CacheMissingError, open_cache
+from stages.distill.config import DistillConfig
+from stages.dump.config import DumpConfig
+from stages.errors import TargetsError
+from stages.models.folder import CONFIG_NAME, load_model
+from stages.progress import say
+from stages.targets.cached import CachedSource
+from stages.targets.online import OnlineSource
+from stages.targets.source import TargetSource
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where stage two may look, and which teacher and tokenizer it should find (None: any)."""
+
+    cache: Path
+    data: Path
+    teacher: Path
+    teacher_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
+
+
+def choose_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> TargetSource:
+    """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not."""
+    if config.targets == "online":
+        return online_source(dump, places, device)
+    try:
+        return cached_source(config, places, device)
+    except (CacheMissingError, TargetsError) as exc:
+        if config.targets == "cached":
+            raise
+        say(f"targets: online, since the cache does not serve: {exc}")
+        return online_source(dump, places, device)
+
+
+def cached_source(config: DistillConfig, places: Places, device: torch.device) -> CachedSource:
+    """The cache, checked to be of the expected teacher and tokenizer and to hold what the losses need."""
+    cache = open_cache(places.cache)
+    for what, found, expected in (
+        ("teacher", cache.spec.teacher_fingerprint, places.teacher_fingerprint),
+        ("tokenizer", cache.spec.tokenizer_fingerprint, places.tokenizer_fingerprint),
+    ):
+        if expected not in (None, found):
+            raise CacheMismatchError(
+                f"{places.cache}: the cache was made by another {what}: found fingerprint {found}, expected {expected} "
+                "of this run; point cache.dir at the cache of this run, or run `tristill dump-logits --force`"
+            )
+    temperature = config.needed_temperature(cache.spec.profile.temperature)
+    if reasons := cache.spec.unserved(temperature, config.teacher_layers):
+        raise TargetsError(
+            f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or use "
+            "--targets online"
+        )
+    return CachedSource(cache, device)
+
+
+def online_source(dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
+    """The teacher, loaded and frozen, over the windows that a dump would hold."""
+    for folder, name, command in ((places.teacher, CONFIG_NAME, "teacher"), (places.data, "data.json", "tokenize")):
+        if not (folder / name).is_file():
+            raise TargetsError(
+                f"{folder}: online targets need it, and {name} is not there; run `tristill {command}`, or dump a cache "
+                "that serves the losses"
+            )
+    return OnlineSource(
+        places.data,
+        device,
+        teacher=load_model(places.teacher),
+        temperature=dump.profile.temperature,
+        max_train_windows=dump.max_train_windows,
+    )

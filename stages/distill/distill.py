@@ -1,0 +1,111 @@
+"""Stage two: trains a student on targets from a source, evaluates it, and saves it."""
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from cache.atomic import write_atomically
+from stages.data.tokenizer import END_OF_TEXT, load_tokenizer
+from stages.distill.config import DistillConfig, StudentConfig
+from stages.distill.objective import Objective
+from stages.errors import CheckpointError
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.evaluate import evaluate
+from stages.evaluate.metrics import ValidationMetrics
+from stages.models.config import ModelConfig
+from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, read_tensors, save_model
+from stages.models.transformer import Transformer
+from stages.targets.source import Signals, TargetSource, endless_batches
+from stages.training.loop import Training, TrainingSummary
+
+
+class ModelSize(BaseModel):
+    """Parameters, and bytes when ternary weights take 2 bits, their scales and all other weights 16."""
+
+    model_config = ConfigDict(frozen=True)
+
+    parameters: int
+    ternary_parameters: int
+    packed_bytes: int
+
+
+class StudentSummary(BaseModel):
+    """`summary.json` of a student."""
+
+    model_config = ConfigDict(frozen=True)
+
+    validation: ValidationMetrics
+    train: TrainingSummary
+    targets: str
+    model: ModelSize
+    fingerprints: dict[str, str]
+
+
+def distill(
+    config: DistillConfig,
+    student_config: StudentConfig,
+    shape: ModelConfig,
+    source: TargetSource,
+    device: torch.device,
+    folder: Path,
+    teacher_folder: Path,
+    evaluation: EvaluateConfig,
+    inputs: dict[str, str],
+) -> StudentSummary:
+    """Train, save, evaluate; resumes from the last checkpoint in `folder`.
+
+    `teacher_folder` is opened only for `init = "teacher"`. `inputs` are fingerprints to repeat in the summary.
+    """
+    torch.manual_seed(config.training.seed)
+    student = Transformer(shape, source.vocab_size, student_config.quantize)
+    student.initialize(torch.Generator().manual_seed(config.training.seed))
+    if student_config.init == "teacher":
+        _start_from_teacher(student, teacher_folder)
+    objective = Objective(student, config, source).to(device)
+    signals = Signals(targets=config.alpha < 1, hidden_layers=config.teacher_layers)
+    training = Training(
+        folder.name,
+        objective,
+        objective.forward,
+        endless_batches(source, config.training.batch_windows, signals, config.training.seed),
+        config.training.batch_windows * source.context_length,
+        config.training,
+        folder,
+    )
+    trained = training.run()
+    end_of_text_id = load_tokenizer(source.tokenizer_path).token_to_id(END_OF_TEXT)
+    save_model(folder, student, source.tokenizer_path, source.context_length, end_of_text_id)
+    summary = StudentSummary(
+        validation=evaluate(student, source, evaluation, folder.name),
+        train=trained,
+        targets=source.kind,
+        model=model_size(shape, student_config, source.vocab_size),
+        fingerprints={**inputs, "student": model_fingerprint(folder)},
+    )
+    write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
+    training.clear_checkpoints()
+    return summary
+
+
+def model_size(shape: ModelConfig, student: StudentConfig, vocab_size: int) -> ModelSize:
+    """Parameters and packed bytes of a student."""
+    parameters = shape.parameters(vocab_size)
+    ternary = shape.linear_parameters if student.quantize.is_ternary else 0
+    scales = len(shape.linear_shapes) * shape.layers if ternary else 0
+    return ModelSize(
+        parameters=parameters,
+        ternary_parameters=ternary,
+        packed_bytes=-(-ternary // 4) + 2 * (parameters - ternary + scales),
+    )
+
+
+def _start_from_teacher(student: Transformer, teacher_folder: Path) -> None:
+    path = teacher_folder / WEIGHTS_NAME
+    try:
+        load_weights(student, read_tensors(path), path)
+    except CheckpointError as exc:
+        raise CheckpointError(
+            f"{exc}; student.init = 'teacher' needs the teacher's folder and a student of its shape: leave "
+            "student.model out, or set student.init to 'random'"
+        ) from exc

@@ -1,0 +1,90 @@
+"""The output head and all terms on distributions in one pass, a chunk of positions at a time.
+
+Logits of [positions, V] are the largest tensor of a small model's step. Here they exist for one chunk only: its terms
+and their gradient are computed at once, in the forward pass, and only the gradients of features and output matrix
+are kept (as Liger-Kernel's fused linear losses do, Hsu et al. 2024, arXiv 2410.10989).
+
+Shapes: N positions, D width, V vocabulary, J terms.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.losses.target import Targets
+from stages.losses.term import LossValues, WeightedTerm
+
+_CHUNK_ELEMENTS = 2**22
+
+ChunkTerms = Callable[[Tensor, slice], Tensor]
+
+
+def chunked_head_loss(
+    final_ND: Tensor, head_VD: Tensor, labels_N: Tensor, targets: Targets | None, terms: Sequence[WeightedTerm]
+) -> LossValues:
+    """Sum of weight_j * mean over positions of term_j, and each mean; differentiable in `final_ND` and `head_VD`.
+
+    Logits are final @ head^T in the autocast type if autocast is on, else in their own; terms are computed in float32.
+    """
+    weights_J = torch.tensor([weighted.weight for weighted in terms], device=final_ND.device)
+
+    def means_of_chunk(logits_NV: Tensor, rows: slice) -> Tensor:
+        needs_teacher = any(weighted.term.needs_teacher for weighted in terms)
+        target = targets.chunk(rows) if targets is not None and needs_teacher else None
+        sums = [weighted.term.per_position(logits_NV, labels_N[rows], target).sum() for weighted in terms]
+        return torch.stack(sums) / len(labels_N)
+
+    total, means_J = _ChunkedHead.apply(final_ND, head_VD, weights_J, means_of_chunk)  # type: ignore[no-untyped-call]
+    return LossValues(total, {weighted.term.name: mean for weighted, mean in zip(terms, means_J, strict=True)})
+
+
+def chunks(num_rows: int, vocab_size: int) -> list[slice]:
+    """Slices of rows whose logits have about 4 million elements each."""
+    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, final_ND: Tensor, head_VD: Tensor, weights_J: Tensor, terms: ChunkTerms
+    ) -> tuple[Tensor, Tensor]:
+        kind = final_ND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else final_ND.dtype
+        head_cast_VD = head_VD.to(dtype)
+        needs_final, needs_head = ctx.needs_input_grad[:2]
+        d_final_ND = torch.empty_like(final_ND) if needs_final else None
+        d_head_VD = torch.zeros_like(head_VD) if needs_head else None
+        means_J = torch.zeros_like(weights_J)
+        with torch.autocast(kind, enabled=False):
+            for rows in chunks(len(final_ND), len(head_VD)):
+                part_ND = final_ND[rows].to(dtype)
+                logits_NV = (part_ND @ head_cast_VD.T).float() if dtype != torch.float64 else part_ND @ head_cast_VD.T
+                if d_final_ND is None and d_head_VD is None:
+                    means_J += terms(logits_NV, rows)
+                    continue
+                with torch.enable_grad():
+                    chunk_means_J = terms(logits_NV.requires_grad_(), rows)
+                    (d_logits_NV,) = torch.autograd.grad((weights_J * chunk_means_J).sum(), logits_NV)
+                means_J += chunk_means_J.detach()
+                d_logits_NV = d_logits_NV.to(dtype)
+                if d_final_ND is not None:
+                    d_final_ND[rows] = (d_logits_NV @ head_cast_VD).to(final_ND.dtype)
+                if d_head_VD is not None:
+                    d_head_VD += d_logits_NV.T @ part_ND
+        ctx.mark_non_differentiable(means_J)
+        ctx.save_for_backward(d_final_ND, d_head_VD)
+        return (weights_J * means_J).sum(), means_J
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        d_final_ND, d_head_VD = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            None if d_final_ND is None else d_final_ND * scale,
+            None if d_head_VD is None else d_head_VD * scale,
+            None,
+            None,
+        )

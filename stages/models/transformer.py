@@ -1,0 +1,178 @@
+"""A Llama-compatible transformer with the parameter names of Hugging Face's `LlamaForCausalLM`.
+
+Touvron et al. 2023, LLaMA (arXiv 2302.13971): pre-norm with RMSNorm, rotary embeddings, SwiGLU; grouped-query attention
+as in Ainslie et al. 2023 (arXiv 2305.13245). Teacher and student are this one class; a student's linear layers are
+quantised.
+
+Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a head, V vocabulary.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor, nn
+
+from stages.models.config import ModelConfig
+from stages.models.linear import make_linear
+from stages.quantize.config import QuantizeConfig
+
+_INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a forward pass gives.
+
+    final_BTD: input of the output head, after the last norm. hidden: the residual stream after the blocks asked for,
+    by number from 1; 0 is the embedding; each (B, T, D).
+    """
+
+    final_BTD: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Transformer(nn.Module):
+    """Token ids to features; `head_weight` turns features into logits, chunk by chunk, in the losses."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, quantize: QuantizeConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.quantize = quantize
+        self.model = Decoder(config, vocab_size, quantize)
+        self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix, (V, D)."""
+        return self.lm_head.weight
+
+    def forward(self, input_ids_BT: Tensor, hidden_layers: Collection[int] = ()) -> Features:
+        """Features of every position."""
+        features: Features = self.model(input_ids_BT, hidden_layers)
+        return features
+
+    def logits(self, input_ids_BT: Tensor) -> Tensor:
+        """Logits of every position, (B, T, V): for small inputs; training uses the chunked head."""
+        logits_BTV: Tensor = self.lm_head(self(input_ids_BT).final_BTD)
+        return logits_BTV
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Normal with deviation 0.02; the projections into the residual stream by 1 / sqrt(2 layers) less (GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+                continue
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = _INITIAL_STD / (2 * self.config.layers) ** 0.5 if into_residual else _INITIAL_STD
+            nn.init.normal_(parameter, std=std, generator=generator)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, quantize: QuantizeConfig | None) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, quantize) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, input_ids_BT: Tensor, hidden_layers: Collection[int]) -> Features:
+        """Features of every position."""
+        x_BTD = self.embed_tokens(input_ids_BT)
+        rotation = rotary_angles(input_ids_BT.shape[1], self.config.head_width, self.config.rope_theta, x_BTD.device)
+        hidden = {0: x_BTD} if 0 in hidden_layers else {}
+        for number, block in enumerate(self.layers, start=1):
+            x_BTD = block(x_BTD, rotation)
+            if number in hidden_layers:
+                hidden[number] = x_BTD
+        return Features(self.norm(x_BTD), hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, quantize: QuantizeConfig | None) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.self_attn = Attention(config, quantize)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = SwiGLU(config, quantize)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """The residual stream after this block."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, quantize: QuantizeConfig | None) -> None:
+        super().__init__()
+        self.config = config
+        kv_width = config.num_kv_heads * config.head_width
+        self.q_proj = make_linear(config.width, config.width, quantize)
+        self.k_proj = make_linear(config.width, kv_width, quantize)
+        self.v_proj = make_linear(config.width, kv_width, quantize)
+        self.o_proj = make_linear(config.width, config.width, quantize)
+        self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """What attention adds to the residual stream."""
+        batch, positions, _ = x_BTD.shape
+        q_BHTE = self._split_heads(self.q_proj(x_BTD))
+        k_BGTE = self._split_heads(self.k_proj(x_BTD))
+        v_BGTE = self._split_heads(self.v_proj(x_BTD))
+        mixed_BHTE = F.scaled_dot_product_attention(
+            rotate(q_BHTE, rotation),
+            rotate(k_BGTE, rotation),
+            v_BGTE,
+            is_causal=True,
+            enable_gqa=self.config.num_kv_heads != self.config.heads,
+        )
+        mixed_BTD = mixed_BHTE.transpose(1, 2).reshape(batch, positions, -1)
+        out_BTD: Tensor = self.o_proj(self.attn_sub_norm(mixed_BTD))
+        return out_BTD
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.config.head_width).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)); Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, quantize: QuantizeConfig | None) -> None:
+        super().__init__()
+        self.gate_proj = make_linear(config.width, config.mlp_width, quantize)
+        self.up_proj = make_linear(config.width, config.mlp_width, quantize)
+        self.down_proj = make_linear(config.mlp_width, config.width, quantize)
+        self.ffn_sub_norm = nn.RMSNorm(config.mlp_width, eps=config.norm_eps) if config.subln else nn.Identity()
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """What the MLP adds to the residual stream."""
+        out_BTD: Tensor = self.down_proj(self.ffn_sub_norm(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)))
+        return out_BTD
+
+
+def rotary_angles(positions: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the rotary angles, each (T, E) float32 in Hugging Face's half-split layout.
+
+    Su et al. 2021, RoFormer (arXiv 2104.09864), equation 15: angle(t, i) = t * theta^(-2i / E).
+    """
+    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
+    angles_TE = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
+    return angles_TE.cos(), angles_TE.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x (..., T, E) turned by its position's angles, in x's dtype."""
+    cos_TE, sin_TE = rotation
+    first, second = x.chunk(2, dim=-1)
+    turned = x * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+    return turned.to(x.dtype)

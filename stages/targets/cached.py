@@ -1,0 +1,71 @@
+"""Targets read from a cache: no teacher in memory, no corpus, no file of either."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache import Cache, SplitName, WindowBatch
+from stages.losses.target import StoredTargets
+from stages.targets.source import Signals, TargetBatch
+
+
+class CachedSource:
+    """A TargetSource over a finished cache. Reads only the signals that are asked for."""
+
+    kind = "cached"
+
+    def __init__(self, cache: Cache, device: torch.device) -> None:
+        self._cache = cache
+        self._device = device
+        self.vocab_size = cache.spec.vocab_size
+        self.context_length = cache.spec.context_length
+        self.temperature = cache.spec.profile.temperature
+        self.teacher_width = cache.spec.hidden.width if cache.spec.hidden else None
+        self.tokenizer_path = cache.tokenizer_path
+
+    def num_windows(self, split: SplitName) -> int:
+        """Windows in a split."""
+        return self._cache.num_windows(split)
+
+    def bytes_per_token(self, split: SplitName) -> float:
+        """Mean text bytes per token of a split."""
+        return self._cache.spec.splits[split].bytes_per_token
+
+    def batches(
+        self,
+        split: SplitName,
+        batch_windows: int,
+        signals: Signals,
+        *,
+        seed: int | None,
+        epoch: int = 0,
+        first_batch: int = 0,
+    ) -> Iterator[TargetBatch]:
+        """One epoch from a batch on; see TargetSource."""
+        for batch in self._cache.stream(
+            split,
+            batch_windows,
+            seed=seed,
+            epoch=epoch,
+            first_batch=first_batch,
+            drop_last=seed is not None,
+            targets=signals.targets,
+            hidden_layers=signals.hidden_layers,
+        ):
+            yield self._to_tensors(batch)
+
+    def _to_tensors(self, batch: WindowBatch) -> TargetBatch:
+        ids_BT1 = self._tensor(batch.input_ids).to(torch.int64)
+        targets = None
+        if batch.target:
+            flat = {name: self._tensor(array).flatten(0, 1) for name, array in batch.target.items()}
+            targets = StoredTargets(
+                flat["head_ids"], flat["head_logits"], flat["tail_logsumexp"], self.temperature, self.vocab_size
+            )
+        hidden = {layer: self._tensor(array) for layer, array in batch.hidden.items()}
+        return TargetBatch(ids_BT1[:, :-1], ids_BT1[:, 1:], targets, hidden)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)

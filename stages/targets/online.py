@@ -1,0 +1,80 @@
+"""Targets from a frozen teacher forwarded at every step; without a teacher, windows and labels alone."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
+from cache.order import WindowOrder
+from cache.spec import SplitName
+from stages.data.tokenize import load_corpus
+from stages.data.tokens import TokenWindows
+from stages.losses.target import ComputedTargets
+from stages.models.transformer import Transformer
+from stages.targets.source import Signals, TargetBatch
+
+
+class OnlineSource:
+    """A TargetSource over a tokenized corpus and a teacher in memory. Gives the whole distribution."""
+
+    kind = "online"
+
+    def __init__(
+        self,
+        data_folder: Path,
+        device: torch.device,
+        *,
+        teacher: Transformer | None = None,
+        temperature: float = 1.0,
+        max_train_windows: int | None = None,
+    ) -> None:
+        """`temperature` is what a loss or metric uses that names none; targets serve any."""
+        self._corpus = load_corpus(data_folder)
+        self._device = device
+        self._teacher = teacher.to(device).eval() if teacher else None
+        self._windows = {
+            "train": TokenWindows(data_folder / "train.npy", self._corpus.context_length, max_train_windows),
+            "validation": TokenWindows(data_folder / "validation.npy", self._corpus.context_length),
+        }
+        self.vocab_size = self._corpus.vocab_size
+        self.context_length = self._corpus.context_length
+        self.temperature = temperature
+        self.teacher_width = teacher.config.width if teacher else None
+        self.tokenizer_path = data_folder / TOKENIZER_NAME
+
+    def num_windows(self, split: SplitName) -> int:
+        """Windows in a split."""
+        return self._windows[split].num_windows
+
+    def bytes_per_token(self, split: SplitName) -> float:
+        """Mean text bytes per token of a split."""
+        return self._corpus.splits[split].bytes_per_token
+
+    def batches(
+        self,
+        split: SplitName,
+        batch_windows: int,
+        signals: Signals,
+        *,
+        seed: int | None,
+        epoch: int = 0,
+        first_batch: int = 0,
+    ) -> Iterator[TargetBatch]:
+        """One epoch from a batch on; see TargetSource."""
+        order = WindowOrder(self.num_windows(split), default_windows_per_chunk(self.context_length), seed, epoch)
+        windows = order.windows(first_batch * batch_windows)
+        while batch := list(islice(windows, batch_windows)):
+            if seed is None or len(batch) == batch_windows:
+                yield self._batch(split, batch, signals)
+
+    def _batch(self, split: SplitName, windows: list[int], signals: Signals) -> TargetBatch:
+        ids_BT1 = torch.from_numpy(self._windows[split].read(windows)).to(self._device, torch.int64)
+        input_ids_BT = ids_BT1[:, :-1]
+        if self._teacher is None or signals == Signals():
+            return TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {})
+        with torch.no_grad():
+            features = self._teacher(input_ids_BT, signals.hidden_layers)
+        targets = ComputedTargets(features.final_BTD.flatten(0, 1), self._teacher.head_weight.detach())
+        return TargetBatch(input_ids_BT, ids_BT1[:, 1:], targets, features.hidden)

@@ -1,0 +1,93 @@
+"""The seam between training or evaluation and where windows and targets come from.
+
+Shapes: B windows, T positions, D width of the teacher.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from cache.spec import SplitName
+from stages.errors import CorpusError
+from stages.losses.target import Targets
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What is wanted of the teacher: targets on its distribution, and hidden states of some layers."""
+
+    targets: bool = False
+    hidden_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """Windows and what is known of the teacher there.
+
+    input_ids_BT, labels_BT: int64, labels are the next ids. targets: of the B * T positions in row-major order, None
+    if not asked for. hidden: the teacher's hidden states, (B, T, D) by layer.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    targets: Targets | None
+    hidden: dict[int, Tensor]
+
+
+class TargetSource(Protocol):
+    """Windows of both splits with the teacher's signals, however they come about.
+
+    The order of training windows is the same for every source over the same windows (docs/format.md, section 9).
+    """
+
+    kind: str
+    vocab_size: int
+    context_length: int
+    temperature: float
+    teacher_width: int | None
+    tokenizer_path: Path
+
+    def num_windows(self, split: SplitName) -> int:
+        """Windows in a split."""
+        ...
+
+    def bytes_per_token(self, split: SplitName) -> float:
+        """Mean text bytes per token of a split."""
+        ...
+
+    def batches(
+        self,
+        split: SplitName,
+        batch_windows: int,
+        signals: Signals,
+        *,
+        seed: int | None,
+        epoch: int = 0,
+        first_batch: int = 0,
+    ) -> Iterator[TargetBatch]:
+        """One epoch from a batch on; shuffled whole batches, or all windows in stored order if `seed` is None."""
+        ...
+
+
+def endless_batches(
+    source: TargetSource, batch_windows: int, signals: Signals, seed: int
+) -> Callable[[int], Iterator[TargetBatch]]:
+    """The endless sequence of training batches, epoch after epoch, as a function of the number of its first batch."""
+    num_windows = source.num_windows("train")
+    batches_per_epoch = num_windows // batch_windows
+    if batches_per_epoch == 0:
+        raise CorpusError(
+            f"the train split has {num_windows} windows, fewer than one batch of {batch_windows}; lower "
+            "training.batch_windows or give more text"
+        )
+
+    def batches_from(first: int) -> Iterator[TargetBatch]:
+        epoch, first_batch = divmod(first, batches_per_epoch)
+        while True:
+            yield from source.batches("train", batch_windows, signals, seed=seed, epoch=epoch, first_batch=first_batch)
+            epoch, first_batch = epoch + 1, 0
+
+    return batches_from

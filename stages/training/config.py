@@ -1,0 +1,42 @@
+"""Settings of a training run, teacher's or student's."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stages.settings import Section, neutral
+
+
+class TrainingConfig(Section):
+    """AdamW with a schedule. A position is one prediction; a step sees batch_windows * accumulation windows."""
+
+    steps: Annotated[int, Field(ge=1, description="optimizer steps")]
+    batch_windows: Annotated[int, Field(ge=1, description="windows per forward pass")] = 32
+    accumulation: Annotated[int, Field(ge=1, description="forward passes per step")] = 1
+    learning_rate: Annotated[float, Field(gt=0, description="peak")]
+    schedule: Annotated[
+        Literal["cosine", "trapezoid"],
+        Field(description="after warm-up: cosine to the end, or constant with a linear decay at the end"),
+    ] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0, description="linear warm-up")] = 0
+    decay_fraction: Annotated[float, Field(gt=0, le=1, description="share of the steps that a trapezoid decays in")] = (
+        0.2
+    )
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1, description="last learning rate over the peak")] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, description="decoupled, on matrices only")] = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment")] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment")] = 0.95
+    grad_clip: Annotated[float | None, Field(gt=0, description="largest gradient norm; none does not clip")] = 1.0
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Field(description="bfloat16: matrix products under autocast; weights stay FP32")
+    ] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
+    device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
+    log_every: Annotated[int, neutral("steps between lines of metrics.jsonl", ge=1)] = 10
+    checkpoint_every: Annotated[int, neutral("steps between checkpoints to resume from", ge=1)] = 100
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
+        return self

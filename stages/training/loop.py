@@ -1,0 +1,144 @@
+"""The one training loop: teacher and student differ in the module, the loss and where batches come from."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from stages.errors import StageError
+from stages.losses.term import LossValues
+from stages.progress import Progress
+from stages.resources import peak_rss_mib
+from stages.training.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
+from stages.training.config import TrainingConfig
+from stages.training.interrupt import deferred_interrupt
+from stages.training.metrics import MetricsLog
+from stages.training.optimizer import make_optimizer
+from stages.training.schedule import learning_rate
+
+Batch = TypeVar("Batch")
+
+
+class TrainingSummary(BaseModel):
+    """What a finished training cost and where its loss ended; speeds count training steps only."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    positions: int
+    elapsed_s: float
+    positions_per_s: float
+    peak_rss_mib: float
+    loss_terms: dict[str, float]
+
+
+class Training(Generic[Batch]):
+    """A training in a folder, which holds `metrics.jsonl` and, while it runs, `checkpoints/`."""
+
+    def __init__(
+        self,
+        label: str,
+        module: nn.Module,
+        compute_loss: Callable[[Batch], LossValues],
+        batches: Callable[[int], Iterator[Batch]],
+        positions_per_batch: int,
+        config: TrainingConfig,
+        folder: Path,
+    ) -> None:
+        """`batches(n)` yields the endless sequence of batches from its n-th on, a pure function of n and the config."""
+        self._label = label
+        self._module = module
+        self._compute_loss = compute_loss
+        self._batches = batches
+        self._positions_per_step = positions_per_batch * config.accumulation
+        self._config = config
+        self._folder = folder
+        self._device_type = next(module.parameters()).device.type
+
+    def run(self) -> TrainingSummary:
+        """Train to the end, from the last checkpoint if there is one: the result is the same bit for bit on a CPU.
+
+        Ctrl-C saves a checkpoint, then raises KeyboardInterrupt. A loss that is not finite raises StageError.
+        """
+        config = self._config
+        optimizer = make_optimizer(self._module, config)
+        checkpoints = self._folder / "checkpoints"
+        first_step, spent_s = load_checkpoint(checkpoints, self._module, optimizer)
+        log = MetricsLog(self._folder / "metrics.jsonl", first_step)
+        batches = self._batches(first_step * config.accumulation)
+        total, done = (steps * self._positions_per_step for steps in (config.steps, first_step))
+        terms: dict[str, float] = {}
+        self._module.train()
+        with Progress(self._label, total, "positions", done) as progress, deferred_interrupt() as interrupt:
+            for step in range(first_step, config.steps):
+                values, grad_norm = self._step(optimizer, batches, step)
+                is_last = step + 1 == config.steps
+                if (step + 1) % config.log_every == 0 or step == 0 or is_last:
+                    terms = {name: float(value) for name, value in values.terms.items()}
+                    self._log(log, step + 1, float(values.total), terms, float(grad_norm), progress)
+                progress.advance(self._positions_per_step, ", ".join(f"{k} {v:.3f}" for k, v in terms.items()))
+                if interrupt.is_set or ((step + 1) % config.checkpoint_every == 0 and not is_last):
+                    save_checkpoint(checkpoints, step + 1, self._module, optimizer, spent_s + progress.elapsed_s)
+                if interrupt.is_set:
+                    raise KeyboardInterrupt
+            elapsed_s = spent_s + progress.elapsed_s
+        return TrainingSummary(
+            steps=config.steps,
+            positions=total,
+            elapsed_s=elapsed_s,
+            positions_per_s=total / elapsed_s,
+            peak_rss_mib=peak_rss_mib(),
+            loss_terms=terms,
+        )
+
+    def clear_checkpoints(self) -> None:
+        """Remove what `run` would resume from; to be called once its result is safe on disk."""
+        clear_checkpoints(self._folder / "checkpoints")
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], step: int
+    ) -> tuple[LossValues, torch.Tensor]:
+        """One optimizer step; the values are means over its batches, which are all of one size."""
+        config = self._config
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        parts = []
+        for _ in range(config.accumulation):
+            with torch.autocast(self._device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                values = self._compute_loss(next(batches))
+            (values.total / config.accumulation).backward()  # type: ignore[no-untyped-call]
+            parts.append(LossValues(values.total.detach(), values.terms))
+        limit = math.inf if config.grad_clip is None else config.grad_clip
+        grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), limit)
+        optimizer.step()
+        optimizer.zero_grad()
+        return _mean(parts), grad_norm
+
+    def _log(
+        self, log: MetricsLog, step: int, loss: float, terms: dict[str, float], grad_norm: float, progress: Progress
+    ) -> None:
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise StageError(
+                f"{self._label}: the loss is {loss} and the gradient norm {grad_norm} at step {step}; lower "
+                "learning_rate, lengthen warmup_steps or set precision to float32, and run again"
+            )
+        log.append(
+            {
+                "step": step,
+                "positions": step * self._positions_per_step,
+                "loss": loss,
+                "terms": terms,
+                "learning_rate": learning_rate(self._config, step - 1),
+                "grad_norm": grad_norm,
+                "positions_per_s": progress.units_per_s,
+            }
+        )
+
+
+def _mean(parts: list[LossValues]) -> LossValues:
+    terms = {name: torch.stack([part.terms[name] for part in parts]).mean() for name in parts[0].terms}
+    return LossValues(torch.stack([part.total for part in parts]).mean(), terms)
