@@ -18,6 +18,8 @@ from stages.resources import peak_rss_mib
 
 def execute(step: Step, *, force: bool = False) -> None:
     """Build one step's artefact in this process: skip it if up to date, go on if partly done, refuse if stale."""
+    if force or not step.is_complete():
+        _require_inputs(step)
     step.folder.mkdir(parents=True, exist_ok=True)
     with locked(step.folder):
         if force:
@@ -26,12 +28,6 @@ def execute(step: Step, *, force: bool = False) -> None:
         if step.is_complete():
             say(f"{step.label}: up to date in {step.folder}")
             return
-        for needed in step.requires:
-            if not needed.is_complete():
-                raise MissingInputError(
-                    f"{step.label} needs {needed.folder}, which is missing or unfinished; run "
-                    f"`tristill {needed.label}` first, or `tristill run --until {step.command}` for all"
-                )
         started = time.monotonic()
         provenance = new_provenance(step.label, step.settings(), step.inputs())
         save_config(step.run_config, step.workspace.run_dir / "config.toml")
@@ -44,6 +40,15 @@ def execute(step: Step, *, force: bool = False) -> None:
             "peak_rss_mib": peak_rss_mib(),
         }
         write_provenance(step.folder, provenance.model_copy(update=done))
+
+
+def _require_inputs(step: Step) -> None:
+    for needed in step.requires:
+        if not needed.is_complete():
+            raise MissingInputError(
+                f"{step.label} needs {needed.folder}, which is missing or unfinished; run `tristill {needed.label}` "
+                f"first, or `tristill run --until {step.command}` for all"
+            )
 
 
 def refuse_if_stale(step: Step) -> None:

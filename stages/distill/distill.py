@@ -6,7 +6,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from cache.atomic import write_atomically
-from stages.data.tokenizer import END_OF_TEXT, load_tokenizer
 from stages.distill.config import DistillConfig, StudentConfig
 from stages.distill.objective import Objective
 from stages.errors import CheckpointError
@@ -74,8 +73,7 @@ def distill(
         folder,
     )
     trained = training.run()
-    end_of_text_id = load_tokenizer(source.tokenizer_path).token_to_id(END_OF_TEXT)
-    save_model(folder, student, source.tokenizer_path, source.context_length, end_of_text_id)
+    save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id)
     summary = StudentSummary(
         validation=evaluate(student, source, evaluation, folder.name),
         train=trained,

@@ -88,6 +88,7 @@ def cache_spec(
 
     return CacheSpec(
         vocab_size=corpus.vocab_size,
+        end_of_text_id=corpus.end_of_text_id,
         context_length=corpus.context_length,
         profile=config.profile,
         hidden=HiddenSpec(layers=config.hidden_layers, width=teacher.config.width) if config.hidden_layers else None,

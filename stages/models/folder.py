@@ -24,7 +24,7 @@ _STUDENT_TYPE = "tristill_ternary"
 
 
 def save_model(
-    folder: Path, model: Transformer, tokenizer_json: Path, context_length: int, end_of_text_id: int | None
+    folder: Path, model: Transformer, tokenizer_json: Path, context_length: int, end_of_text_id: int
 ) -> None:
     """Write the folder. A full-precision model loads in transformers as `LlamaForCausalLM`.
 
@@ -97,7 +97,7 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id: int | None) -> dict[str, Any]:
+def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id: int) -> dict[str, Any]:
     config = model.config
     description: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],

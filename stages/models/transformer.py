@@ -107,7 +107,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """The residual stream after this block."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out_BTD
 
 
 class Attention(nn.Module):

@@ -20,6 +20,7 @@ class CachedSource:
         self._cache = cache
         self._device = device
         self.vocab_size = cache.spec.vocab_size
+        self.end_of_text_id = cache.spec.end_of_text_id
         self.context_length = cache.spec.context_length
         self.temperature = cache.spec.profile.temperature
         self.teacher_width = cache.spec.hidden.width if cache.spec.hidden else None

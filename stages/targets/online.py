@@ -39,6 +39,7 @@ class OnlineSource:
             "validation": TokenWindows(data_folder / "validation.npy", self._corpus.context_length),
         }
         self.vocab_size = self._corpus.vocab_size
+        self.end_of_text_id = self._corpus.end_of_text_id
         self.context_length = self._corpus.context_length
         self.temperature = temperature
         self.teacher_width = teacher.config.width if teacher else None

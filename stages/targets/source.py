@@ -45,6 +45,7 @@ class TargetSource(Protocol):
 
     kind: str
     vocab_size: int
+    end_of_text_id: int
     context_length: int
     temperature: float
     teacher_width: int | None

@@ -6,7 +6,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from cache.atomic import write_atomically
-from stages.data.tokenize import load_corpus
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.metrics import ValidationMetrics
@@ -55,8 +54,7 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
         folder,
     )
     trained = training.run()
-    end_of_text_id = load_corpus(data_folder).end_of_text_id
-    save_model(folder, model, source.tokenizer_path, source.context_length, end_of_text_id)
+    save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id)
     summary = TeacherSummary(
         validation=evaluate(model, source, evaluation, "teacher"),
         train=trained,

@@ -69,7 +69,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
 
 def clear_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a finished training."""
-    for path in _checkpoints(folder):
+    for path in [*_checkpoints(folder), *folder.glob(".step-*.partial")]:
         shutil.rmtree(path)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

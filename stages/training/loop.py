@@ -108,8 +108,9 @@ class Training(Generic[Batch]):
             group["lr"] = learning_rate(config, step)
         parts = []
         for _ in range(config.accumulation):
+            batch = next(batches)  # outside autocast: an online teacher keeps its own precision
             with torch.autocast(self._device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                values = self._compute_loss(next(batches))
+                values = self._compute_loss(batch)
             (values.total / config.accumulation).backward()  # type: ignore[no-untyped-call]
             parts.append(LossValues(values.total.detach(), values.terms))
         limit = math.inf if config.grad_clip is None else config.grad_clip
