@@ -50,7 +50,8 @@ class WindowOrder:
     def _windows_of(self, number: int, blocks: np.ndarray, ends: np.ndarray) -> np.ndarray:
         starts = blocks * self._windows_per_block
         windows = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
-        return windows if self._seed is None else self._generator(1 + number).permutation(windows)
+        return windows if self._seed is None else self._generator(number).permutation(windows)
 
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed or 0, self._epoch, *key])))
+    def _generator(self, *group: int) -> np.random.Generator:
+        sequence = np.random.SeedSequence(self._seed, spawn_key=(self._epoch, *group))
+        return np.random.Generator(np.random.Philox(sequence))

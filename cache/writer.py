@@ -127,9 +127,14 @@ class ShardWriter:
                 self._flush_chunk()
         self._num_windows += num_new
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all windows of the shard were appended."""
+        return self._num_windows == self._shard.num_windows
+
     def commit(self) -> None:
         """Put the shard on disk. Raises CacheRequestError when windows are missing."""
-        if self._num_windows != self._shard.num_windows:
+        if not self.is_full:
             raise CacheRequestError(
                 f"{self._shard.name}: found {self._num_windows} windows, expected {self._shard.num_windows}"
             )

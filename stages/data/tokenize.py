@@ -1,64 +1,25 @@
 """From a corpus to `train.npy`, `validation.npy`, `tokenizer.json` and `data.json`, in constant memory."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
 
 import datasets
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
 from cache.arrays import ids_dtype
 from cache.atomic import write_atomically
-from cache.hashing import fingerprint_of, sha256_of_file
+from cache.hashing import sha256_of_file
 from cache.spec import SplitName
 from stages.data.config import DataConfig, TrainedTokenizer
 from stages.data.corpus import documents, is_validation
+from stages.data.tokenized import TokenizedCorpus, TokenizedSplit
 from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, train_tokenizer
-from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
+from stages.data.tokens import TokenFileWriter, token_file
 from stages.errors import CorpusError
 from stages.progress import Progress
 
 _BATCH_CHARACTERS = 2**20
-
-
-class TokenizedSplit(BaseModel):
-    """One split, as counted while it was written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    sha256: str
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Mean bytes of UTF-8 text per token; end-of-text tokens count as tokens of no bytes."""
-        return self.text_bytes / self.tokens
-
-
-class TokenizedCorpus(BaseModel):
-    """`data.json`: what the later stages know of the corpus."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: Annotated[int, Field(ge=2)]
-    end_of_text_id: int
-    context_length: int
-    tokenizer_sha256: str
-    splits: dict[SplitName, TokenizedSplit]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the ids, the tokenizer and the window length."""
-        return fingerprint_of(self.model_dump(mode="json"))
-
-    def windows_fingerprint(self, split: SplitName, num_windows: int) -> str:
-        """SHA-256 over what determines the first `num_windows` windows of a split."""
-        return fingerprint_of([self.splits[split].sha256, self.context_length, num_windows])
 
 
 def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
@@ -97,20 +58,6 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     )
     write_atomically(folder / "data.json", (corpus.model_dump_json(indent=2) + "\n").encode("utf-8"))
     return corpus
-
-
-def load_corpus(folder: Path) -> TokenizedCorpus:
-    """The description of a finished tokenize step."""
-    path = folder / "data.json"
-    try:
-        return TokenizedCorpus.model_validate(json.loads(path.read_bytes()))
-    except (OSError, ValueError, ValidationError) as exc:
-        raise CorpusError(f"{path}: cannot be read as a tokenized corpus ({exc}); run `tristill tokenize`") from exc
-
-
-def split_windows(folder: Path, split: SplitName, max_windows: int | None = None) -> TokenWindows:
-    """The windows of a split of a tokenized corpus."""
-    return TokenWindows(folder / f"{split}.npy", load_corpus(folder).context_length, max_windows)
 
 
 def _tokenizer(config: DataConfig) -> tuple[Tokenizer, int]:

@@ -1,8 +1,10 @@
-"""Streams windows through the teacher and writes the cache; a writer thread compresses while the teacher computes."""
+"""Streams windows through the teacher and writes the cache; compression overlaps the teacher's forward pass."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from torch import Tensor
 from cache import CacheSpec, CacheWriter, HiddenSpec, SplitName, SplitSpec
 from cache.layout import ShardRange, default_windows_per_chunk
 from cache.manifest import Manifest
-from stages.data.tokenize import TokenizedCorpus, load_corpus, split_windows
+from cache.writer import ShardWriter
+from stages.data.tokenized import TokenizedCorpus, load_corpus, split_windows
+from stages.data.tokens import TokenWindows
 from stages.dump.config import DumpConfig
 from stages.dump.topk import topk_target
 from stages.errors import CheckpointError
@@ -21,7 +25,7 @@ from stages.models.folder import load_model, model_fingerprint, pick_device
 from stages.models.transformer import Transformer
 from stages.progress import Progress
 
-_BATCHES_IN_FLIGHT = 4
+_BATCHES_AHEAD = 2
 
 
 def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, folder: Path) -> Manifest:
@@ -35,30 +39,66 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     spec = cache_spec(config, corpus, teacher, model_fingerprint(teacher_folder))
     writer = CacheWriter(folder, spec, (data_folder / "tokenizer.json").read_bytes(), config.compression_level)
     windows = {split: split_windows(data_folder, split) for split in spec.splits}
-    missing = writer.missing_shards()
     total = sum(spec.num_positions(split) for split in spec.splits)
-    done = total - sum(shard.num_windows for shard in missing) * spec.context_length
-    with (
-        Progress("dump-logits", total, "positions", done) as progress,
-        ThreadPoolExecutor(1, thread_name_prefix="cache-write") as pool,
-    ):
-        in_flight: deque[Future[None]] = deque()
-        try:
-            for shard in missing:
-                shard_writer = writer.shard(shard)
-                for rows in batches_of(shard, config.batch_windows):
-                    arrays = teacher_arrays(teacher, windows[shard.split].read(rows), spec, config.precision)
-                    in_flight.append(pool.submit(shard_writer.append, arrays))
-                    if len(in_flight) > _BATCHES_IN_FLIGHT:
-                        in_flight.popleft().result()
-                    progress.advance(len(rows) * spec.context_length)
-                in_flight.append(pool.submit(shard_writer.commit))
-            for write in in_flight:
-                write.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    missing = sum(shard.num_windows for shard in writer.missing_shards()) * spec.context_length
+    with Progress("dump-logits", total, "positions", total - missing) as progress:
+        write_missing_shards(writer, teacher, windows, config, progress)
     return writer.finish()
+
+
+def write_missing_shards(
+    writer: CacheWriter,
+    teacher: Transformer,
+    windows: Mapping[SplitName, TokenWindows],
+    config: DumpConfig,
+    progress: Progress,
+    num_workers: int | None = None,
+) -> None:
+    """Forward the teacher in worker threads; compress and write in this one, a few batches behind them.
+
+    On a CPU each of `num_workers` (one per core if None) forwards batches of its own with one thread of torch: no
+    barriers between cores, and bytes that do not depend on the number of cores. On an accelerator there is one worker.
+    """
+    on_cpu = teacher.head_weight.device.type == "cpu"
+    workers = (num_workers or torch.get_num_threads()) if on_cpu else 1
+    spec = writer.spec
+
+    def arrays_of(split: SplitName, rows: list[int]) -> dict[str, np.ndarray]:
+        return teacher_arrays(teacher, windows[split].read(rows), spec, config.precision)
+
+    with torch_threads(1 if on_cpu else torch.get_num_threads()) as set_threads:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="teacher", initializer=set_threads)
+        try:
+            in_flight: deque[tuple[ShardRange, Future[dict[str, np.ndarray]]]] = deque()
+            todo = (
+                (shard, rows) for shard in writer.missing_shards() for rows in batches_of(shard, config.batch_windows)
+            )
+            shard_writer: ShardWriter | None = None
+            while True:
+                for shard, rows in islice(todo, workers + _BATCHES_AHEAD - len(in_flight)):
+                    in_flight.append((shard, pool.submit(arrays_of, shard.split, rows)))
+                if not in_flight:
+                    return
+                shard, arrays = in_flight.popleft()
+                shard_writer = shard_writer or writer.shard(shard)
+                shard_writer.append(arrays.result())
+                if shard_writer.is_full:
+                    shard_writer.commit()
+                    shard_writer = None
+                progress.advance(len(arrays.result()["input_ids"]) * spec.context_length)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[Callable[[], None]]:
+    """Give this thread, and every thread that calls what is yielded, `num_threads` threads of torch within operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield lambda: torch.set_num_threads(num_threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 def cache_spec(
@@ -125,13 +165,13 @@ def teacher_arrays(teacher: Transformer, ids_BT1: np.ndarray, spec: CacheSpec, p
         name: tensor.view(*input_ids_BT.shape, *tensor.shape[1:]) for name, tensor in tensors.items()
     }
     stored |= {f"hidden_{layer}": features.hidden[layer] for layer in layers}
-    arrays = {array.name: stored[array.name].cpu().numpy() for array in spec.arrays if array.name in stored}
-    return {"input_ids": ids_BT1} | {name: _as_stored(array, spec, name) for name, array in arrays.items()}
+    stored |= {"input_ids": torch.from_numpy(ids_BT1)}
+    return {array.name: as_stored(stored[array.name].cpu().numpy(), array.dtype) for array in spec.arrays}
 
 
-def _as_stored(array: np.ndarray, spec: CacheSpec, name: str) -> np.ndarray:
-    dtype = next(np.dtype(declared.dtype) for declared in spec.arrays if declared.name == name)
-    if dtype == np.float16:
+def as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """`values` in a stored type; float16 saturates instead of overflowing."""
+    if dtype == "<f2":
         largest = float(np.finfo(np.float16).max)
-        array = array.clip(-largest, largest)
-    return array.astype(dtype)
+        values = values.clip(-largest, largest)
+    return values.astype(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.losses.target import Targets
 from stages.losses.term import LossValues, WeightedTerm
 
-_CHUNK_ELEMENTS = 2**22
+_CHUNK_ELEMENTS = 2**20
 
 ChunkTerms = Callable[[Tensor, slice], Tensor]
 
@@ -41,7 +41,7 @@ def chunked_head_loss(
 
 
 def chunks(num_rows: int, vocab_size: int) -> list[slice]:
-    """Slices of rows whose logits have about 4 million elements each."""
+    """Slices of rows whose logits have about a million elements each, to stay in a processor's cache."""
     size = max(1, _CHUNK_ELEMENTS // vocab_size)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 

@@ -9,7 +9,7 @@ import torch
 from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
 from cache.order import WindowOrder
 from cache.spec import SplitName
-from stages.data.tokenize import load_corpus
+from stages.data.tokenized import load_corpus
 from stages.data.tokens import TokenWindows
 from stages.losses.target import ComputedTargets
 from stages.models.transformer import Transformer

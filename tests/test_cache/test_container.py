@@ -1,0 +1,45 @@
+"""The container is plain HDF5 that others read, and its bytes never change by accident."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from conftest import make_spec, window_arrays, write_cache
+
+from cache import Cache
+from cache.hashing import sha256_of_file
+
+OTHER_PROGRAM = """
+import sys, h5py, hdf5plugin, numpy
+with h5py.File(sys.argv[1]) as file:
+    numpy.savez(sys.argv[2], **{name: dataset[...] for name, dataset in file.items()})
+"""
+
+
+def test_anybody_with_hdf5plugin_reads_the_same_data(small_cache: Cache, tmp_path: Path) -> None:
+    copy = tmp_path / "read.npz"
+    shard = small_cache.folder / "train-00001.h5"
+    subprocess.run([sys.executable, "-c", OTHER_PROGRAM, str(shard), str(copy)], check=True)
+    expected = window_arrays(small_cache.spec, "train", range(16, 32))
+    with np.load(copy) as found:
+        assert set(found) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_datasets_declare_the_registered_filter_and_little_endian_types(small_cache: Cache) -> None:
+    with h5py.File(small_cache.folder / "train-00000.h5") as file:
+        for array in small_cache.spec.arrays:
+            dataset = file[array.name]
+            assert dataset.id.get_create_plist().get_filter(0)[0] == 32015
+            assert dataset.dtype == np.dtype(array.dtype)
+            assert dataset.dtype.byteorder in "<="
+
+
+def test_the_same_content_has_the_same_bytes_as_ever(tmp_path: Path) -> None:
+    write_cache(tmp_path, make_spec()).close()
+    golden = Path(__file__).parent / "golden"
+    assert (tmp_path / "cache.json").read_text() == (golden / "cache.json").read_text()
+    assert sha256_of_file(tmp_path / "train-00000.h5") == sha256_of_file(golden / "train-00000.h5")
