@@ -92,7 +92,7 @@ def write_missing_shards(
 
 @contextmanager
 def torch_threads(num_threads: int) -> Iterator[Callable[[], None]]:
-    """Give this thread, and every thread that calls what is yielded, `num_threads` threads of torch within operators."""
+    """Give this thread `num_threads` threads of torch per operator, and every thread that calls what is yielded."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

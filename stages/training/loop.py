@@ -66,6 +66,7 @@ class Training(Generic[Batch]):
         """
         config = self._config
         optimizer = make_optimizer(self._module, config)
+        self._folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self._folder / "checkpoints"
         first_step, spent_s = load_checkpoint(checkpoints, self._module, optimizer)
         log = MetricsLog(self._folder / "metrics.jsonl", first_step)

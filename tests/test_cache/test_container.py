@@ -6,10 +6,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from conftest import make_spec, window_arrays, write_cache
 
 from cache import Cache
 from cache.hashing import sha256_of_file
+from conftest import make_spec, window_arrays, write_cache
 
 OTHER_PROGRAM = """
 import sys, h5py, hdf5plugin, numpy

@@ -8,7 +8,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import TOKENIZER_JSON, make_spec, write_cache, write_shards
 
 from cache import (
     Cache,
@@ -17,10 +16,12 @@ from cache import (
     CacheMismatchError,
     CacheMissingError,
     CacheWriter,
+    TopKProfile,
     open_cache,
     verify_cache,
 )
 from cache.hashing import sha256_of_file
+from conftest import TOKENIZER_JSON, make_spec, write_cache, write_shards
 
 
 def silent(num_bytes: int) -> None:
@@ -217,7 +218,7 @@ def test_a_link_in_place_of_a_shard_is_refused(small_cache: Cache, tmp_path: Pat
     elsewhere = tmp_path / "elsewhere.h5"
     shard.rename(elsewhere)
     shard.symlink_to(elsewhere)
-    with pytest.raises(CacheCorruptError, match="train-00000.h5"):
+    with pytest.raises(CacheCorruptError, match=r"train-00000\.h5"):
         open_cache(small_cache.folder).window("train", 0)
 
 
@@ -230,10 +231,9 @@ def test_a_shard_of_another_cache_is_told_apart_by_field(small_cache: Cache, tmp
 
 def test_writer_refuses_a_folder_with_another_cache_and_leaves_it_alone(small_cache: Cache) -> None:
     before = {path.name: path.read_bytes() for path in small_cache.folder.iterdir()}
+    spec = make_spec(profile=TopKProfile(top_k=5, temperature=1.0))
     with pytest.raises(CacheMismatchError, match=r"profile.temperature: found 2.0, expected 1.0.*--force"):
-        spec = make_spec().model_dump()
-        spec["profile"]["temperature"] = 1.0
-        CacheWriter(small_cache.folder, make_spec().model_validate(spec), b"{}")
+        CacheWriter(small_cache.folder, spec, b"{}")
     assert before == {path.name: path.read_bytes() for path in small_cache.folder.iterdir()}
 
 

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from conftest import window_arrays
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cache.order
 from cache import Cache
 from cache.order import WindowOrder
+from conftest import window_arrays
 
 
 @given(st.integers(1, 3000), st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 5))

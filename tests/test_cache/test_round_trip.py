@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import Cache, CacheRequestError, CacheWriter, TopKProfile, open_cache
+from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
 
 
 def test_every_window_reads_back_as_written(small_cache: Cache) -> None:
@@ -104,7 +104,7 @@ def test_writer_refuses_windows_that_do_not_fit(tmp_path: Path) -> None:
         shard.commit()
     with pytest.raises(CacheRequestError, match="more than its 16 windows"):
         shard.append(window_arrays(spec, "train", range(17)))
-    with pytest.raises(CacheRequestError, match="6 shards are not written yet: train-00000.h5"):
+    with pytest.raises(CacheRequestError, match=r"6 shards are not written yet: train-00000\.h5"):
         writer.finish()
 
 

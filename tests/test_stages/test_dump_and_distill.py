@@ -1,0 +1,280 @@
+"""From a teacher to a cache to a student: what is stored is what the teacher said, and cached equals online."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache import CacheMismatchError, CacheWriter, TopKProfile, open_cache
+from stages.data.config import DataConfig
+from stages.data.tokenize import tokenize_corpus
+from stages.data.tokenized import load_corpus, split_windows
+from stages.distill.choose import Places, choose_source
+from stages.distill.config import DistillConfig, StudentConfig
+from stages.distill.distill import StudentSummary, distill, model_size
+from stages.dump.config import DumpConfig
+from stages.dump.dump import cache_spec, dump_logits, write_missing_shards
+from stages.errors import CheckpointError, TargetsError
+from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.evaluate import evaluate
+from stages.models.config import ModelConfig
+from stages.models.folder import load_model, model_fingerprint
+from stages.progress import Progress
+from stages.quantize.config import QuantizeConfig
+from stages.targets.cached import CachedSource
+from stages.teacher.config import TeacherConfig
+from stages.teacher.train import train_teacher
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(width=16, layers=2, heads=2, mlp_width=24)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokens and a teacher that has learned something."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "corpus").mkdir()
+    generator = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "of", "and"]
+    for n in range(60):
+        (folder / "corpus" / f"{n}.txt").write_text(" ".join(generator.choice(words, 150)))
+    data = DataConfig.model_validate(
+        {
+            "source": {"kind": "text", "paths": [str(folder / "corpus")]},
+            "tokenizer": {"kind": "bpe", "vocab_size": 270},
+            "context_length": 12,
+            "validation_fraction": 0.2,
+        }
+    )
+    tokenize_corpus(data, folder / "data")
+    settings = {"model": SHAPE.model_dump(), "training": {"steps": 30, "learning_rate": 1e-2, "batch_windows": 8}}
+    train_teacher(TeacherConfig.model_validate(settings), folder / "data", folder / "teacher", EvaluateConfig())
+    return folder
+
+
+def dump_config(**changes: object) -> DumpConfig:
+    settings: dict[str, object] = {
+        "profile": {"top_k": 5, "logit_dtype": "float32"},
+        "hidden_layers": [0, 2],
+        "max_train_windows": 700,
+        "shard_positions": 4096,
+    }
+    return DumpConfig.model_validate(settings | changes)
+
+
+def distill_config(**changes: object) -> DistillConfig:
+    training = {"steps": 12, "learning_rate": 1e-2, "batch_windows": 8, "log_every": 1, "checkpoint_every": 5}
+    return DistillConfig.model_validate({"training": training, **changes})
+
+
+def places(run: Path, cache: Path) -> Places:
+    return Places(cache=cache, data=run / "data", teacher=run / "teacher")
+
+
+def student_of(
+    run: Path, cache: Path, folder: Path, config: DistillConfig, dump: DumpConfig, student: StudentConfig | None = None
+) -> tuple[StudentSummary, list[dict[str, object]]]:
+    folder.mkdir()
+    source = choose_source(config, dump, places(run, cache), CPU)
+    student = student or StudentConfig()
+    summary = distill(
+        config, student, student.model or SHAPE, source, CPU, folder, run / "teacher", EvaluateConfig(), {"cache": "x"}
+    )
+    return summary, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_cache_holds_what_the_teacher_says(run: Path, tmp_path: Path) -> None:
+    for tau in (1.0, 3.0):
+        config = dump_config(profile={"top_k": 5, "temperature": tau, "logit_dtype": "float32"})
+        dump_logits(config, run / "data", run / "teacher", tmp_path / f"{tau}")
+        cache = open_cache(tmp_path / f"{tau}")
+        teacher = load_model(run / "teacher")
+        windows = split_windows(run / "data", "train")
+        for index in (0, 17, 699):
+            found = cache.window("train", index)
+            np.testing.assert_array_equal(found.input_ids, windows.read([index]))
+            ids = torch.from_numpy(found.input_ids.astype(np.int64))
+            with torch.no_grad():
+                features = teacher(ids[:, :-1], (0, 2))
+                z = features.final_BTD @ teacher.head_weight.T
+            p = torch.softmax(z.double() / tau, dim=-1)
+            head = torch.from_numpy(found.target["head_ids"].astype(np.int64))
+            torch.testing.assert_close(head, z.topk(5).indices)
+            relative = (z.gather(-1, head) - z.amax(-1, keepdim=True)) / tau
+            torch.testing.assert_close(torch.from_numpy(found.target["head_logits"]), relative, rtol=1e-4, atol=1e-5)
+            tail = torch.from_numpy(found.target["tail_logsumexp"]).double()
+            log_z = torch.logaddexp(torch.from_numpy(found.target["head_logits"]).double().logsumexp(-1), tail)
+            torch.testing.assert_close((tail - log_z).exp(), p.scatter(-1, head, 0).sum(-1), rtol=1e-4, atol=1e-7)
+            for layer in (0, 2):
+                expected = features.hidden[layer].half().numpy()
+                np.testing.assert_allclose(found.hidden[layer], expected, rtol=2e-3, atol=1e-3)
+
+
+def test_bytes_do_not_depend_on_workers_or_on_what_was_there_before(run: Path, tmp_path: Path) -> None:
+    config = dump_config(batch_windows=3)
+    dump_logits(config, run / "data", run / "teacher", tmp_path / "whole")
+    teacher = load_model(run / "teacher").eval()
+    spec = cache_spec(config, load_corpus(run / "data"), teacher, model_fingerprint(run / "teacher"))
+    tokenizer = (run / "data" / "tokenizer.json").read_bytes()
+    writer = CacheWriter(tmp_path / "other", spec, tokenizer)
+    windows = {split: split_windows(run / "data", split) for split in spec.splits}
+    with Progress("dump", None, "positions") as progress:
+        write_missing_shards(writer, teacher, windows, config, progress, num_workers=5)
+    writer.finish()
+    (tmp_path / "other" / "train-00001.h5").unlink()
+    (tmp_path / "other" / "cache.json").unlink()
+    dump_logits(config, run / "data", run / "teacher", tmp_path / "other")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert whole == {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    assert len(whole) > 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_cached_at_full_vocabulary_and_online_give_one_loss_trace(
+    run: Path, tmp_path: Path, temperature: float
+) -> None:
+    vocab_size = load_corpus(run / "data").vocab_size
+    dump = dump_config(profile={"top_k": vocab_size, "logit_dtype": "float32"})
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
+    traces = {}
+    for targets in ("cached", "online"):
+        config = distill_config(targets=targets, alpha=0.3, temperature=temperature)
+        summary, log = student_of(run, tmp_path / "cache", tmp_path / targets, config, dump)
+        assert summary.targets == targets
+        traces[targets] = log
+        metrics = summary.validation
+        traces[f"{targets} validation"] = [metrics.model_dump()]
+    for cached, online in zip(traces["cached"], traces["online"], strict=True):
+        for key in ("loss", "terms", "grad_norm"):
+            assert cached[key] == pytest.approx(online[key], rel=2e-4), f"{key} at step {cached['step']}"
+    assert traces["cached validation"][0] == pytest.approx(traces["online validation"][0], rel=2e-3, abs=1e-5)
+
+
+def test_hidden_states_from_the_cache_give_the_loss_of_the_online_ones(run: Path, tmp_path: Path) -> None:
+    dump = dump_config()
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
+    losses = []
+    for targets in ("cached", "online"):
+        config = distill_config(targets=targets, alpha=1.0, hidden={"weight": 0.5, "layers": {"1": 2, "0": 0}})
+        _, log = student_of(run, tmp_path / "cache", tmp_path / targets, config, dump)
+        losses.append([record["terms"]["hidden_mse"] for record in log])  # type: ignore[index]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert min(losses[0]) > 0
+
+
+def test_stage_two_needs_neither_teacher_nor_corpus(run: Path, tmp_path: Path) -> None:
+    dump = dump_config()
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
+    gone = tmp_path / "gone"
+    config = distill_config(targets="cached", hidden={"weight": 0.1, "layers": {"1": 2}})
+    summary, _ = student_of(gone, tmp_path / "cache", tmp_path / "student", config, dump)
+    assert summary.validation.kl_to_teacher_nats is not None
+    assert (tmp_path / "student" / "tokenizer.json").read_bytes() == (run / "data" / "tokenizer.json").read_bytes()
+    student = load_model(tmp_path / "student")
+    assert (
+        evaluate(student, CachedSource(open_cache(tmp_path / "cache"), CPU), EvaluateConfig(), "") == summary.validation
+    )
+
+
+def test_the_teacher_agrees_with_its_own_cache(run: Path, tmp_path: Path) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    source = CachedSource(open_cache(tmp_path / "cache"), CPU)
+    metrics = evaluate(load_model(run / "teacher"), source, EvaluateConfig(), "")
+    assert metrics.kl_to_teacher_nats == pytest.approx(0, abs=1e-5)
+    assert metrics.top1_agreement == 1
+    assert metrics.acceptance_rate == pytest.approx(1, abs=1e-4)
+
+
+def test_a_student_can_start_as_its_teacher(run: Path, tmp_path: Path) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    config = distill_config(targets="cached", training={"steps": 1, "learning_rate": 1e-12, "batch_windows": 8})
+    plain = QuantizeConfig(weights="none", activations="none")
+    summary, _ = student_of(
+        run,
+        tmp_path / "cache",
+        tmp_path / "student",
+        config,
+        dump_config(),
+        StudentConfig(init="teacher", quantize=plain),
+    )
+    assert summary.validation.kl_to_teacher_nats == pytest.approx(0, abs=1e-4)
+    other = SHAPE.model_copy(update={"mlp_width": 32})
+    with pytest.raises(
+        CheckpointError, match=r"gate_proj.weight: found \(24, 16\), expected \(32, 16\).*leave student"
+    ):
+        student_of(
+            run, tmp_path / "cache", tmp_path / "x", config, dump_config(), StudentConfig(init="teacher", model=other)
+        )
+
+
+Refusal = tuple[dict[str, object], str]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 4.0}, "temperature 4 is asked for, but this topk cache is exact at 1 only"),
+        ({"hidden": {"layers": {"1": 1}}}, r"hidden states of layers \[1\] are asked for, .* holds those of \[0, 2\]"),
+    ],
+)
+def test_what_the_cache_cannot_serve_is_refused_or_goes_online_with_the_reason(
+    run: Path, tmp_path: Path, changes: dict[str, object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    where = places(run, tmp_path / "cache")
+    with pytest.raises(TargetsError, match=message):
+        choose_source(distill_config(targets="cached", **changes), dump_config(), where, CPU)
+    capsys.readouterr()
+    source = choose_source(distill_config(targets="auto", **changes), dump_config(), where, CPU)
+    assert source.kind == "online"
+    assert "targets: online, since the cache does not serve:" in capsys.readouterr().err
+    with pytest.raises(
+        TargetsError, match=r"online targets need it, and config.json is not there; run `tristill teach"
+    ):
+        choose_source(
+            distill_config(targets="auto", **changes), dump_config(), places(tmp_path / "gone", tmp_path / "cache"), CPU
+        )
+
+
+def test_labels_alone_need_no_target_of_any_temperature(run: Path, tmp_path: Path) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    config = distill_config(targets="cached", alpha=1.0, temperature=9.0)
+    assert choose_source(config, dump_config(), places(run, tmp_path / "cache"), CPU).kind == "cached"
+
+
+@pytest.mark.parametrize("what", ["teacher", "tokenizer"])
+def test_a_cache_of_another_teacher_or_tokenizer_is_refused(run: Path, tmp_path: Path, what: str) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    where = Places(tmp_path / "cache", run / "data", run / "teacher", **{f"{what}_fingerprint": "0" * 64})
+    for targets in ("cached", "auto"):
+        with pytest.raises(CacheMismatchError, match=f"the cache was made by another {what}: found fingerprint .*000"):
+            choose_source(distill_config(targets=targets), dump_config(), where, CPU)
+
+
+def test_a_dump_refuses_a_teacher_of_another_vocabulary_and_layers_it_has_not(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"hidden_layers: found \[3\], but the teacher has 2 blocks"):
+        dump_logits(dump_config(hidden_layers=[3]), run / "data", run / "teacher", tmp_path / "cache")
+    shutil.copytree(run / "data", tmp_path / "data")
+    described = json.loads((tmp_path / "data" / "data.json").read_text())
+    (tmp_path / "data" / "data.json").write_text(json.dumps({**described, "vocab_size": 271}))
+    with pytest.raises(CheckpointError, match=r"teacher has 270 output entries, .* corpus has 271"):
+        dump_logits(dump_config(), tmp_path / "data", run / "teacher", tmp_path / "cache")
+
+
+def test_sizes_count_two_bits_for_ternary_weights_and_sixteen_for_the_rest() -> None:
+    shape = ModelConfig(width=256, layers=2, heads=4, mlp_width=768)
+    size = model_size(shape, StudentConfig(), 2048)
+    ternary = 2 * (4 * 256 * 256 + 3 * 256 * 768)
+    assert size.ternary_parameters == ternary
+    assert size.parameters == ternary + 2048 * 256 + 5 * 256
+    assert size.packed_bytes == ternary // 4 + 2 * (2048 * 256 + 5 * 256 + 14)
+    twin = model_size(shape, StudentConfig(quantize=QuantizeConfig(weights="none")), 2048)
+    assert twin.packed_bytes == 2 * twin.parameters
+
+
+def test_profile_of_the_config_is_that_of_the_cache(run: Path, tmp_path: Path) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    assert open_cache(tmp_path / "cache").spec.profile == TopKProfile(top_k=5, logit_dtype="float32")

@@ -1,0 +1,92 @@
+"""Each metric against its definition in plain Python."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.dump.topk import topk_target
+from stages.evaluate.metrics import MetricSums, acceptance, teacher_top1
+from stages.losses.target import ComputedTargets, HeadTarget, StoredTargets
+
+
+def logits(seed: int, positions: int, vocab: int) -> torch.Tensor:
+    return torch.randn(positions, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def softmax(row: list[float], tau: float = 1.0) -> list[float]:
+    total = sum(math.exp(z / tau) for z in row)
+    return [math.exp(z / tau) / total for z in row]
+
+
+def calibration_error(rows: list[list[float]], labels: list[int], bins: int) -> float:
+    """Naeini et al. 2015: sum over bins of |accuracy - confidence| weighted by the bin's share."""
+    members: dict[int, list[tuple[float, bool]]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        p = softmax(row)
+        confidence = max(p)
+        members.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, p.index(confidence) == label))
+    error = 0.0
+    for entries in members.values():
+        accuracy = sum(hit for _, hit in entries) / len(entries)
+        confidence = sum(value for value, _ in entries) / len(entries)
+        error += len(entries) / len(rows) * abs(accuracy - confidence)
+    return error
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.sampled_from([1.0, 2.0]), st.integers(1, 30))
+def test_metrics_are_their_definitions(seed: int, tau: float, cut: int) -> None:
+    student, teacher = logits(seed, 40, 12), logits(seed + 1, 40, 12)
+    labels = torch.randint(0, 12, (40,), generator=torch.Generator().manual_seed(seed))
+    targets = ComputedTargets(teacher, torch.eye(12))
+    sums = MetricSums(calibration_bins=7, temperature=tau)
+    for rows in (slice(0, cut), slice(cut, 40)):
+        sums.add(student[rows], labels[rows], targets.chunk(rows))
+    found = sums.metrics(bytes_per_token=3.3)
+
+    rows_q, rows_p, y = student.tolist(), teacher.tolist(), labels.tolist()
+    loss = sum(-math.log(softmax(row)[label]) for row, label in zip(rows_q, y, strict=True)) / 40
+    pairs = [(softmax(p, tau), softmax(q, tau)) for p, q in zip(rows_p, rows_q, strict=True)]
+    assert found.positions == 40
+    assert found.loss_nats == pytest.approx(loss, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(loss / math.log(2) / 3.3, rel=1e-5)
+    assert found.expected_calibration_error == pytest.approx(calibration_error(rows_q, y, 7), abs=1e-6)
+    kl = sum(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in pairs) / 40
+    assert found.kl_to_teacher_nats == pytest.approx(kl, rel=1e-4)
+    agreement = sum(p.index(max(p)) == q.index(max(q)) for p, q in pairs) / 40
+    assert found.top1_agreement == pytest.approx(agreement)
+    accepted = sum(sum(min(a, b) for a, b in zip(p, q, strict=True)) for p, q in pairs) / 40
+    assert found.acceptance_rate == pytest.approx(accepted, rel=1e-5)
+    assert found.teacher_temperature == tau
+
+
+def test_without_a_teacher_its_metrics_are_none() -> None:
+    sums = MetricSums(5, 1.0)
+    sums.add(logits(0, 4, 6), torch.zeros(4).long(), None)
+    found = sums.metrics(1.0)
+    assert (
+        found.kl_to_teacher_nats is found.top1_agreement is found.acceptance_rate is found.teacher_temperature is None
+    )
+
+
+def test_acceptance_on_a_bucket_is_the_upper_bound_of_the_definition() -> None:
+    teacher, student = logits(0, 50, 12), logits(1, 50, 12)
+    whole = acceptance(student, HeadTarget(None, teacher, None, 1.0), 1.0)
+    for top_k in (1, 4, 11, 12):
+        arrays = topk_target(teacher.clone(), top_k, 1.0)
+        target = StoredTargets(arrays["head_ids"], arrays["head_logits"], arrays["tail_logsumexp"], 1.0, 12).chunk(
+            slice(None)
+        )
+        partial = acceptance(student, target, 1.0)
+        assert (partial >= whole - 1e-6).all()
+        assert torch.equal(teacher_top1(target), teacher.argmax(-1))
+        p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
+        ids = arrays["head_ids"]
+        expected = torch.minimum(p.gather(1, ids), q.gather(1, ids)).sum(-1) + torch.minimum(
+            1 - p.gather(1, ids).sum(-1), 1 - q.gather(1, ids).sum(-1)
+        )
+        torch.testing.assert_close(partial, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,205 @@
+"""The one training loop: schedules, resuming, accumulation, refusals."""
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stages.errors import CheckpointError, CorpusError, StageError
+from stages.losses.term import LossValues
+from stages.targets.source import Signals, endless_batches
+from stages.training.config import TrainingConfig
+from stages.training.loop import Training
+from stages.training.schedule import learning_rate
+
+
+def config(**changes: object) -> TrainingConfig:
+    settings: dict[str, object] = {
+        "steps": 20,
+        "learning_rate": 1e-2,
+        "warmup_steps": 4,
+        "log_every": 3,
+        "batch_windows": 4,
+    }
+    return TrainingConfig.model_validate(settings | changes)
+
+
+def make_module() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 1))
+
+
+def batches_from(first: int) -> Iterator[torch.Tensor]:
+    for number in range(first, 10_000):
+        yield torch.randn(4, 5, generator=torch.Generator().manual_seed(number))
+
+
+def training(
+    folder: Path,
+    module: nn.Module,
+    settings: TrainingConfig,
+    batches: Callable[[int], Iterator[torch.Tensor]] = batches_from,
+    stop_at: int | None = None,
+) -> Training[torch.Tensor]:
+    seen = 0
+
+    def loss(batch: torch.Tensor) -> LossValues:
+        nonlocal seen
+        seen += 1
+        if stop_at is not None and seen > stop_at:
+            raise RuntimeError("pulled the plug")
+        value = (module(batch) - batch.sum(-1, keepdim=True)).square().mean()
+        return LossValues(value, {"square": value.detach()})
+
+    return Training("test", module, loss, batches, 4, settings, folder)
+
+
+def state(module: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def logged(folder: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "positions_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, 12, 18])
+@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_at: int, schedule: str) -> None:
+    settings = config(schedule=schedule, checkpoint_every=5)
+    whole = make_module()
+    expected = training(tmp_path / "whole", whole, settings)
+    (tmp_path / "whole").mkdir()
+    expected.run()
+
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        training(tmp_path / "cut", make_module(), settings, stop_at=stop_at).run()
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 1')  # a kill in the middle of a line
+    resumed = make_module()
+    again = training(tmp_path / "cut", resumed, settings)
+    again.run()
+    assert all(torch.equal(a, b) for a, b in zip(state(whole), state(resumed), strict=True))
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    again.clear_checkpoints()
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_ctrl_c_saves_a_checkpoint_first(tmp_path: Path) -> None:
+    settings = config(steps=100_000, checkpoint_every=100_000)
+    module = make_module()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path, module, settings, batches=lambda n: (b for _ in range(99) for b in batches_from(n))).run()
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert json.loads((saved / "state.json").read_text())["step"] == int(saved.name.removeprefix("step-"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_taken_for_one(tmp_path: Path) -> None:
+    settings = config(checkpoint_every=5)
+    with pytest.raises(RuntimeError, match="pulled"):
+        training(tmp_path, make_module(), settings, stop_at=7).run()
+    (tmp_path / "checkpoints" / ".step-00000010.partial").mkdir()
+    (tmp_path / "checkpoints" / "step-00000099").mkdir()
+    resumed = make_module()
+    training(tmp_path, resumed, settings).run()
+    (tmp_path / "whole").mkdir()
+    whole = make_module()
+    training(tmp_path / "whole", whole, settings).run()
+    assert all(torch.equal(a, b) for a, b in zip(state(whole), state(resumed), strict=True))
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="pulled"):
+        training(tmp_path, make_module(), config(checkpoint_every=5), stop_at=7).run()
+    (tmp_path / "checkpoints" / "step-00000005" / "optimizer.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match=r"step-00000005: cannot be resumed from .* delete it"):
+        training(tmp_path, make_module(), config(checkpoint_every=5)).run()
+
+
+def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    def large(first: int) -> Iterator[torch.Tensor]:
+        small = batches_from(first * 3)
+        while True:
+            yield torch.cat([next(small) for _ in range(3)])
+
+    parts, whole = make_module(), make_module()
+    for name in ("parts", "whole"):
+        (tmp_path / name).mkdir()
+    training(tmp_path / "parts", parts, config(accumulation=3)).run()
+    training(tmp_path / "whole", whole, config(), batches=large).run()
+    for a, b in zip(state(parts), state(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    def poisoned(first: int) -> Iterator[torch.Tensor]:
+        for number, batch in enumerate(batches_from(first), start=first):
+            yield batch * (math.nan if number >= 4 else 1)
+
+    with pytest.raises(StageError, match=r"test: the loss is nan .* at step 6; lower learning_rate"):
+        training(tmp_path, make_module(), config(), batches=poisoned).run()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_schedules_rise_stay_and_fall_as_their_formula_says(schedule: str) -> None:
+    settings = config(steps=100, warmup_steps=10, schedule=schedule, decay_fraction=0.3, final_lr_fraction=0.1)
+    rates = [learning_rate(settings, step) / settings.learning_rate for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    if schedule == "cosine":
+        expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 89)) for step in range(10, 100)]
+    else:
+        expected = [0.1 + 0.9 * min(1.0, (99 - step) / 30) for step in range(10, 100)]
+    assert rates[10:] == pytest.approx(expected)
+
+
+class NumberedSource:
+    """A source whose batches say which they are."""
+
+    def num_windows(self, split: str) -> int:
+        return 10
+
+    def batches(
+        self, split: str, size: int, signals: Signals, *, seed: int, epoch: int, first_batch: int
+    ) -> Iterator[tuple[int, int]]:
+        return ((epoch, number) for number in range(first_batch, 10 // size))
+
+
+def test_batches_go_on_through_epochs_from_any_point() -> None:
+    make = endless_batches(NumberedSource(), 3, Signals(), seed=0)  # type: ignore[arg-type]
+    stream = make(0)
+    whole = [next(stream) for _ in range(20)]
+    assert whole[:4] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    for first in range(10):
+        rest = make(first)
+        assert [next(rest) for _ in range(10)] == whole[first : first + 10]
+
+
+def test_a_split_smaller_than_a_batch_is_refused() -> None:
+    with pytest.raises(CorpusError, match="the train split has 10 windows, fewer than one batch of 11"):
+        endless_batches(NumberedSource(), 11, Signals(), seed=0)  # type: ignore[arg-type]
+
+
+def test_time_spent_before_a_resume_counts(tmp_path: Path) -> None:
+    slow = config(checkpoint_every=5)
+
+    def waiting(first: int) -> Iterator[torch.Tensor]:
+        for batch in batches_from(first):
+            time.sleep(0.02)
+            yield batch
+
+    with pytest.raises(RuntimeError, match="pulled"):
+        training(tmp_path, make_module(), slow, batches=waiting, stop_at=16).run()
+    assert training(tmp_path, make_module(), slow).run().elapsed_s > 15 * 0.02

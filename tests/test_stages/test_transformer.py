@@ -1,0 +1,117 @@
+"""The transformer is a Llama, and its folder is one that transformers loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.errors import CheckpointError
+from stages.models.config import ModelConfig
+from stages.models.folder import load_model, model_fingerprint, save_model
+from stages.models.transformer import Transformer
+from stages.quantize.absmean import absmean_quantize
+from stages.quantize.config import QuantizeConfig
+
+SHAPES = {
+    "plain": {"width": 32, "layers": 2, "heads": 4, "mlp_width": 48},
+    "grouped, untied": {
+        "width": 48, "layers": 3, "heads": 6, "kv_heads": 2, "mlp_width": 40, "tied_embeddings": False,
+        "rope_theta": 5000.0, "norm_eps": 1e-6,
+    },
+}  # fmt: skip
+
+
+def make_model(shape: dict[str, object], quantize: QuantizeConfig | None = None, vocab: int = 97) -> Transformer:
+    model = Transformer(ModelConfig.model_validate(shape), vocab, quantize)
+    model.initialize(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # far enough from uniform that a wrong layer shows
+    return model
+
+
+def saved(model: Transformer, folder: Path) -> Path:
+    (folder / "source.json").write_text("{}")
+    save_model(folder / "model", model, folder / "source.json", context_length=16, end_of_text_id=0)
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_loads_the_folder_and_gives_the_same_logits(tmp_path: Path, name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    model = make_model(SHAPES[name])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved(model, tmp_path))
+    ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True)
+        torch.testing.assert_close(model.logits(ids), expected.logits, rtol=1e-4, atol=1e-5)
+        hidden = model(ids, range(len(model.model.layers) + 1)).hidden
+    for layer in range(len(model.model.layers)):  # theirs gives the last one after the final norm
+        torch.testing.assert_close(hidden[layer], expected.hidden_states[layer], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_counts_are_those_of_the_config(name: str) -> None:
+    model = make_model(SHAPES[name])
+    assert sum(p.numel() for p in model.parameters()) == model.config.parameters(97)
+    assert sum(p.numel() for n, p in model.named_parameters() if "proj" in n) == model.config.linear_parameters
+
+
+@pytest.mark.parametrize("quantize", [None, QuantizeConfig(), QuantizeConfig(activations="none")])
+@pytest.mark.parametrize("subln", [False, True])
+def test_a_saved_model_is_the_model_bit_for_bit(tmp_path: Path, quantize: QuantizeConfig | None, subln: bool) -> None:
+    model = make_model({**SHAPES["grouped, untied"], "subln": subln}, quantize)
+    folder = saved(model, tmp_path)
+    again = load_model(folder) if quantize or not subln else None
+    if again is None:  # full precision with SubLN is a student's twin; its folder says so too
+        again = load_model(folder)
+    ids = torch.arange(16)[None]
+    assert torch.equal(model.logits(ids), again.logits(ids))
+    assert again.quantize == quantize
+
+
+def test_a_students_linear_weights_are_ternary_and_nothing_else_is() -> None:
+    student = make_model(SHAPES["plain"], QuantizeConfig(activations="none"))
+    plain = make_model(SHAPES["plain"])
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            source = student.get_parameter(name)
+            parameter.copy_(absmean_quantize(source) if "proj" in name else source)
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(student.logits(ids), plain.logits(ids))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 14), st.integers(0, 2**31))
+def test_no_position_sees_the_future(position: int, seed: int) -> None:
+    model = make_model(SHAPES["grouped, untied"], QuantizeConfig())
+    ids = torch.randint(0, 97, (1, 16), generator=torch.Generator().manual_seed(seed))
+    changed = ids.clone()
+    changed[0, position + 1 :] = (changed[0, position + 1 :] + 1) % 97
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids)[:, : position + 1], model.logits(changed)[:, : position + 1])
+
+
+def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    folder = saved(make_model(SHAPES["plain"]), tmp_path)
+    before = model_fingerprint(folder)
+    config = folder / "config.json"
+    good = config.read_text()
+    config.write_text(good.replace('"hidden_size": 32', '"hidden_size": 64'))
+    assert model_fingerprint(folder) != before
+    with pytest.raises(CheckpointError, match=r"tensors do not fit the model: .*found \(32,\), expected \(64,\)"):
+        load_model(folder)
+    config.write_text(good.replace('"hidden_size"', '"hiden_size"'))
+    with pytest.raises(CheckpointError, match=r"does not describe a model of ours \('hidden_size'\)"):
+        load_model(folder)
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        load_model(folder)
+    config.write_text(good)
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_model(folder)
+    with pytest.raises(CheckpointError, match="found no model there"):
+        load_model(tmp_path / "nowhere")
