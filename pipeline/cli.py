@@ -69,7 +69,7 @@ def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tristill")
 def cli() -> None:
-    r"""Distil a full-precision language model into ternary students, offline, from a compact cache.
+    """Distil a full-precision language model into ternary students, offline, from a compact cache.
 
     \b
     Example: train everything of the demo config, then look at the result.
@@ -83,7 +83,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Only say which steps would run.")
 @run_options
 def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
-    r"""Run all steps that are needed, in order; skip what is up to date, go on with what is partly done.
+    """Run all steps that are needed, in order; skip what is up to date, go on with what is partly done.
 
     \b
     Example:
@@ -106,7 +106,7 @@ def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ..
 @run_options
 @force_option
 def tokenize(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
-    r"""Turn the corpus into a tokenizer and files of token ids.
+    """Turn the corpus into a tokenizer and files of token ids.
 
     \b
     Example:
@@ -119,7 +119,7 @@ def tokenize(config_path: Path, assignments: tuple[str, ...], run_dir: Path | No
 @run_options
 @force_option
 def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
-    r"""Train the full-precision teacher.
+    """Train the full-precision teacher.
 
     \b
     Example:
@@ -132,7 +132,7 @@ def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | Non
 @run_options
 @force_option
 def dump_logits(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
-    r"""Write what the teacher knows about every position into the cache.
+    """Write what the teacher knows about every position into the cache.
 
     \b
     Example:
@@ -160,7 +160,7 @@ def distill(
     run_dir: Path | None,
     force: bool,
 ) -> None:
-    r"""Train a ternary student on the cache, with no teacher in memory.
+    """Train a ternary student on the cache, with no teacher in memory.
 
     \b
     Examples:
@@ -180,7 +180,7 @@ def distill(
 def evaluate(
     names: tuple[str, ...], as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
 ) -> None:
-    r"""Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
+    """Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
 
     The result is also written to evaluation.json in the run folder.
 
@@ -207,7 +207,7 @@ def cache_folder_options(command: _Command) -> _Command:
 def info(
     folder: Path | None, as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
 ) -> None:
-    r"""Say what a cache holds and how many bytes a position takes.
+    """Say what a cache holds and how many bytes a position takes.
 
     \b
     Example:
@@ -222,7 +222,7 @@ def info(
 @cache.command()
 @cache_folder_options
 def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
-    r"""Read every byte of a cache and compare it with its checksums; exits with 1 if any is damaged.
+    """Read every byte of a cache and compare it with its checksums; exits with 1 if any is damaged.
 
     \b
     Example:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 _NEUTRAL = {"affects_numbers": False}
 
@@ -17,11 +18,16 @@ class Section(BaseModel):
         plain = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if field.json_schema_extra == _NEUTRAL:
+            if not affects_numbers(field):
                 del plain[name]
             elif isinstance(value, Section):
                 plain[name] = value.numbers()
         return plain
+
+
+def affects_numbers(field: FieldInfo) -> bool:
+    """Whether a change of this field changes results."""
+    return field.json_schema_extra != _NEUTRAL
 
 
 def neutral(description: str, **bounds: Any) -> Any:

@@ -1,0 +1,144 @@
+"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and the tables of README.md.
+
+    python -m pipeline.reference            (`make docs`)
+
+A test fails when what is on disk is not what this would write.
+"""
+
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from cache.atomic import write_atomically
+from pipeline.cli import cli
+from pipeline.config import Config, section_types
+from stages.settings import affects_numbers
+
+_CONFIG_INTRODUCTION = """# Config
+
+Made from the program by `make docs`. A config is a TOML file; `--set dotted.key=value` changes one setting. Settings
+marked with * change no number: they may differ without making anything stale.
+"""
+ROOT = Path(__file__).resolve().parent.parent
+_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def documents() -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    readme = ROOT / "README.md"
+    return {
+        ROOT / "docs" / "cli.md": cli_reference(),
+        ROOT / "docs" / "config.md": config_reference(),
+        readme: with_tables(readme.read_text(encoding="utf-8")),
+    }
+
+
+def cli_reference() -> str:
+    """Help of every command, as the program prints it."""
+    parts = ["# Command line\n\nMade from the program by `make docs`.\n"]
+    parts += [f"## {name}\n\n```\n{text}\n```\n" for name, text in _help_texts(cli, None, "tristill")]
+    return "\n".join(parts)
+
+
+def _help_texts(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=100, max_content_width=100)
+    context.help_option_names = ["-h", "--help"]
+    yield context.command_path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for child in command.list_commands(context):
+            yield from _help_texts(command.commands[child], context, child)
+
+
+def config_reference() -> str:
+    """Every section and field of the config, from the classes that check it."""
+    parts = [_CONFIG_INTRODUCTION]
+    parts += _section_reference("", Config)
+    return "\n".join(parts)
+
+
+def _section_reference(path: str, section: type[BaseModel]) -> Iterator[str]:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    below: list[tuple[str, type[BaseModel]]] = []
+    for name, field in section.model_fields.items():
+        key = f"{path}.{name}".lstrip(".")
+        star = "" if affects_numbers(field) else " *"
+        rows.append(f"| `{name}`{star} | {_type_name(field)} | {_default(field)} | {field.description} |")
+        below += [(key, found) for found in section_types(field.annotation)]
+    kind = section.model_fields.get("kind")
+    tag = f' (`kind = "{typing.get_args(kind.annotation)[0]}"`)' if kind else ""
+    title = f"`[{path}]`{tag}" if path else "Top level"
+    yield f"## {title}\n\n{_one_paragraph(section.__doc__)}\n\n" + "\n".join(rows) + "\n"
+    for key, found in below:
+        yield from _section_reference(key, found)
+
+
+def _type_name(field: FieldInfo) -> str:
+    bounds = [
+        f"{symbol} {getattr(bound, name)}"
+        for bound in field.metadata
+        for name, symbol in _BOUNDS.items()
+        if hasattr(bound, name)
+    ]
+    return ", ".join([_annotation_name(field.annotation), *bounds])
+
+
+def _annotation_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if section_types(annotation):
+        name = "table" + (" or none" if type(None) in arguments else "")
+    elif origin is typing.Literal:
+        name = " or ".join(f'"{choice}"' for choice in arguments)
+    elif origin is Annotated:
+        name = _annotation_name(arguments[0])
+    elif origin in (typing.Union, types.UnionType):
+        name = " or ".join(_annotation_name(part) for part in arguments)
+    elif origin is tuple:
+        name = f"list of {_annotation_name(arguments[0])}"
+    else:
+        plain = {"NoneType": "none", "str": "text", "bool": "true or false", "Path": "path", "dict": "table"}
+        own = (origin or annotation).__name__
+        name = plain.get(own, own)
+    return name
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is PydanticUndefined or isinstance(default, BaseModel | dict):
+        return "see below" if isinstance(default, BaseModel) else "empty"
+    if default is None:
+        return "none"
+    if isinstance(default, tuple):
+        return f"`{list(default)}`"
+    return f"`{json.dumps(default)}`"
+
+
+def with_tables(readme: str) -> str:
+    """README with every marked table made anew from the measured JSON."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        return f"<!-- table: {name} -->\n{json.loads(path.read_text())['markdown']}\n<!-- end -->"
+
+    return _MARKED.sub(table, readme)
+
+
+def _one_paragraph(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+if __name__ == "__main__":
+    for path, content in documents().items():
+        write_atomically(path, content.encode("utf-8"))

@@ -1,0 +1,151 @@
+"""Shipped configs are right, and wrong ones are refused with every problem at once."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from pipeline.config import Config, check_student_name, load_config, save_config
+from pipeline.errors import ConfigError
+from pipeline.runner import plan
+from pipeline.steps import Workspace
+
+SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+MINIMAL = """
+[teacher]
+model = { width = 16, layers = 1, heads = 2, mlp_width = 16 }
+training = { steps = 1, learning_rate = 0.1 }
+[distill]
+training = { steps = 1, learning_rate = 0.1 }
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "some.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_plan_every_step(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    steps = [step.label for step in plan(Workspace(config, tmp_path), "distill")]
+    students = [f"distill --name {name}" for name in config.student_names]
+    assert steps == ["tokenize", "teacher", "dump-logits", *students]
+    assert [step.label for step in plan(Workspace(config, tmp_path), "teacher")] == ["tokenize", "teacher"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_saved_config_loads_again_and_is_complete(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+    assert tomllib.loads((tmp_path / "config.toml").read_text())["teacher"]["training"]["beta1"] == 0.9
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem != "test"], ids=lambda path: path.stem)
+def test_shipped_students_have_rows_that_llama_cpp_packs(path: Path) -> None:
+    shape = load_config(path).student_shape
+    assert all(columns % 256 == 0 for _, columns in shape.linear_shapes.values())
+
+
+def test_hslm_is_the_size_it_says() -> None:
+    config = load_config(ROOT / "configs" / "hslm.toml")
+    vocab_size = config.data.tokenizer.vocab_size  # type: ignore[union-attr]
+    assert round(config.student_shape.parameters(vocab_size), -4) == 1_950_000
+    assert (config.distill.training.steps, config.distill.alpha, config.distill.temperature) == (20_000, 0.5, 5.0)
+
+
+def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> None:
+    text = MINIMAL.replace("layers = 1", "layer = 1").replace("[distill]", "[distill]\nalpha = 1.5\ntargets = 'cache'")
+    text += "[data]\ncontext_length = 0\nsource = { kind = 'txt', paths = ['x'] }\n[evalute]\nx = 1\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    message = str(caught.value)
+    for expected in (
+        "7 problems",
+        "data.source: Input tag 'txt' found using 'kind' does not match any of the expected tags",
+        "data.context_length: Input should be greater than or equal to 1; found 0",
+        "teacher.model.layers: is missing; it has no default",
+        "teacher.model.layer: unknown key; did you mean 'layers'?",
+        "distill.alpha: Input should be less than or equal to 1; found 1.5",
+        "distill.targets: Input should be 'cached', 'online' or 'auto'; found 'cache'",
+        "evalute: unknown key; did you mean 'evaluate'?",
+    ):
+        assert expected in message, message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("teacher.model.heads=3", r"teacher.model: width \(16\) must be an even multiple of heads \(3\)"),
+        ("teacher.model.subln=true", "teacher.model: a teacher with subln is no Llama"),
+        ("teacher.training.warmup_steps=2", r"warmup_steps \(2\) must not exceed steps \(1\)"),
+        ("data.tokenizer.vocab_size=9", r"data.tokenizer.kind: is missing; expected one of: bpe, file"),
+        ("data.tokenizer={kind='bpe', vocab=9}", r"data.tokenizer.vocab: unknown key; did you mean 'vocab_size'"),
+        ("cache.profile.top_k=0", "cache.profile.top_k: Input should be greater than or equal to 1; found 0"),
+        ("cache.hidden_layers=[1, 1]", "cache.hidden_layers: layers must be distinct"),
+        ("distill.hidden.layers={}", "distill.hidden.layers: Dictionary should have at least 1 item"),
+        ("teacher=3", "teacher: Input should be"),
+        ("zzz.a=3", "zzz: unknown key; expected one of: cache, data, distill"),
+        ("nonsense", r"--set nonsense: expected dotted.key=value"),
+        ("teacher.model.width.x=3", r"--set teacher.model.width.x=3: width is a value, not a table"),
+        ("variants.student.distill.alpha=1", "variants.student: expected another name"),
+        (
+            "variants.other.cache.profile.top_k=1",
+            r"variants.other: expected tables \['distill', 'evaluate', 'student'\]",
+        ),
+        ("variants.other.distill.alpha=2", "variants.other.distill.alpha: Input should be less than or equal to 1"),
+        ("data.source={kind='hf', path='json', arguments={split='x'}}", r"\['split'\] cannot be given here"),
+    ],
+)
+def test_one_bad_setting_is_refused_by_its_path(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL), (assignment,))
+
+
+@pytest.mark.parametrize(("text", "message"), [("a = ", "cannot be read as TOML"), (None, "configs in this checkout")])
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = write(tmp_path, text) if text else tmp_path / "missing.toml"
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_set_takes_toml_values_and_plain_words(tmp_path: Path) -> None:
+    assignments = ("distill.alpha=0.25", "distill.targets=online", "cache.hidden_layers=[2, 1]", 'cache.dir="x y"')
+    config = load_config(write(tmp_path, MINIMAL), assignments)
+    assert (config.distill.alpha, config.distill.targets) == (0.25, "online")
+    assert config.cache.hidden_layers == (1, 2)
+    assert config.cache.dir == Path("x y")
+
+
+def test_a_variant_is_the_config_with_its_changes(tmp_path: Path) -> None:
+    text = MINIMAL + "[variants.wide.student]\nmodel = { width = 32, layers = 1, heads = 2, mlp_width = 16 }\n"
+    config = load_config(write(tmp_path, text), ("variants.wide.distill.training.seed=7",))
+    wide = config.for_student("wide")
+    assert wide.student_shape.width == 32
+    assert (wide.distill.training.seed, wide.distill.training.steps) == (7, 1)
+    assert config.for_student("unknown") == config.for_student("student")
+    assert config.student_shape == config.teacher.model
+
+
+def test_names_logs_and_devices_change_no_fingerprint(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    before = load_config(path).numbers()
+    neutral = ("teacher.training.log_every=3", "cache.dir=elsewhere", "distill.training.device=cpu")
+    assert load_config(path, neutral).numbers() == before
+    assert load_config(path, ("distill.training.seed=3",)).numbers() != before
+
+
+@pytest.mark.parametrize("name", ["", ".", "../x", "a/b", "-x", "a b"])
+def test_student_names_stay_inside_their_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match="student name"):
+        check_student_name(name)
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(ROOT / "configs" / "test.toml").distill.alpha = 0.1  # type: ignore[misc]
+    assert Config.model_config["extra"] == "forbid"

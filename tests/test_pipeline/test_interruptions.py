@@ -1,0 +1,174 @@
+"""Kills, Ctrl-C and full disks: the same command goes on, and the result is the same."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+COMMANDS = ("tokenize", "teacher", "dump-logits", "distill")
+ARTEFACTS = ("data", "teacher", "cache", "students/student")
+SLOW_DOWN = ("--set", "teacher.training.checkpoint_every=3", "--set", "distill.training.checkpoint_every=3")
+
+
+def start(run_dir: Path, *arguments: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
+    def limit() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *arguments, "--config", "configs/test.toml", "--run-dir", str(run_dir), *SLOW_DOWN],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=limit,  # noqa: PLW1509 - no threads here
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def artefacts(run_dir: Path) -> dict[str, bytes]:
+    """All that must be equal: everything but times, speeds and memory."""
+    timed = {"provenance.json", "summary.json", "metrics.jsonl"}
+    return {
+        f"{folder}/{path.name}": path.read_bytes()
+        for folder in ARTEFACTS
+        for path in sorted((run_dir / folder).iterdir())
+        if path.is_file() and path.name not in timed
+    }
+
+
+def killed_after(run_dir: Path, command: str, delay_s: float) -> bool:
+    """Whether the process was still at work when it was killed."""
+    process = start(run_dir, command)
+    try:
+        process.wait(delay_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+    finally:
+        process.communicate()
+    assert process.returncode == 0
+    return False
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_runs_that_were_killed_end_as_the_one_that_was_not(finished_run: Path, tmp_path: Path, seed: int) -> None:
+    generator = random.Random(seed)
+    kills = 0
+    for command in COMMANDS:
+        for _ in range(3):
+            if not killed_after(tmp_path, command, generator.uniform(1.0, 3.5)):
+                break
+            kills += 1
+        process = start(tmp_path, command)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+    assert kills >= 4
+    assert artefacts(tmp_path) == artefacts(finished_run)
+    leftovers = [path.name for path in tmp_path.rglob("*") if path.name == "checkpoints" or "step-" in path.name]
+    assert not leftovers
+
+
+def test_ctrl_c_says_how_to_go_on_and_keeps_a_checkpoint(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "data", tmp_path / "data")
+    process = start(tmp_path, "teacher", "--set", "teacher.training.steps=100000")
+    while not (tmp_path / "teacher" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.endswith("interrupted; run the same command again to go on\n")
+    assert "Traceback" not in stderr
+    assert list((tmp_path / "teacher" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "teacher" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "dump-logits"])
+def test_ctrl_c_reaches_the_step_at_work_and_ends_quietly(finished_run: Path, tmp_path: Path, command: str) -> None:
+    for folder in ("data", "teacher"):
+        shutil.copytree(finished_run / folder, tmp_path / folder)
+    process = start(tmp_path, command, "--set", "cache.batch_windows=1", "--set", "cache.compression_level=22")
+    while not (tmp_path / "cache" / "tokenizer.json").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted; run the same command again to go on" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
+def test_a_full_disk_while_dumping_keeps_finished_shards_and_goes_on(finished_run: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: shards of the validation split fit, those of train do not."""
+    for folder in ("data", "teacher"):
+        shutil.copytree(finished_run / folder, tmp_path / folder)
+    shard_bytes = (finished_run / "cache" / "train-00000.h5").stat().st_size
+    process = start(tmp_path, "dump-logits", limit_bytes=shard_bytes - 1000)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "could not be written (File too large)" in stderr
+    assert "finished shards are safe: free some space" in stderr
+    assert "Traceback" not in stderr
+    assert not list((tmp_path / "cache").glob(".*.partial"))
+    process = start(tmp_path, "dump-logits")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    names = [path.name for path in (finished_run / "cache").iterdir() if path.name != "provenance.json"]
+    assert all(
+        (tmp_path / "cache" / name).read_bytes() == (finished_run / "cache" / name).read_bytes() for name in names
+    )
+
+
+@pytest.mark.parametrize(("command", "limit_bytes"), [("tokenize", 9_000), ("teacher", 9_000), ("distill", 9_000)])
+def test_a_full_disk_in_any_step_gives_one_message_and_loses_nothing(
+    finished_run: Path, tmp_path: Path, command: str, limit_bytes: int
+) -> None:
+    for folder in ("data", "teacher", "cache")[: COMMANDS.index(command)]:
+        shutil.copytree(finished_run / folder, tmp_path / folder)
+    process = start(tmp_path, command, limit_bytes=limit_bytes)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    assert "File too large; mend that and run the same command again" in stderr
+    assert "Traceback" not in stderr
+    process = start(tmp_path, command)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_really_full_disk(finished_run: Path, tmp_path: Path) -> None:
+    """A small tmpfs, where the process may mount one."""
+    for folder in ("data", "teacher"):
+        shutil.copytree(finished_run / folder, tmp_path / folder)
+    small = tmp_path / "cache"
+    small.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", small], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("this process may not mount a file system")
+    try:
+        process = start(tmp_path, "dump-logits")
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "No space left on device" in stderr
+        assert "Traceback" not in stderr
+        assert not (small / "cache.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        process = start(tmp_path, "dump-logits")
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+        shard = "train-00002.h5"
+        assert (small / shard).read_bytes() == (finished_run / "cache" / shard).read_bytes()
+    finally:
+        subprocess.run(["umount", small], check=True)

@@ -1,0 +1,228 @@
+"""Steps are skipped, resumed or refused by what is on disk; nothing of a user's is lost."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Outcome, tristill
+
+CONFIG = ("--config", "configs/test.toml")
+Snapshot = dict[str, tuple[int, bytes]]
+
+
+def snapshot(folder: Path) -> Snapshot:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def on(run_dir: Path, *arguments: str) -> Outcome:
+    return tristill(*arguments, *CONFIG, "--run-dir", str(run_dir))
+
+
+def test_a_finished_step_is_up_to_date_and_touches_nothing(copied_run: Path) -> None:
+    before = snapshot(copied_run)
+    for command in ("tokenize", "teacher", "dump-logits", "distill"):
+        outcome = on(copied_run, command)
+        assert outcome.code == 0
+        assert "up to date" in outcome.stderr
+    assert on(copied_run, "run", "--dry-run").stdout == "nothing to do\n"
+    assert snapshot(copied_run) == before
+
+
+def test_changed_settings_are_refused_by_name_until_forced(copied_run: Path) -> None:
+    before = snapshot(copied_run)
+    change = ("--set", "teacher.training.learning_rate=0.002")
+    for command in ("teacher", "run"):
+        outcome = on(copied_run, command, *change)
+        assert outcome.code == 1
+        assert "was made with other settings or inputs:" in outcome.stderr
+        assert "teacher.training.learning_rate: was 0.003, is 0.002" in outcome.stderr
+        assert "`tristill teacher --force`" in outcome.stderr
+    assert snapshot(copied_run) == before
+    assert on(copied_run, "teacher", *change, "--force").code == 0
+    outcome = on(copied_run, "dump-logits", *change)
+    assert outcome.code == 1
+    assert "input teacher: was " in outcome.stderr
+
+
+def test_settings_that_change_no_number_make_nothing_stale(copied_run: Path) -> None:
+    outcome = on(
+        copied_run, "run", "--dry-run", "--set", "teacher.training.log_every=7", "--set", "distill.targets=cached"
+    )
+    assert (outcome.code, outcome.stdout) == (0, "nothing to do\n")
+
+
+def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for n in range(30):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"the story of number {n} " * 40)
+    source = (
+        "--set",
+        f"data.source={{kind='text', paths=['{tmp_path / 'text'}']}}",
+        "--set",
+        "data.max_train_tokens=3000",
+    )
+    assert on(tmp_path / "run", "tokenize", *source).code == 0
+    assert "up to date" in on(tmp_path / "run", "tokenize", *source).stderr
+    (tmp_path / "text" / "30.txt").write_text("one more")
+    outcome = on(tmp_path / "run", "tokenize", *source)
+    assert outcome.code == 1
+    assert "input corpus: was" in outcome.stderr
+    shutil.rmtree(tmp_path / "text")
+    assert "up to date" in on(tmp_path / "run", "tokenize", *source).stderr
+
+
+@pytest.mark.parametrize(("command", "missing"), [("teacher", "tokenize"), ("dump-logits", "tokenize")])
+def test_a_step_alone_never_runs_another_but_names_it(
+    step: Callable[..., Outcome], tmp_path: Path, command: str, missing: str
+) -> None:
+    outcome = step(command)
+    assert outcome.code == 1
+    assert f"which is missing or unfinished; run `tristill {missing}` first" in outcome.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_distill_without_cache_says_which_command_makes_it(step: Callable[..., Outcome]) -> None:
+    outcome = step("distill", "--targets", "cached")
+    assert outcome.code == 1
+    assert "found no cache; run `tristill dump-logits`" in outcome.stderr
+    outcome = step("distill", "--targets", "online")
+    assert "online targets need it, and config.json is not there; run `tristill teacher`" in outcome.stderr
+
+
+def test_files_that_are_not_ours_are_never_touched(step: Callable[..., Outcome], tmp_path: Path) -> None:
+    precious = tmp_path / "run" / "data" / "train.npy"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"years of work")
+    for force in ((), ("--force",)):
+        outcome = step("tokenize", *force)
+        assert outcome.code == 1
+        assert "holds train.npy but no provenance.json, so it was not made by `tristill tokenize`" in outcome.stderr
+    assert precious.read_bytes() == b"years of work"
+
+
+def test_two_processes_do_not_work_in_one_folder(copied_run: Path) -> None:
+    descriptor = os.open(copied_run / "teacher", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        outcome = on(copied_run, "teacher")
+        assert outcome.code == 1
+        assert "teacher: another process is working on it" in outcome.stderr
+    finally:
+        os.close(descriptor)
+
+
+def test_a_missing_or_damaged_shard_is_dumped_again_byte_for_byte(copied_run: Path) -> None:
+    cache = copied_run / "cache"
+    before = {path.name: path.read_bytes() for path in cache.iterdir() if path.name != "provenance.json"}
+    (cache / "train-00001.h5").write_bytes(before["train-00001.h5"][:-1])
+    (cache / "validation-00000.h5").unlink()
+    outcome = tristill("cache", "verify", str(cache))
+    assert outcome.code == 1
+    assert outcome.stdout.count("delete this shard and run `tristill dump-logits` again") == 2
+    assert on(copied_run, "dump-logits").code == 0
+    assert before == {path.name: path.read_bytes() for path in cache.iterdir() if path.name != "provenance.json"}
+    assert tristill("cache", "verify", str(cache)).stdout == f"{cache}: every byte is as it was written\n"
+
+
+def test_one_cache_serves_another_run_without_teacher_or_corpus(finished_run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(finished_run / "cache", tmp_path / "shared")
+    outcome = on(elsewhere, "distill", "--targets", "cached", "--set", f"cache.dir={tmp_path / 'shared'}")
+    assert outcome.code == 0, outcome.stderr
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["config.toml", "students"]
+    weights = [folder / "students" / "student" / "model.safetensors" for folder in (finished_run, elsewhere)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    outcome = on(elsewhere, "run", "--dry-run", "--set", f"cache.dir={tmp_path / 'shared'}")
+    assert outcome.stdout == "distill --name no-teacher\n"
+
+
+def test_a_cache_of_another_teacher_is_refused(copied_run: Path, finished_run: Path) -> None:
+    shutil.rmtree(copied_run / "students")
+    changed = ("--set", "teacher.training.seed=5")
+    assert on(copied_run, "teacher", *changed, "--force").code == 0
+    outcome = on(copied_run, "distill", *changed)
+    assert outcome.code == 1
+    assert "the cache was made by another teacher: found fingerprint" in outcome.stderr
+
+
+def test_provenance_says_what_was_made_from_what(finished_run: Path) -> None:
+    records = {
+        name: json.loads((finished_run / folder / "provenance.json").read_text())
+        for name, folder in (
+            ("data", "data"),
+            ("teacher", "teacher"),
+            ("cache", "cache"),
+            ("student", "students/student"),
+        )
+    }
+    for record in records.values():
+        assert record["status"] == "complete"
+        assert record["elapsed_s"] > 0
+        assert record["peak_rss_mib"] > 10
+        assert record["versions"]["torch"]
+        assert record["command"].startswith("tristill ")
+    assert records["teacher"]["inputs"] == {"data": records["data"]["fingerprint"]}
+    assert records["cache"]["inputs"] == {name: records[name]["fingerprint"] for name in ("data", "teacher")}
+    assert records["student"]["inputs"] == {name: records[name]["fingerprint"] for name in ("data", "teacher", "cache")}
+    assert records["student"]["settings"]["student"]["model"]["width"] == 32
+
+
+def test_a_new_name_is_a_new_student_of_the_same_cache(copied_run: Path) -> None:
+    outcome = on(copied_run, "distill", "--name", "colder", "--set", "distill.alpha=0.1")
+    assert outcome.code == 0
+    assert (copied_run / "students" / "colder" / "summary.json").is_file()
+    assert "student name '../x'" in on(copied_run, "distill", "--name", "../x").stderr
+
+
+def test_evaluate_agrees_with_the_summary_and_knows_the_teacher(copied_run: Path) -> None:
+    outcome = on(copied_run, "evaluate", "--json")
+    metrics = json.loads(outcome.stdout)
+    assert list(metrics) == ["teacher", "student", "no-teacher"]
+    summary = json.loads((copied_run / "students" / "student" / "summary.json").read_text())
+    assert metrics["student"] == summary["validation"]
+    assert metrics["teacher"]["kl_to_teacher_nats"] == pytest.approx(0, abs=1e-4)
+    assert metrics["teacher"]["top1_agreement"] == 1
+    assert json.loads((copied_run / "evaluation.json").read_text()) == metrics
+    shutil.rmtree(copied_run / "cache")
+    online = json.loads(on(copied_run, "evaluate", "student", "--json").stdout)["student"]
+    assert online["perplexity"] == pytest.approx(metrics["student"]["perplexity"], rel=1e-5)
+    assert online["kl_to_teacher_nats"] >= metrics["student"]["kl_to_teacher_nats"]
+    folder = str(copied_run / "students" / "student")
+    assert json.loads(on(copied_run, "evaluate", folder, "--json").stdout)[folder] == online
+    assert "nobody: found no model in" in on(copied_run, "evaluate", "nobody").stderr
+
+
+def test_cache_info_reports_bytes_that_add_up(finished_run: Path) -> None:
+    cache = finished_run / "cache"
+    info = json.loads(tristill("cache", "info", str(cache), "--json").stdout)
+    assert info["file_bytes"] == sum(path.stat().st_size for path in cache.glob("*.h5"))
+    per_dataset = [value for name, value in info["bytes_per_position"].items() if name != "on disk"]
+    assert 0 < sum(per_dataset) < info["bytes_per_position"]["on disk"]
+    text = tristill("cache", "info", *CONFIG, "--run-dir", str(finished_run)).stdout
+    assert "topk" in text
+    assert "hidden_2" in text
+
+
+def test_usage_errors_exit_with_two_and_one_message() -> None:
+    outcome = tristill("distill", "--set", "distill.alhpa=1")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert "distill.alhpa: unknown key; did you mean 'alpha'?" in outcome.stderr
+    assert tristill("distil").code == 2
+    assert tristill("run", "--until", "never").code == 2
+    assert tristill("cache", "info", "nowhere").code == 1
+
+
+def test_help_is_there_for_every_command() -> None:
+    outcome = tristill("--help")
+    assert outcome.code == 0
+    assert "tristill run --until distill" in outcome.stdout
+    assert (ROOT / "docs" / "cli.md").read_text().count("Usage: tristill") == 10
