@@ -96,7 +96,8 @@ def run_steps(steps: Sequence[Step], arguments: Sequence[str]) -> None:
         name = ["--name", step.name] if isinstance(step, Distill) else []
         command = [step.command, *name, *arguments]
         say(f"$ tristill {' '.join(command)}")
-        code = _wait(subprocess.Popen([sys.executable, "-m", "pipeline", *command]))  # noqa: S603 - our own command
+        # What a step prints is news here; the result of a run is printed by its caller.
+        code = _wait(subprocess.Popen([sys.executable, "-m", "pipeline", *command], stdout=2))  # noqa: S603 - ours
         if code:
             raise ChildError(f"{step.label} did not finish", exit_code=code if code > 0 else 1)
 
