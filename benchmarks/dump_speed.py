@@ -8,16 +8,17 @@ Needs the data and teacher of a run (`make teacher`). The bare pass computes eve
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.environment import environment
 from cache import CacheWriter
 from pipeline.config import load_config
+from pipeline.results import text_table
 from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
 from stages.dump.config import DumpConfig
@@ -69,7 +70,7 @@ def main() -> None:
             seconds["bare"].append(between - started)
             seconds["dump"].append(time.perf_counter() - between)
     ratios = [bare / dump for bare, dump in zip(seconds["bare"][1:], seconds["dump"][1:], strict=True)]
-    result = {
+    result: dict[str, Any] = {
         "positions_per_round": positions,
         "profile": spec.profile.model_dump(),
         "hidden_layers": list(config.hidden_layers),
@@ -81,15 +82,20 @@ def main() -> None:
         "rounds": arguments.rounds,
         "environment": environment(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print("| bare forward, positions/s | dump, positions/s | dump / bare (median, min to max) |")
-    print("|---|---|---|")
-    print(
-        f"| {result['bare_positions_per_s']:,.0f} | {result['dump_positions_per_s']:,.0f} | "
-        f"{result['ratio_median']:.3f} ({result['ratio_min']:.3f} to {result['ratio_max']:.3f}) |"
+    result["markdown"] = text_table(
+        [
+            ["bare forward, positions/s", "dump, positions/s", "dump / bare: median, min to max"],
+            [
+                f"{result['bare_positions_per_s']:,.0f}",
+                f"{result['dump_positions_per_s']:,.0f}",
+                f"{result['ratio_median']:.2f}, {result['ratio_min']:.2f} to {result['ratio_max']:.2f}",
+            ],
+        ]
     )
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(result["markdown"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
