@@ -7,7 +7,7 @@ from stages.evaluate.metrics import MetricSums, ValidationMetrics
 from stages.losses.chunked_head import chunks
 from stages.models.transformer import Transformer
 from stages.progress import Progress
-from stages.targets.source import Signals, TargetSource
+from stages.targets.source import Epoch, Signals, TargetSource
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def evaluate(model: Transformer, source: TargetSource, config: EvaluateConfig, l
     sums = MetricSums(config.calibration_bins, source.temperature)
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
-        for batch in source.batches("validation", config.batch_windows, Signals(targets=True), seed=None):
+        for batch in source.batches("validation", config.batch_windows, Signals(targets=True), Epoch()):
             final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
             labels_N = batch.labels_BT.flatten()
             for rows in chunks(len(final_ND), model.vocab_size):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cache import Cache, SplitName, WindowBatch
 from stages.losses.target import StoredTargets
-from stages.targets.source import Signals, TargetBatch
+from stages.targets.source import Epoch, Signals, TargetBatch
 
 
 class CachedSource:
@@ -34,24 +34,15 @@ class CachedSource:
         """Mean text bytes per token of a split."""
         return self._cache.spec.splits[split].bytes_per_token
 
-    def batches(
-        self,
-        split: SplitName,
-        batch_windows: int,
-        signals: Signals,
-        *,
-        seed: int | None,
-        epoch: int = 0,
-        first_batch: int = 0,
-    ) -> Iterator[TargetBatch]:
-        """One epoch from a batch on; see TargetSource."""
+    def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
+        """See TargetSource."""
         for batch in self._cache.stream(
             split,
             batch_windows,
-            seed=seed,
-            epoch=epoch,
-            first_batch=first_batch,
-            drop_last=seed is not None,
+            seed=epoch.seed,
+            epoch=epoch.number,
+            first_batch=epoch.first_batch,
+            drop_last=epoch.seed is not None,
             targets=signals.targets,
             hidden_layers=signals.hidden_layers,
         ):

@@ -13,7 +13,7 @@ from stages.data.tokenized import load_corpus
 from stages.data.tokens import TokenWindows
 from stages.losses.target import ComputedTargets
 from stages.models.transformer import Transformer
-from stages.targets.source import Signals, TargetBatch
+from stages.targets.source import Epoch, Signals, TargetBatch
 
 
 class OnlineSource:
@@ -53,21 +53,14 @@ class OnlineSource:
         """Mean text bytes per token of a split."""
         return self._corpus.splits[split].bytes_per_token
 
-    def batches(
-        self,
-        split: SplitName,
-        batch_windows: int,
-        signals: Signals,
-        *,
-        seed: int | None,
-        epoch: int = 0,
-        first_batch: int = 0,
-    ) -> Iterator[TargetBatch]:
-        """One epoch from a batch on; see TargetSource."""
-        order = WindowOrder(self.num_windows(split), default_windows_per_chunk(self.context_length), seed, epoch)
-        windows = order.windows(first_batch * batch_windows)
+    def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
+        """See TargetSource."""
+        order = WindowOrder(
+            self.num_windows(split), default_windows_per_chunk(self.context_length), epoch.seed, epoch.number
+        )
+        windows = order.windows(epoch.first_batch * batch_windows)
         while batch := list(islice(windows, batch_windows)):
-            if seed is None or len(batch) == batch_windows:
+            if epoch.seed is None or len(batch) == batch_windows:
                 yield self._batch(split, batch, signals)
 
     def _batch(self, split: SplitName, windows: list[int], signals: Signals) -> TargetBatch:

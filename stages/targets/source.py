@@ -24,6 +24,18 @@ class Signals:
 
 
 @dataclass(frozen=True)
+class Epoch:
+    """One pass over a split, from `first_batch` on.
+
+    With a seed, whole batches in an order that is a function of (seed, number); without, all windows as stored.
+    """
+
+    seed: int | None = None
+    number: int = 0
+    first_batch: int = 0
+
+
+@dataclass(frozen=True)
 class TargetBatch:
     """Windows and what is known of the teacher there.
 
@@ -59,17 +71,8 @@ class TargetSource(Protocol):
         """Mean text bytes per token of a split."""
         ...
 
-    def batches(
-        self,
-        split: SplitName,
-        batch_windows: int,
-        signals: Signals,
-        *,
-        seed: int | None,
-        epoch: int = 0,
-        first_batch: int = 0,
-    ) -> Iterator[TargetBatch]:
-        """One epoch from a batch on; shuffled whole batches, or all windows in stored order if `seed` is None."""
+    def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
+        """The batches of one epoch with what is wanted of the teacher."""
         ...
 
 
@@ -86,9 +89,9 @@ def endless_batches(
         )
 
     def batches_from(first: int) -> Iterator[TargetBatch]:
-        epoch, first_batch = divmod(first, batches_per_epoch)
+        number, first_batch = divmod(first, batches_per_epoch)
         while True:
-            yield from source.batches("train", batch_windows, signals, seed=seed, epoch=epoch, first_batch=first_batch)
-            epoch, first_batch = epoch + 1, 0
+            yield from source.batches("train", batch_windows, signals, Epoch(seed, number, first_batch))
+            number, first_batch = number + 1, 0
 
     return batches_from

@@ -15,7 +15,7 @@ from torch import nn
 
 from stages.errors import CheckpointError, CorpusError, StageError
 from stages.losses.term import LossValues
-from stages.targets.source import Signals, endless_batches
+from stages.targets.source import Epoch, Signals, endless_batches
 from stages.training.config import TrainingConfig
 from stages.training.loop import Training
 from stages.training.schedule import learning_rate
@@ -171,10 +171,8 @@ class NumberedSource:
     def num_windows(self, split: str) -> int:
         return 10
 
-    def batches(
-        self, split: str, size: int, signals: Signals, *, seed: int, epoch: int, first_batch: int
-    ) -> Iterator[tuple[int, int]]:
-        return ((epoch, number) for number in range(first_batch, 10 // size))
+    def batches(self, split: str, size: int, signals: Signals, epoch: Epoch) -> Iterator[tuple[int, int]]:
+        return ((epoch.number, batch) for batch in range(epoch.first_batch, 10 // size))
 
 
 def test_batches_go_on_through_epochs_from_any_point() -> None:
