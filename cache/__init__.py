@@ -1,7 +1,7 @@
 """What is on disk: windows of token ids with what the teacher knew about them. Knows nothing of models.
 
-The format is docs/format.md. All that reads or writes a cache is here. The modules `atomic`, `hashing` and `order` are
-also used by the packages above; the others are private.
+The format is docs/format.md. All that stage two needs is here. The dump and the pipeline also use `layout`, `manifest`
+and `spec`, and the small tools `atomic`, `hashing`, `arrays` and `order`; `shard` is private.
 """
 
 from cache.errors import (

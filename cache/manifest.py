@@ -38,12 +38,20 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _shards_are_those_of_the_spec(self) -> Self:
+        # Counted by arithmetic first: a hostile spec may declare more shards than memory has room to list.
+        expected_shards = sum(
+            -(-split.num_windows // self.spec.windows_per_shard) for split in self.spec.splits.values()
+        )
+        if len(self.shards) != expected_shards:
+            raise ValueError(f"found {len(self.shards)} shards, expected the {expected_shards} that the spec declares")
+        names = {array.name for array in self.spec.arrays}
+        if any(shard.stored_bytes.keys() != names for shard in self.shards):
+            raise ValueError(f"stored_bytes must name the datasets {sorted(names)}")
         found = [(shard.name, shard.split, shard.first_window, shard.num_windows) for shard in self.shards]
         expected = [(shard.name, shard.split, shard.first_window, shard.num_windows) for shard in self.ranges]
         if found != expected:
-            odd = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), None)
-            detail = f"found {odd[0]}, expected {odd[1]}" if odd else f"found {len(found)}, expected {len(expected)}"
-            raise ValueError(f"the list of shards does not follow from the spec: {detail}")
+            odd = next(pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1])
+            raise ValueError(f"the list of shards does not follow from the spec: found {odd[0]}, expected {odd[1]}")
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from cache.manifest import Manifest, load_manifest
 from cache.order import Group, WindowOrder
 from cache.shard import OpenShard, corrupt
 from cache.spec import CacheSpec, SplitName
+from cache.verify import verify_cache
 
 _MAX_OPEN_SHARDS = 64
 
@@ -80,6 +81,10 @@ class Cache:
             raise CacheRequestError(f"{self.folder}: has no split {split}, found {sorted(self.spec.splits)}")
         return self.spec.splits[split].num_windows
 
+    def verify(self, on_shard: Callable[[int], object] = lambda _: None) -> list[str]:
+        """One line per damaged file; see verify_cache."""
+        return verify_cache(self.folder, on_shard)
+
     def close(self) -> None:
         """Close all shards; they are opened again when needed."""
         with self._lock:
@@ -114,10 +119,13 @@ class Cache:
         """Batches of one epoch, shuffled by (seed, epoch); `seed=None` gives the stored order.
 
         `batch_size` counts windows over all ranks; each of the `world_size` ranks gets its equal share of every batch,
-        so the order is the same at any world size. `first_batch` resumes in mid-epoch. Only what is asked for is read
-        and decompressed, in `threads` threads, one shuffle buffer ahead: memory is at most three buffers of decoded
-        windows, whatever the size of the cache. With `drop_last=False` the last batch may be short.
+        so the order is the same at any world size. `first_batch` resumes in mid-epoch. With `drop_last=False` the last
+        batch may be short. Only what is asked for is read and decompressed, in `threads` threads, one shuffle buffer
+        ahead: memory is at most three buffers of decoded windows (64 chunks each, some 262,000 positions), whatever the
+        size of the cache.
         """
+        if not 0 <= rank < world_size:
+            raise CacheRequestError(f"rank {rank} is not below world_size {world_size}")
         if batch_size % world_size:
             raise CacheRequestError(f"batch_size {batch_size} is not a multiple of world_size {world_size}")
         num_windows = self.num_windows(split)

@@ -5,6 +5,7 @@ is an ordinary OSError and a shard is never half there. When reading, h5py is us
 where the chunks lie; the chunks themselves are read with `os.pread`, outside h5py's global lock.
 """
 
+import errno
 import json
 import os
 import stat
@@ -26,6 +27,7 @@ ZSTANDARD_FILTER = 32015
 SPEC_ATTRIBUTE = "tristill_spec"
 SHARD_ATTRIBUTE = "tristill_shard"
 _LARGEST_ATTRIBUTE_BYTES = 60_000
+_ID_DATASETS = {"input_ids", "head_ids"}
 _LIBRARY_BOUNDS = ("v110", "v110")
 
 Frames = Mapping[str, list[bytes]]
@@ -117,13 +119,20 @@ class OpenShard:
         if len(frame) != stored.num_bytes:
             raise corrupt(where, f"found {len(frame)} bytes, expected {stored.num_bytes}: the file is truncated")
         try:
-            declared_bytes = zstandard.frame_content_size(frame)
-            if declared_bytes != expected_bytes:
-                raise corrupt(where, f"its frame declares {declared_bytes} bytes, expected {expected_bytes}")
-            content = zstandard.ZstdDecompressor().decompress(frame, max_output_size=expected_bytes)
+            declared = zstandard.get_frame_parameters(frame)
+            if declared.content_size != expected_bytes:
+                raise corrupt(where, f"its frame declares {declared.content_size} bytes, expected {expected_bytes}")
+            if not declared.has_checksum:
+                raise corrupt(where, "its frame has no checksum")
+            content = zstandard.ZstdDecompressor().decompress(
+                frame, max_output_size=expected_bytes, allow_extra_data=False
+            )
         except zstandard.ZstdError as exc:
             raise corrupt(where, f"its stored bytes are damaged ({exc})") from exc
-        return np.frombuffer(content, dtype=array.dtype).reshape(self._spec.windows_per_chunk, *array.window_shape)
+        values = np.frombuffer(content, dtype=array.dtype).reshape(self._spec.windows_per_chunk, *array.window_shape)
+        if name in _ID_DATASETS and values.max() >= self._spec.vocab_size:
+            raise corrupt(where, f"holds id {values.max()}, expected ids below {self._spec.vocab_size}")
+        return values
 
 
 def corrupt(where: str, what: str) -> CacheCorruptError:
@@ -135,11 +144,13 @@ def corrupt(where: str, what: str) -> CacheCorruptError:
 
 def _open_regular_file(path: Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as exc:
         raise corrupt(str(path), "the shard is missing") from exc
     except OSError as exc:
-        raise corrupt(str(path), f"cannot be opened as a regular file ({exc.strerror})") from exc
+        if exc.errno != errno.ELOOP:
+            raise  # the system's trouble, not the shard's
+        raise corrupt(str(path), "is a link, not a regular file") from exc
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise corrupt(str(path), "is not a regular file")
@@ -159,7 +170,9 @@ def _read_chunk_tables(path: Path, file_bytes: int, spec: CacheSpec, shard: Shar
             if identity != shard_identity(shard):
                 raise corrupt(str(path), f"it says it holds {identity}, expected {shard_identity(shard)}")
             return {array.name: _chunk_table(file, path, file_bytes, spec, shard, array) for array in spec.arrays}
-    except (OSError, RuntimeError, ValueError, KeyError) as exc:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as exc:
+        if isinstance(exc, OSError) and exc.errno:
+            raise  # the system's trouble, not the shard's
         raise corrupt(str(path), f"is damaged or no HDF5 file ({exc})") from exc
 
 

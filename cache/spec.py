@@ -11,6 +11,7 @@ from cache.hashing import canonical_json
 from cache.topk import TopKProfile
 
 FORMAT_VERSION = 1
+LARGEST_CHUNK_BYTES = 2**28
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Literal["train", "validation"]
@@ -50,11 +51,23 @@ class CacheSpec(_Strict):
     context_length: Annotated[int, Field(ge=1)]
     profile: TopKProfile
     hidden: HiddenSpec | None = None
-    splits: dict[SplitName, SplitSpec]
+    splits: Annotated[dict[SplitName, SplitSpec], Field(min_length=1)]
     windows_per_chunk: Annotated[int, Field(ge=1)]
     windows_per_shard: Annotated[int, Field(ge=1)]
     teacher_fingerprint: Fingerprint
     tokenizer_fingerprint: Fingerprint
+
+    @model_validator(mode="after")
+    def _chunks_are_of_moderate_size(self) -> Self:
+        largest = max(array.window_bytes for array in self.arrays) * self.windows_per_chunk
+        if largest > LARGEST_CHUNK_BYTES:
+            raise ValueError(
+                f"a chunk of {self.windows_per_chunk} windows takes {largest} bytes, expected at most "
+                f"{LARGEST_CHUNK_BYTES}; keep fewer logits or hidden values per position, or shorten the context"
+            )
+        if self.end_of_text_id >= self.vocab_size:
+            raise ValueError(f"end_of_text_id ({self.end_of_text_id}) must be below vocab_size ({self.vocab_size})")
+        return self
 
     @model_validator(mode="after")
     def _shards_hold_whole_chunks(self) -> Self:

@@ -1,4 +1,4 @@
-"""Finds any damaged byte of a cache, and says what a cache holds."""
+"""Finds any damaged byte of a cache."""
 
 from collections.abc import Callable
 from pathlib import Path

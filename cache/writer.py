@@ -1,5 +1,6 @@
 """Writes a cache shard by shard; each shard is committed on its own, the manifest last."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,9 +67,10 @@ class CacheWriter:
 
     def commit(self, shard: ShardRange, frames: Mapping[str, list[bytes]]) -> None:
         """Put a finished shard on disk."""
-        path = self.folder / shard.name
-        self._write(path, shard_image(self.spec, shard, frames, self._compression_level))
-        self._records[shard.name] = _record(path, self.spec, shard)
+        image = shard_image(self.spec, shard, frames, self._compression_level)
+        self._write(self.folder / shard.name, image)
+        stored_bytes = {name: sum(map(len, parts)) for name, parts in frames.items()}
+        self._records[shard.name] = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
 
     def compressor(self) -> zstandard.ZstdCompressor:
         """The compressor of every frame: content size and checksum are written."""
@@ -157,22 +159,19 @@ def verified_record(path: Path, spec: CacheSpec, shard: ShardRange) -> ShardReco
         for array in spec.arrays:
             for chunk in range(shard.num_chunks(spec)):
                 opened.read_chunk(array.name, chunk)
+        stored_bytes = {array.name: opened.stored_bytes(array.name) for array in spec.arrays}
+        return _record(shard, opened.file_bytes, sha256_of_file(path), stored_bytes)
     finally:
         opened.close()
-    return _record(path, spec, shard)
 
 
-def _record(path: Path, spec: CacheSpec, shard: ShardRange) -> ShardRecord:
-    opened = OpenShard(path, spec, shard)
-    try:
-        return ShardRecord(
-            name=shard.name,
-            split=shard.split,
-            first_window=shard.first_window,
-            num_windows=shard.num_windows,
-            file_bytes=opened.file_bytes,
-            sha256=sha256_of_file(path),
-            stored_bytes={array.name: opened.stored_bytes(array.name) for array in spec.arrays},
-        )
-    finally:
-        opened.close()
+def _record(shard: ShardRange, file_bytes: int, sha256: str, stored_bytes: dict[str, int]) -> ShardRecord:
+    return ShardRecord(
+        name=shard.name,
+        split=shard.split,
+        first_window=shard.first_window,
+        num_windows=shard.num_windows,
+        file_bytes=file_bytes,
+        sha256=sha256,
+        stored_bytes=stored_bytes,
+    )

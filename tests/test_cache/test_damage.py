@@ -1,7 +1,9 @@
 """Damage is found, named, and never read as data."""
 
 import json
+import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from cache import (
     verify_cache,
 )
 from cache.hashing import sha256_of_file
-from conftest import TOKENIZER_JSON, make_spec, write_cache, write_shards
+from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
 
 
 def silent(num_bytes: int) -> None:
@@ -127,11 +129,59 @@ def test_a_broken_manifest_is_refused_with_the_field(small_cache: Cache, old: st
 
 
 def test_declared_sizes_are_checked_before_anything_is_allocated(small_cache: Cache) -> None:
-    """A manifest that claims a huge context is caught by the shards, which do not have it."""
-    text = (small_cache.folder / "cache.json").read_text().replace('"context_length":6', '"context_length":999999999')
-    (small_cache.folder / "cache.json").write_text(text)
-    with pytest.raises(CacheMismatchError, match="context_length: found 6, expected 999999999"):
-        open_cache(small_cache.folder).window("train", 0)
+    text = (small_cache.folder / "cache.json").read_text()
+    for claimed, error, message in (
+        ("999999999", CacheCorruptError, "a chunk of 4 windows takes 63999999936 bytes, expected at most 268435456"),
+        ("99999", CacheMismatchError, "context_length: found 6, expected 99999"),
+    ):
+        changed = text.replace('"context_length":6', f'"context_length":{claimed}')
+        (small_cache.folder / "cache.json").write_text(changed)
+        with pytest.raises(error, match=message):
+            open_cache(small_cache.folder).window("train", 0)
+
+
+def test_a_manifest_that_claims_endless_shards_is_refused_at_once(small_cache: Cache) -> None:
+    change_manifest(small_cache.folder, '"num_windows":70}', '"num_windows":1000000000000}')
+    with pytest.raises(CacheCorruptError, match="found 6 shards, expected the 62500000001 that the spec declares"):
+        open_cache(small_cache.folder)
+
+
+def test_a_pipe_in_place_of_a_shard_does_not_hang(small_cache: Cache) -> None:
+    shard = small_cache.folder / "train-00000.h5"
+    shard.unlink()
+    os.mkfifo(shard)
+    (problem,) = small_cache.verify()
+    assert "train-00000.h5: is not a regular file" in problem
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    spec = make_spec(9, 2)
+    writer = CacheWriter(tmp_path, spec, TOKENIZER_JSON)
+    for shard in writer.missing_shards():
+        rows = window_arrays(spec, shard.split, range(shard.num_windows))
+        rows["head_ids"][0, 0, 0] = 300
+        shard_writer = writer.shard(shard)
+        shard_writer.append(rows)
+        shard_writer.commit()
+    writer.finish()
+    with pytest.raises(CacheCorruptError, match="dataset head_ids, chunk 0: holds id 300, expected ids below 300"):
+        open_cache(tmp_path).window("train", 0)
+
+
+def test_trouble_of_the_system_is_not_taken_for_damage(small_cache: Cache) -> None:
+    descriptors, limit = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limit[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                descriptors.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files"):
+            CacheWriter(small_cache.folder, small_cache.spec, TOKENIZER_JSON)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert small_cache.verify() == []
 
 
 def rewrite(path: Path, change: object) -> None:
@@ -204,13 +254,19 @@ def test_a_frame_that_declares_another_size_is_not_decompressed(small_cache: Cac
     import zstandard
 
     bomb = zstandard.ZstdCompressor().compress(bytes(10_000_000))
-
-    def change(file: h5py.File) -> None:
-        file["input_ids"].id.write_direct_chunk((0, 0), bomb)
-
-    rewrite(small_cache.folder / "train-00000.h5", change)
-    with pytest.raises(CacheCorruptError, match="its frame declares 10000000 bytes, expected 56"):
-        open_cache(small_cache.folder).window("train", 0)
+    bare = zstandard.ZstdCompressor(write_checksum=False).compress(bytes(56))
+    good = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(56))
+    for frame, message in (
+        (bomb, "its frame declares 10000000 bytes, expected 56"),
+        (bare, "its frame has no checksum"),
+        (good + b"more", "its stored bytes are damaged"),
+    ):
+        rewrite(
+            small_cache.folder / "train-00000.h5",
+            lambda file, frame=frame: file["input_ids"].id.write_direct_chunk((0, 0), frame),
+        )
+        with pytest.raises(CacheCorruptError, match=message):
+            open_cache(small_cache.folder).window("train", 0)
 
 
 def test_a_link_in_place_of_a_shard_is_refused(small_cache: Cache, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import Cache, CacheRequestError, CacheWriter, TopKProfile, open_cache
+from cache.arrays import ids_dtype
 from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
 
 
@@ -115,6 +116,8 @@ def test_reader_refuses_what_is_not_there(small_cache: Cache) -> None:
         next(small_cache.stream("train", 4, seed=0, hidden_layers=(2,)))
     with pytest.raises(CacheRequestError, match="window 70: the split train has 70 windows"):
         small_cache.window("train", 70)
+    with pytest.raises(CacheRequestError, match="rank 2 is not below world_size 2"):
+        next(small_cache.stream("train", 4, seed=0, rank=2, world_size=2))
     with pytest.raises(CacheRequestError, match="batch_size 5 is not a multiple of world_size 2"):
         next(small_cache.stream("train", 5, seed=0, world_size=2))
 
@@ -133,6 +136,8 @@ def test_spec_refuses_what_cannot_be_stored() -> None:
         make_spec(per_chunk=3, per_shard=16)
     with pytest.raises(ValueError, match="less than or equal to 4294967296"):
         make_spec(vocab_size=2**32 + 1)
+    with pytest.raises(CacheRequestError, match="ids are stored in at most 32 bits"):
+        ids_dtype(2**32 + 1)
     with pytest.raises(CacheRequestError, match="top_k is 301, but the vocabulary has only 300 entries"):
         make_spec(profile=TopKProfile(top_k=301)).arrays  # noqa: B018 - the property computes
 
