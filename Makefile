@@ -3,13 +3,14 @@
 CONFIG ?= configs/demo.toml
 ARGS ?=
 PYTHON ?= python3
+PIP_ARGS ?=
 VENV ?= .venv
 
 BIN := $(VENV)/bin
 TRISTILL := $(BIN)/tristill
 RUN := $(TRISTILL) run --config $(CONFIG) $(ARGS) --until
 
-.PHONY: teacher dump-logits distill evaluate test test-slow check format docs bench clean
+.PHONY: teacher dump-logits distill evaluate test test-slow check format docs bench
 
 # The steps. Each runs all steps before it that are not up to date.
 teacher dump-logits distill evaluate: $(VENV)/.installed
@@ -40,9 +41,9 @@ bench: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf]'
 	touch $@

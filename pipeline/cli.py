@@ -12,7 +12,7 @@ import click
 
 from pipeline.config import DEFAULT_STUDENT, check_student_name, load_config
 from pipeline.runner import execute, plan, run_steps
-from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize, Workspace
+from pipeline.steps import RUN_CONFIG_NAME, Distill, DumpLogits, Step, Teacher, Tokenize, Workspace
 from stages.progress import Progress, say
 
 _STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
@@ -62,8 +62,9 @@ force_option = click.option("--force", is_flag=True, help="Remove what an earlie
 
 
 def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> Workspace:
-    """The checked config and the run folder."""
-    return Workspace(load_config(config_path, assignments), run_dir or Path("runs") / config_path.stem)
+    """The checked config and the run folder; a run's own config.toml belongs to the folder it is in."""
+    default = config_path.parent if config_path.name == RUN_CONFIG_NAME else Path("runs") / config_path.stem
+    return Workspace(load_config(config_path, assignments), run_dir or default)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

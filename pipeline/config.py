@@ -86,8 +86,10 @@ def save_config(config: Config, path: Path) -> None:
 
 def check_student_name(name: str) -> str:
     """A name that is safe as a folder's."""
-    if not _NAME.match(name):
-        raise ConfigError(f"student name {name!r}: expected letters, digits, '.', '_' and '-', not first a sign")
+    if not _NAME.match(name) or name == "teacher":
+        raise ConfigError(
+            f"student name {name!r}: expected letters, digits, '.', '_' and '-', not first a sign, and not 'teacher'"
+        )
     return name
 
 
@@ -117,8 +119,8 @@ def _problems(plain: dict[str, Any]) -> Iterator[str]:
         return
     for name, changes in variants.items():
         where = f"variants.{name}"
-        if not _NAME.match(name) or name == DEFAULT_STUDENT:
-            yield f"{where}: expected another name: letters, digits, '.', '_', '-', and not {DEFAULT_STUDENT!r}"
+        if not _NAME.match(name) or name in {DEFAULT_STUDENT, "teacher"}:
+            yield f"{where}: expected another name: letters, digits, '.', '_', '-', not 'student' nor 'teacher'"
         elif not isinstance(changes, dict) or changes.keys() - _VARIANT_SECTIONS:
             yield f"{where}: expected tables {sorted(_VARIANT_SECTIONS)} only, since variants share one cache"
         elif not own:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cache import open_cache
 from cache.atomic import write_atomically
-from cache.layout import MANIFEST_NAME
+from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
 from pipeline.errors import MissingInputError
 from pipeline.results import run_rows
 from pipeline.steps import Workspace
@@ -32,11 +32,8 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
     metrics = {}
     for name, folder in folders.items():
         model = load_model(folder).to(device)
-        if model.vocab_size != source.vocab_size:
-            raise CheckpointError(
-                f"{folder}: found a vocabulary of {model.vocab_size} entries, expected the {source.vocab_size} of this "
-                "run's tokenizer"
-            )
+        if (folder / TOKENIZER_NAME).read_bytes() != source.tokenizer_path.read_bytes():
+            raise CheckpointError(f"{folder}: found another tokenizer than {source.tokenizer_path}, expected the same")
         metrics[name] = evaluate(model, source, config.evaluate, name).model_dump()
     write_atomically(workspace.run_dir / "evaluation.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics

@@ -6,6 +6,7 @@ taken for finished, and what was made with other settings or inputs is told apar
 
 import fcntl
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Provenance(BaseModel):
 def new_provenance(step: str, settings: dict[str, Any], inputs: dict[str, str]) -> Provenance:
     """The record of work that starts now in this process."""
     versions = {"python": sys.version.split()[0]} | {package: version(package) for package in _PACKAGES}
-    command = " ".join(["tristill", *sys.argv[1:]])
+    command = shlex.join(["tristill", *sys.argv[1:]])
     return Provenance(
         step=step, status="building", inputs=inputs, settings=settings, command=command, versions=versions
     )
@@ -81,10 +82,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; freed by the system when the process ends, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise BusyError(
+                f"{folder}: another process is working on it; wait for it, or use another --run-dir"
+            ) from exc
         yield
-    except BlockingIOError as exc:
-        raise BusyError(f"{folder}: another process is working on it; wait for it, or use another --run-dir") from exc
     finally:
         os.close(descriptor)
 

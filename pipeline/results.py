@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MissingInputError
+from pipeline.provenance import read_provenance
 from pipeline.steps import Workspace
 
 COLUMNS = {
@@ -28,12 +29,15 @@ class Row:
 
 
 def run_rows(workspace: Workspace) -> list[Row]:
-    """The teacher, if it is here, and every finished student of the config."""
+    """The teacher, if it is here, and every finished student, those of the config first."""
     rows = [Row("teacher", None, read_summary(workspace.teacher))] if has_summary(workspace.teacher) else []
-    for name in workspace.config.student_names:
-        if has_summary(workspace.student(name)):
-            alpha = workspace.config.for_student(name).distill.alpha
-            rows.append(Row(name, alpha, read_summary(workspace.student(name))))
+    found = [path.name for path in sorted((workspace.run_dir / "students").glob("*")) if has_summary(path)]
+    configured = [name for name in workspace.config.student_names if name in found]
+    for name in [*configured, *(name for name in found if name not in configured)]:
+        folder = workspace.student(name)
+        record = read_provenance(folder)
+        alpha = record.settings["distill"]["alpha"] if record else None
+        rows.append(Row(name, alpha, read_summary(folder)))
     return rows
 
 

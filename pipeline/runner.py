@@ -2,18 +2,20 @@
 
 import glob
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config import save_config
 from pipeline.errors import ChildError, MissingInputError, StaleError
 from pipeline.provenance import PROVENANCE_NAME, differences, locked, new_provenance, write_provenance
 from pipeline.steps import Distill, Step, Workspace, all_steps
 from stages.progress import say
 from stages.resources import peak_rss_mib
+
+_INTERRUPTED = 130
 
 
 def execute(step: Step, *, force: bool = False) -> None:
@@ -30,7 +32,7 @@ def execute(step: Step, *, force: bool = False) -> None:
             return
         started = time.monotonic()
         provenance = new_provenance(step.label, step.settings(), step.inputs())
-        save_config(step.run_config, step.workspace.run_dir / "config.toml")
+        step.save_config()
         write_provenance(step.folder, provenance)
         fingerprint = step.build()
         done = {
@@ -44,6 +46,8 @@ def execute(step: Step, *, force: bool = False) -> None:
 
 def _require_inputs(step: Step) -> None:
     for needed in step.requires:
+        _require_inputs(needed)
+        refuse_if_stale(needed)
         if not needed.is_complete():
             raise MissingInputError(
                 f"{step.label} needs {needed.folder}, which is missing or unfinished; run `tristill {needed.label}` "
@@ -55,12 +59,20 @@ def refuse_if_stale(step: Step) -> None:
     """Raise StaleError if the folder holds an artefact of other settings or inputs, or files that are not ours."""
     recorded = step.provenance()
     if recorded is None:
+        if step.is_complete():
+            return  # a cache from elsewhere, without its record
         if foreign := _found(step, step.owned):
             raise StaleError(
                 f"{step.folder}: holds {foreign[0].name} but no {PROVENANCE_NAME}, so it was not made by "
                 f"`tristill {step.command}`; use another folder, or remove it yourself"
             )
         return
+    if recorded.step.split()[0] != step.command:
+        raise StaleError(
+            f"{step.folder}: was made by `tristill {recorded.step}`, not by `tristill {step.label}`; use another folder"
+        )
+    if recorded.status == "building" and not _found(step, step.resumable):
+        return  # refused or stopped before there was anything to go on from
     if changed := differences(recorded, step.settings(), step.inputs()):
         raise StaleError(
             f"{step.folder}: was made with other settings or inputs:\n"
@@ -98,23 +110,31 @@ def run_steps(steps: Sequence[Step], arguments: Sequence[str]) -> None:
         say(f"$ tristill {' '.join(command)}")
         # What a step prints is news here; the result of a run is printed by its caller.
         code = _wait(subprocess.Popen([sys.executable, "-m", "pipeline", *command], stdout=2))  # noqa: S603 - ours
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
         if code:
             raise ChildError(f"{step.label} did not finish", exit_code=code if code > 0 else 1)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
-    """The exit code; Ctrl-C reaches the child too, which then saves its state and ends."""
-    while True:
-        try:
-            return child.wait()
-        except KeyboardInterrupt:
-            continue
+    """The exit code. An interrupt is passed on once; the child then saves its state, ends, and so do we."""
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
 
 
 def _clear(step: Step) -> None:
-    """Remove what an earlier build left; only in a folder that carries our record."""
-    if step.provenance() is None:
-        return
+    """Remove what an earlier build of this step left; only in a folder that carries its record, readable or not."""
+    try:
+        recorded = step.provenance()
+    except StaleError:
+        pass
+    else:
+        if recorded is None or recorded.step.split()[0] != step.command:
+            return
     for path in _found(step, (*step.owned, PROVENANCE_NAME)):
         if path.is_dir():
             shutil.rmtree(path)

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
 from cache.hashing import fingerprint_of, sha256_of_file
-from pipeline.config import Config
+from cache.manifest import load_manifest
+from pipeline.config import Config, save_config
 from pipeline.provenance import Provenance, read_provenance
+
+RUN_CONFIG_NAME = "config.toml"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Step(ABC):
     """Files without which the artefact is not there."""
     owned: ClassVar[tuple[str, ...]]
     """Patterns of all that a build may leave, to be removed by --force."""
+    resumable: ClassVar[tuple[str, ...]]
+    """Patterns of what an unfinished build can go on from."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -91,6 +97,12 @@ class Step(ABC):
         known = {step.artefact: step.fingerprint() for step in self.needs}
         return {name: fingerprint for name, fingerprint in known.items() if fingerprint}
 
+    def save_config(self) -> None:
+        """Keep the config with the run; that of its first command, since variations have records of their own."""
+        path = self.workspace.run_dir / RUN_CONFIG_NAME
+        if not path.exists():
+            save_config(self.run_config, path)
+
     def provenance(self) -> Provenance | None:
         """The record in its folder."""
         return read_provenance(self.folder)
@@ -112,6 +124,7 @@ class Tokenize(Step):
     artefact = "data"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
     owned = (*products, ".*.partial")
+    resumable = ()
 
     @property
     def folder(self) -> Path:
@@ -153,6 +166,7 @@ class Teacher(Step):
     artefact = "teacher"
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
     owned = (*products, "tokenizer_config.json", "metrics.jsonl", "checkpoints", ".*.partial")
+    resumable = ("checkpoints/step-*",)
 
     @property
     def folder(self) -> Path:
@@ -165,8 +179,8 @@ class Teacher(Step):
         return [Tokenize(self.workspace)]
 
     def settings(self) -> dict[str, Any]:
-        """The teacher section, and how it is evaluated."""
-        return {"teacher": self.config.teacher.numbers(), "evaluate": self.config.evaluate.numbers()}
+        """The teacher section."""
+        return {"teacher": self.config.teacher.numbers()}
 
     def build(self) -> str:
         """Train."""
@@ -182,6 +196,7 @@ class DumpLogits(Step):
     artefact = "cache"
     products = ("cache.json", "tokenizer.json")
     owned = (*products, "train-*.h5", "validation-*.h5", ".*.partial")
+    resumable = ("train-*.h5", "validation-*.h5")
 
     @property
     def folder(self) -> Path:
@@ -197,16 +212,21 @@ class DumpLogits(Step):
         """The cache section."""
         return {"cache": self.config.cache.numbers()}
 
-    def is_complete(self) -> bool:
-        """Whether the manifest and every shard of its size are there."""
-        from cache.errors import CacheCorruptError
-        from cache.reader import open_cache
+    def fingerprint(self) -> str | None:
+        """Hash of the manifest, which holds the hash of every shard; the record of provenance may be missing."""
+        try:
+            return fingerprint_of(load_manifest(self.folder).model_dump(mode="json"))
+        except (CacheMissingError, CacheCorruptError):
+            return None
 
-        if not super().is_complete():
+    def is_complete(self) -> bool:
+        """Whether the manifest and every shard of its size are there, and no dump is at work on them."""
+        provenance = self.provenance()
+        if provenance and provenance.status == "building":
             return False
         try:
             open_cache(self.folder)
-        except CacheCorruptError:
+        except (CacheMissingError, CacheCorruptError):
             return False
         return True
 
@@ -214,8 +234,10 @@ class DumpLogits(Step):
         """Forward the teacher over the windows that are missing."""
         from stages.dump.dump import dump_logits
 
-        manifest = dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, self.folder)
-        return fingerprint_of(manifest.model_dump(mode="json"))
+        dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, self.folder)
+        fingerprint = self.fingerprint()
+        assert fingerprint is not None, "the manifest was just written"
+        return fingerprint
 
 
 class Distill(Step):
@@ -225,6 +247,7 @@ class Distill(Step):
     artefact = "student"
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
     owned = Teacher.owned
+    resumable = Teacher.resumable
 
     def __init__(self, workspace: Workspace, name: str) -> None:
         super().__init__(Workspace(workspace.config.for_student(name), workspace.run_dir))
@@ -252,8 +275,8 @@ class Distill(Step):
 
     @property
     def requires(self) -> list[Step]:
-        """Nothing for sure: `auto` may find its targets in one place or the other, and says so if in neither."""
-        return []
+        """What online targets need; a cache says itself what is wrong with it."""
+        return [Tokenize(self.workspace), Teacher(self.workspace)] if self.config.distill.targets == "online" else []
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of all that its targets can come from, as far as that is here."""
@@ -266,11 +289,22 @@ class Distill(Step):
     def settings(self) -> dict[str, Any]:
         """The student's sections, with its shape resolved."""
         student = {**self.config.student.numbers(), "model": self.config.student_shape.numbers()}
-        return {
-            "student": student,
-            "distill": self.config.distill.numbers(),
-            "evaluate": self.config.evaluate.numbers(),
-        }
+        return {"student": student, "distill": {**self.config.distill.numbers(), "targets": self.targets()}}
+
+    def targets(self) -> str:
+        """Cached or online: what `auto` stands for here.
+
+        Without a cache it is what the student was made with, or online.
+        """
+        if self.config.distill.targets != "auto":
+            return self.config.distill.targets
+        try:
+            spec = load_manifest(self.workspace.cache).spec
+        except CacheError:
+            recorded = self.provenance()
+            return str(recorded.settings["distill"]["targets"]) if recorded else "online"
+        temperature = self.config.distill.needed_temperature(spec.profile.temperature)
+        return "online" if spec.unserved(temperature, self.config.distill.teacher_layers) else "cached"
 
     def build(self) -> str:
         """Train, evaluate and save the student."""
@@ -299,6 +333,7 @@ class Distill(Step):
             self.config.evaluate,
             self.inputs(),
         )
+        assert summary.targets == self.targets() or self.config.distill.targets == "auto"
         return summary.fingerprints["student"]
 
 

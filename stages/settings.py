@@ -11,7 +11,7 @@ _NEUTRAL = {"affects_numbers": False}
 class Section(BaseModel):
     """One table of the TOML config. Sections import no torch and stand beside the code that they configure."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def numbers(self) -> dict[str, Any]:
         """The settings that affect results, as plain JSON values; the rest may change without invalidating anything."""

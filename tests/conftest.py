@@ -14,6 +14,8 @@ import pytest
 from cache import Cache, CacheSpec, CacheWriter, HiddenSpec, SplitSpec, TopKProfile, open_cache
 
 ROOT = Path(__file__).resolve().parent.parent
+# Small runs beside other work: threads of torch that wait for one another would take most of the time.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TOKENIZER_JSON = b'{"any": "bytes will do"}'
 
 
@@ -92,7 +94,7 @@ def tristill(*arguments: str, cwd: Path = ROOT, timeout_s: float = 300) -> Outco
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr

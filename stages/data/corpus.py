@@ -1,8 +1,10 @@
 """Documents of a corpus, one after the other, through `datasets`."""
 
+import glob
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -19,11 +21,12 @@ def documents(source: PythonStdlib | TextFiles | HuggingFaceDataset) -> Iterator
         yield from _hub_documents(source)
         return
     files = corpus_files(source)
+    if odd := [file for file in files if "::" in str(file)]:
+        raise CorpusError(f"{odd[0]}: a file name with '::' cannot be read by `datasets`; rename it")
     sample_by = _SAMPLE_BY[source.documents] if isinstance(source, TextFiles) else "document"
     try:
-        rows = datasets.load_dataset(
-            "text", data_files=[str(file) for file in files], sample_by=sample_by, split="train", streaming=True
-        )
+        names = [glob.escape(str(file)) for file in files]
+        rows = datasets.load_dataset("text", data_files=names, sample_by=sample_by, split="train", streaming=True)
         yield from (row["text"] for row in rows if row["text"])
     except UnicodeDecodeError as exc:
         raise CorpusError(
@@ -44,20 +47,25 @@ def is_validation(document: str, config: DataConfig) -> bool:
 
 def _hub_documents(source: HuggingFaceDataset) -> Iterator[str]:
     where = f"data set {source.path!r}, split {source.split!r}"
+    rows = _hub_rows(source, where)
+    for row in rows:
+        text = row.get(source.text_column)
+        if not isinstance(text, str | None) or source.text_column not in row:
+            found = f"no column {source.text_column!r}" if text is None else f"{type(text).__name__} in that column"
+            raise CorpusError(
+                f"{where}: found {found}, expected text in one of {sorted(row)}; set data.source.text_column"
+            )
+        if text:
+            yield text
+
+
+def _hub_rows(source: HuggingFaceDataset, where: str) -> Iterator[dict[str, Any]]:
     try:
-        rows = datasets.load_dataset(
+        yield from datasets.load_dataset(
             source.path, source.name, split=source.split, streaming=source.streaming, **source.arguments
         )
-    except Exception as exc:  # the library raises many kinds: network, builder, arrow, user's scripts
+    except Exception as exc:  # the library raises many kinds: network, builder, arrow, parsers
         raise CorpusError(f"{where}: cannot be loaded ({type(exc).__name__}: {exc})") from exc
-    for row in rows:
-        if source.text_column not in row:
-            raise CorpusError(
-                f"{where}: found no column {source.text_column!r}, expected one of {sorted(row)}; "
-                "set data.source.text_column"
-            )
-        if row[source.text_column]:
-            yield str(row[source.text_column])
 
 
 def _first_not_utf8(files: list[Path]) -> Path:

@@ -1,13 +1,16 @@
 """The files of a corpus; loads no library for reading them."""
 
 import glob
+import os
 import sysconfig
+from functools import lru_cache
 from pathlib import Path
 
-from cache.hashing import fingerprint_of
+from cache.hashing import fingerprint_of, sha256_of_file
 from stages.data.config import HuggingFaceDataset, PythonStdlib, TextFiles
 from stages.errors import CorpusError
 
+_SMALL_CORPUS_BYTES = 64 * 2**20
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
@@ -34,12 +37,22 @@ def corpus_files(source: PythonStdlib | TextFiles) -> list[Path]:
     return sorted(set(files))
 
 
+@lru_cache
 def corpus_signature(source: PythonStdlib | TextFiles | HuggingFaceDataset) -> str | None:
-    """A cheap sign that files changed (paths, sizes, times), without reading them; None when they are not here."""
+    """A sign that files changed, without reading a large corpus; None when they are not on this machine.
+
+    A hash of names and content up to 64 MiB in all; of names, sizes and times beyond that. Names are relative to the
+    folder that all files share.
+    """
     if isinstance(source, HuggingFaceDataset):
         return None
     try:
-        states = [(str(file), file.stat()) for file in corpus_files(source)]
-    except (CorpusError, OSError):
+        files = corpus_files(source)
+        states = [file.stat() for file in files]
+        shared = os.path.commonpath([file.parent for file in files])
+        names = [os.path.relpath(file, shared) for file in files]
+        if sum(state.st_size for state in states) <= _SMALL_CORPUS_BYTES:
+            return fingerprint_of([names, [sha256_of_file(file) for file in files]])
+        return fingerprint_of([names, [(state.st_size, state.st_mtime_ns) for state in states]])
+    except (CorpusError, OSError, ValueError):
         return None
-    return fingerprint_of([(name, state.st_size, state.st_mtime_ns) for name, state in states])

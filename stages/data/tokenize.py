@@ -28,7 +28,8 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, end_of_text_id = _tokenizer(config)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str().encode("utf-8"))
-    dtype = ids_dtype(tokenizer.get_vocab_size())
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    dtype = ids_dtype(vocab_size)
     counts = {"train": [0, 0], "validation": [0, 0]}
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     with ExitStack() as stack:
@@ -47,7 +48,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
         tokens = {split: writer.num_tokens for split, writer in writers.items()}
         _refuse_short(tokens, config)
     corpus = TokenizedCorpus(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size,
         end_of_text_id=end_of_text_id,
         context_length=config.context_length,
         tokenizer_sha256=sha256_of_file(folder / "tokenizer.json"),

@@ -53,7 +53,7 @@ class TokenWindows:
         """`max_windows` keeps only the first ones."""
         try:
             self._tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, EOFError) as exc:
             raise CorpusError(f"{path}: cannot be read as token ids ({exc}); run `tristill tokenize` again") from exc
         self.context_length = context_length
         num_windows = (len(self._tokens) - 1) // context_length

@@ -30,14 +30,14 @@ class Places:
 def choose_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> TargetSource:
     """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not."""
     if config.targets == "online":
-        return online_source(dump, places, device)
+        return online_source(config, dump, places, device)
     try:
         return cached_source(config, places, device)
     except (CacheMissingError, TargetsError) as exc:
         if config.targets == "cached":
             raise
         say(f"targets: online, since the cache does not serve: {exc}")
-        return online_source(dump, places, device)
+        return online_source(config, dump, places, device)
 
 
 def cached_source(config: DistillConfig, places: Places, device: torch.device) -> CachedSource:
@@ -55,13 +55,13 @@ def cached_source(config: DistillConfig, places: Places, device: torch.device) -
     temperature = config.needed_temperature(cache.spec.profile.temperature)
     if reasons := cache.spec.unserved(temperature, config.teacher_layers):
         raise TargetsError(
-            f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or use "
-            "--targets online"
+            f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or forward "
+            "the teacher online"
         )
     return CachedSource(cache, device)
 
 
-def online_source(dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
+def online_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
     """The teacher, loaded and frozen, over the windows that a dump would hold."""
     for folder, name, command in ((places.teacher, CONFIG_NAME, "teacher"), (places.data, "data.json", "tokenize")):
         if not (folder / name).is_file():
@@ -69,10 +69,15 @@ def online_source(dump: DumpConfig, places: Places, device: torch.device) -> Onl
                 f"{folder}: online targets need it, and {name} is not there; run `tristill {command}`, or dump a cache "
                 "that serves the losses"
             )
+    teacher = load_model(places.teacher)
+    if beyond := [layer for layer in config.teacher_layers if layer > teacher.config.layers]:
+        raise TargetsError(
+            f"distill.hidden.layers: found teacher layers {beyond}, but the teacher has {teacher.config.layers} blocks"
+        )
     return OnlineSource(
         places.data,
         device,
-        teacher=load_model(places.teacher),
+        teacher=teacher,
         temperature=dump.profile.temperature,
         max_train_windows=dump.max_train_windows,
     )

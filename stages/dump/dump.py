@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from cache import CacheSpec, CacheWriter, HiddenSpec, SplitName, SplitSpec
-from cache.layout import ShardRange, default_windows_per_chunk
+from cache.hashing import sha256_of_file
+from cache.layout import TOKENIZER_NAME, ShardRange, default_windows_per_chunk
 from cache.manifest import Manifest
+from cache.spec import describe
 from cache.writer import ShardWriter
 from stages.data.tokenized import TokenizedCorpus, load_corpus, split_windows
 from stages.data.tokens import TokenWindows
@@ -36,6 +39,11 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     device = pick_device(config.device)
     teacher = load_model(teacher_folder).to(device).eval()
     corpus = load_corpus(data_folder)
+    if sha256_of_file(teacher_folder / TOKENIZER_NAME) != corpus.tokenizer_sha256:
+        raise CheckpointError(
+            f"{teacher_folder}: the teacher was trained with another tokenizer than that of {data_folder}; run "
+            "`tristill teacher --force`"
+        )
     spec = cache_spec(config, corpus, teacher, model_fingerprint(teacher_folder))
     writer = CacheWriter(folder, spec, (data_folder / "tokenizer.json").read_bytes(), config.compression_level)
     windows = {split: split_windows(data_folder, split) for split in spec.splits}
@@ -126,18 +134,26 @@ def cache_spec(
             fingerprint=corpus.windows_fingerprint(split, num_windows),
         )
 
-    return CacheSpec(
-        vocab_size=corpus.vocab_size,
-        end_of_text_id=corpus.end_of_text_id,
-        context_length=corpus.context_length,
-        profile=config.profile,
-        hidden=HiddenSpec(layers=config.hidden_layers, width=teacher.config.width) if config.hidden_layers else None,
-        splits={"train": split_spec("train", config.max_train_windows), "validation": split_spec("validation", None)},
-        windows_per_chunk=per_chunk,
-        windows_per_shard=chunks_per_shard * per_chunk,
-        teacher_fingerprint=teacher_fingerprint,
-        tokenizer_fingerprint=corpus.tokenizer_sha256,
-    )
+    try:
+        return CacheSpec(
+            vocab_size=corpus.vocab_size,
+            end_of_text_id=corpus.end_of_text_id,
+            context_length=corpus.context_length,
+            profile=config.profile,
+            hidden=HiddenSpec(layers=config.hidden_layers, width=teacher.config.width)
+            if config.hidden_layers
+            else None,
+            splits={
+                "train": split_spec("train", config.max_train_windows),
+                "validation": split_spec("validation", None),
+            },
+            windows_per_chunk=per_chunk,
+            windows_per_shard=chunks_per_shard * per_chunk,
+            teacher_fingerprint=teacher_fingerprint,
+            tokenizer_fingerprint=corpus.tokenizer_sha256,
+        )
+    except ValidationError as exc:
+        raise CheckpointError(f"the cache cannot hold that:\n{describe(exc)}") from exc
 
 
 def batches_of(shard: ShardRange, batch_windows: int) -> Iterator[list[int]]:
@@ -165,6 +181,8 @@ def teacher_arrays(teacher: Transformer, ids_BT1: np.ndarray, spec: CacheSpec, p
         name: tensor.view(*input_ids_BT.shape, *tensor.shape[1:]) for name, tensor in tensors.items()
     }
     stored |= {f"hidden_{layer}": features.hidden[layer] for layer in layers}
+    if not torch.isfinite(stored["head_logits"]).all():
+        raise CheckpointError("the teacher's logits are not finite; train it again with a lower learning rate")
     stored |= {"input_ids": torch.from_numpy(ids_BT1)}
     return {array.name: as_stored(stored[array.name].cpu().numpy(), array.dtype) for array in spec.arrays}
 

@@ -19,7 +19,8 @@ def largest(logits_NV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     vocab_size = logits_NV.shape[1]
     num_groups = vocab_size // _MEMBERS
-    if logits_NV.device.type != "cpu" or vocab_size % _MEMBERS or num_groups < 2 * top_k:
+    fits = logits_NV.device.type == "cpu" and vocab_size % _MEMBERS == 0 and num_groups >= 2 * top_k
+    if not fits or not torch.isfinite(logits_NV.sum()):  # an infinity has no low bits to spare for its index
         values_NK, ids_NK = logits_NV.topk(top_k, dim=-1)
         return values_NK, ids_NK
     grouped_NSG = logits_NV.float().view(-1, _MEMBERS, num_groups)

@@ -17,6 +17,7 @@ from stages.losses.target import Targets
 from stages.losses.term import LossValues, WeightedTerm
 
 _CHUNK_ELEMENTS = 2**20
+_SMALLEST_CHUNK_ROWS = 256
 
 ChunkTerms = Callable[[Tensor, slice], Tensor]
 
@@ -41,8 +42,11 @@ def chunked_head_loss(
 
 
 def chunks(num_rows: int, vocab_size: int) -> list[slice]:
-    """Slices of rows whose logits have about a million elements each, to stay in a processor's cache."""
-    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    """Slices of rows whose logits have about a million elements each, to stay in a processor's cache.
+
+    At least 256 rows, since every chunk reads the whole output matrix.
+    """
+    size = max(_SMALLEST_CHUNK_ROWS, _CHUNK_ELEMENTS // vocab_size)
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 

@@ -30,7 +30,7 @@ class ForwardKL:
         """(N,) float32."""
         assert target is not None
         head_log_probs_NK, tail_log_prob_N = target.log_probs(self.temperature)
-        scaled_NV = logits_NV / self.temperature
+        scaled_NV = logits_NV if self.temperature == 1 else logits_NV / self.temperature
         if target.head_ids_NK is None:
             divergence: Tensor = _FullKL.apply(scaled_NV, head_log_probs_NK)  # type: ignore[no-untyped-call]
         elif tail_log_prob_N is None:

@@ -28,8 +28,9 @@ class HiddenMSE(nn.Module):
 
     def forward(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
         """Scalar loss of student[l] (B, T, D) against teacher[m] (B, T, E) for every mapped pair l = m."""
-        errors = [
-            (F.linear(student[layer], self.projections[str(layer)]).float() - teacher[mapped].float()).square().mean()
-            for layer, mapped in self.layers.items()
-        ]
-        return torch.stack(errors).mean()
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            errors = []
+            for layer, mapped in self.layers.items():
+                projected = F.linear(student[layer].float(), self.projections[str(layer)])
+                errors.append((projected - teacher[mapped].float()).square().mean())
+            return torch.stack(errors).mean()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cache.atomic import write_atomically
 from cache.hashing import fingerprint_of, sha256_of_file
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, StageError
 from stages.models.config import ModelConfig
 from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
@@ -94,7 +94,12 @@ def model_fingerprint(folder: Path) -> str:
 
 def pick_device(name: str | None) -> torch.device:
     """The named device; CUDA if there is one, else the CPU, when none is named."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as exc:  # torch says it either way
+        raise StageError(f"device {name!r}: cannot be used here ({str(exc).splitlines()[0]}); try cpu or cuda") from exc
+    return device
 
 
 def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id: int) -> dict[str, Any]:

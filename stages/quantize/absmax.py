@@ -9,8 +9,9 @@ _SMALLEST_ABSMAX = 1e-5
 def absmax_quantize(activations: Tensor) -> Tensor:
     """round(x * s) / s with s = 127 / max |x| over the last dimension, clipped to [-128, 127].
 
-    Same shape and dtype. Ma et al. 2024 (arXiv 2402.17764), section 2: per-token absmax without zero point. The
-    absolute maximum is taken as at least 1e-5. Not differentiable: see straight_through.
+    Same shape and dtype, computed in float32. Ma et al. 2024 (arXiv 2402.17764), section 2: per-token absmax without
+    zero point. The absolute maximum is taken as at least 1e-5. Not differentiable: see straight_through.
     """
-    scale = _LARGEST_CODE / activations.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_ABSMAX)
-    return (activations * scale).round_().clamp_(-_LARGEST_CODE - 1, _LARGEST_CODE).div_(scale)
+    exact = activations.float()
+    scale = _LARGEST_CODE / exact.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_ABSMAX)
+    return (exact * scale).round_().clamp_(-_LARGEST_CODE - 1, _LARGEST_CODE).div_(scale).to(activations.dtype)

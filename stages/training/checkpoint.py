@@ -1,12 +1,12 @@
 """Checkpoints to resume from: safetensors and JSON in a folder that appears whole or not at all."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from cache.atomic import sync_folder
@@ -16,15 +16,23 @@ from stages.models.folder import read_tensors
 _RNG = "rng_state"
 
 
-def save_checkpoint(
-    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, elapsed_s: float
-) -> None:
-    """Commit the state after `step` steps as `folder/step-XXXXXXXX`, then remove the checkpoint before it.
+class TrainingState(BaseModel):
+    """How far a training is: steps done, seconds spent, and the terms of the last loss that was logged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    loss_terms: dict[str, float] = {}
+
+
+def save_checkpoint(folder: Path, progress: TrainingState, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Commit the state after `progress.step` steps as `folder/step-XXXXXXXX`, then remove the checkpoint before it.
 
     Schedule and data position are pure functions of the step.
     """
-    path = folder / f"step-{step:08d}"
-    partial = folder / f".step-{step:08d}.partial"
+    path = folder / f"step-{progress.step:08d}"
+    partial = folder / f".step-{progress.step:08d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     parameters = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -35,7 +43,7 @@ def save_checkpoint(
     }
     _write(partial / "module.safetensors", safetensors.torch.save(_own_tensors(module)))
     _write(partial / "optimizer.safetensors", safetensors.torch.save({**state, _RNG: torch.get_rng_state()}))
-    _write(partial / "state.json", json.dumps({"step": step, "elapsed_s": elapsed_s}).encode())
+    _write(partial / "state.json", progress.model_dump_json().encode())
     sync_folder(partial)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
@@ -44,15 +52,18 @@ def save_checkpoint(
         shutil.rmtree(older)
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Restore the last checkpoint; (steps done, seconds spent), or (0, 0.0) where there is none."""
+def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Restore the last checkpoint; how far the training was, or its start where there is none."""
     found = _checkpoints(folder)
     if not found:
-        return 0, 0.0
+        return TrainingState()
     path = found[-1]
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        module.load_state_dict(read_tensors(path / "module.safetensors"), strict=False)
+        state = TrainingState.model_validate_json((path / "state.json").read_bytes())
+        tensors = read_tensors(path / "module.safetensors")
+        if tensors.keys() != _own_tensors(module).keys():
+            raise ValueError("its tensors are not those of the model")  # noqa: TRY301 - one message for all
+        module.load_state_dict(tensors, strict=False)  # tied weights are there under one of their names
         optimizer_state = read_tensors(path / "optimizer.safetensors")
         torch.set_rng_state(optimizer_state.pop(_RNG))
         parameters = dict(module.named_parameters())
@@ -60,11 +71,9 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
             parameter_name, key = name.rsplit("/", 1)
             parameter = parameters[parameter_name]
             optimizer.state[parameter][key] = value.to(parameter.device)
-        return int(state["step"]), float(state["elapsed_s"])
+        return state  # noqa: TRY300
     except (OSError, ValueError, KeyError, RuntimeError, CheckpointError) as exc:
-        raise CheckpointError(
-            f"{path}: cannot be resumed from ({exc}); delete it to start from the one before"
-        ) from exc
+        raise CheckpointError(f"{path}: cannot be resumed from ({exc}); delete it to train from the start") from exc
 
 
 def clear_checkpoints(folder: Path) -> None:

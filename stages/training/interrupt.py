@@ -16,7 +16,7 @@ class InterruptFlag:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[InterruptFlag]:
-    """The first SIGINT sets the flag, for the caller to save its state and stop; a second one interrupts at once."""
+    """The first SIGINT or SIGTERM sets the flag, for the caller to save its state and stop; a second acts at once."""
     flag = InterruptFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -27,8 +27,9 @@ def deferred_interrupt() -> Iterator[InterruptFlag]:
             signal.default_int_handler(signum, frame)
         flag.is_set = True
 
-    previous = signal.signal(signal.SIGINT, note)
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

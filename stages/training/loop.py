@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -13,7 +13,7 @@ from stages.errors import StageError
 from stages.losses.term import LossValues
 from stages.progress import Progress
 from stages.resources import peak_rss_mib
-from stages.training.checkpoint import clear_checkpoints, load_checkpoint, save_checkpoint
+from stages.training.checkpoint import TrainingState, clear_checkpoints, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.interrupt import deferred_interrupt
 from stages.training.metrics import MetricsLog
@@ -68,25 +68,31 @@ class Training(Generic[Batch]):
         optimizer = make_optimizer(self._module, config)
         self._folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self._folder / "checkpoints"
-        first_step, spent_s = load_checkpoint(checkpoints, self._module, optimizer)
-        log = MetricsLog(self._folder / "metrics.jsonl", first_step)
-        batches = self._batches(first_step * config.accumulation)
-        total, done = (steps * self._positions_per_step for steps in (config.steps, first_step))
-        terms: dict[str, float] = {}
+        start = load_checkpoint(checkpoints, self._module, optimizer)
+        log = MetricsLog(self._folder / "metrics.jsonl", start.step)
+        batches = self._batches(start.step * config.accumulation)
+        total, done = (steps * self._positions_per_step for steps in (config.steps, start.step))
+        terms = start.loss_terms
         self._module.train()
         with Progress(self._label, total, "positions", done) as progress, deferred_interrupt() as interrupt:
-            for step in range(first_step, config.steps):
+            for step in range(start.step, config.steps):
                 values, grad_norm = self._step(optimizer, batches, step)
                 is_last = step + 1 == config.steps
+                is_saved = interrupt.is_set or ((step + 1) % config.checkpoint_every == 0 and not is_last)
+                if (step + 1) % config.log_every == 0 or step == 0 or is_last or is_saved:
+                    self._require_finite(step + 1, float(values.total), float(grad_norm))
                 if (step + 1) % config.log_every == 0 or step == 0 or is_last:
                     terms = {name: float(value) for name, value in values.terms.items()}
-                    self._log(log, step + 1, float(values.total), terms, float(grad_norm), progress)
+                    log.append(self._record(step + 1, float(values.total), terms, float(grad_norm), progress))
                 progress.advance(self._positions_per_step, ", ".join(f"{k} {v:.3f}" for k, v in terms.items()))
-                if interrupt.is_set or ((step + 1) % config.checkpoint_every == 0 and not is_last):
-                    save_checkpoint(checkpoints, step + 1, self._module, optimizer, spent_s + progress.elapsed_s)
+                if is_saved:
+                    state = TrainingState(
+                        step=step + 1, elapsed_s=start.elapsed_s + progress.elapsed_s, loss_terms=terms
+                    )
+                    save_checkpoint(checkpoints, state, self._module, optimizer)
                 if interrupt.is_set:
                     raise KeyboardInterrupt
-            elapsed_s = spent_s + progress.elapsed_s
+            elapsed_s = start.elapsed_s + progress.elapsed_s
         return TrainingSummary(
             steps=config.steps,
             positions=total,
@@ -120,25 +126,25 @@ class Training(Generic[Batch]):
         optimizer.zero_grad()
         return _mean(parts), grad_norm
 
-    def _log(
-        self, log: MetricsLog, step: int, loss: float, terms: dict[str, float], grad_norm: float, progress: Progress
-    ) -> None:
+    def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise StageError(
                 f"{self._label}: the loss is {loss} and the gradient norm {grad_norm} at step {step}; lower "
-                "learning_rate, lengthen warmup_steps or set precision to float32, and run again"
+                "learning_rate, lengthen warmup_steps or set precision to float32, and run again with --force"
             )
-        log.append(
-            {
-                "step": step,
-                "positions": step * self._positions_per_step,
-                "loss": loss,
-                "terms": terms,
-                "learning_rate": learning_rate(self._config, step - 1),
-                "grad_norm": grad_norm,
-                "positions_per_s": progress.units_per_s,
-            }
-        )
+
+    def _record(
+        self, step: int, loss: float, terms: dict[str, float], grad_norm: float, progress: Progress
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "positions": step * self._positions_per_step,
+            "loss": loss,
+            "terms": terms,
+            "learning_rate": learning_rate(self._config, step - 1),
+            "grad_norm": grad_norm,
+            "positions_per_s": progress.units_per_s,
+        }
 
 
 def _mean(parts: list[LossValues]) -> LossValues:

@@ -72,6 +72,8 @@ def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
     )
     assert on(tmp_path / "run", "tokenize", *source).code == 0
     assert "up to date" in on(tmp_path / "run", "tokenize", *source).stderr
+    (tmp_path / "text" / "3.txt").touch()
+    assert "up to date" in on(tmp_path / "run", "tokenize", *source).stderr
     (tmp_path / "text" / "30.txt").write_text("one more")
     outcome = on(tmp_path / "run", "tokenize", *source)
     assert outcome.code == 1
@@ -180,6 +182,14 @@ def test_a_new_name_is_a_new_student_of_the_same_cache(copied_run: Path) -> None
     outcome = on(copied_run, "distill", "--name", "colder", "--set", "distill.alpha=0.1")
     assert outcome.code == 0
     assert (copied_run / "students" / "colder" / "summary.json").is_file()
+    assert list(json.loads(on(copied_run, "evaluate", "--json").stdout)) == [
+        "teacher",
+        "student",
+        "no-teacher",
+        "colder",
+    ]
+    config = str(copied_run / "config.toml")
+    assert tristill("run", "--dry-run", "--config", config).stdout == "nothing to do\n"
     assert "student name '../x'" in on(copied_run, "distill", "--name", "../x").stderr
 
 

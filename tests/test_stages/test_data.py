@@ -98,6 +98,24 @@ def test_paragraphs_and_lines_are_documents_too(tmp_path: Path) -> None:
     assert source("line") == ["first", "second", "third"]
 
 
+def test_file_names_are_names_not_patterns(tmp_path: Path) -> None:
+    for name in ("story[1].txt", "story1.txt", "what?.txt", "star*.txt"):
+        (tmp_path / name).write_text(f"this is {name}")
+    expected = sorted(f"this is {path.name}" for path in tmp_path.iterdir())
+    assert sorted(documents(config_for(tmp_path).source)) == expected
+    (tmp_path / "a::b.txt").write_text("x")
+    with pytest.raises(CorpusError, match="a::b.txt: a file name with '::' cannot be read"):
+        list(documents(config_for(tmp_path).source))
+
+
+def test_rows_that_do_not_parse_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    source = {"kind": "hf", "path": "json", "arguments": {"data_files": str(path)}}
+    with pytest.raises(CorpusError, match="data set 'json', split 'train': cannot be loaded"):
+        list(documents(config_for(tmp_path, source=source).source))
+
+
 def test_the_standard_library_is_real_text_in_a_fixed_order() -> None:
     source = DataConfig().source
     texts = list(documents(source))
@@ -116,7 +134,10 @@ def test_hugging_face_builders_read_local_files(tmp_path: Path, builder: str) ->
     source = {"kind": "hf", "path": builder, "text_column": "story", "arguments": {"data_files": str(path)}}
     assert list(documents(config_for(tmp_path, source=source).source)) == rows["story"]
     wrong = config_for(tmp_path, source={**source, "text_column": "text"}).source
-    with pytest.raises(CorpusError, match=r"found no column 'text', expected one of \['id', 'story'\]"):
+    numbers = config_for(tmp_path, source={**source, "text_column": "id"}).source
+    with pytest.raises(CorpusError, match=r"found int in that column, expected text"):
+        list(documents(numbers))
+    with pytest.raises(CorpusError, match=r"found no column 'text', expected text in one of \['id', 'story'\]"):
         list(documents(wrong))
 
 
@@ -174,6 +195,9 @@ def test_damaged_token_files_are_refused(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "data" / "train.npy"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CorpusError, match=r"train\.npy: cannot be read as token ids .* run `tristill tokenize` again"):
+        split_windows(tmp_path / "data", "train")
+    path.write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"train\.npy: cannot be read as token ids"):
         split_windows(tmp_path / "data", "train")
     (tmp_path / "data" / "data.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"data\.json: cannot be read as a tokenized corpus"):

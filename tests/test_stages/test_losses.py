@@ -11,7 +11,7 @@ import stages.losses.chunked_head
 from stages.distill.objective import weighted_terms
 from stages.dump.select import largest
 from stages.dump.topk import topk_target
-from stages.losses.chunked_head import chunked_head_loss
+from stages.losses.chunked_head import chunked_head_loss, chunks
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.forward_kl import ForwardKL
 from stages.losses.hidden_mse import HiddenMSE
@@ -123,6 +123,21 @@ def test_largest_agrees_with_topk(seed: int, shape: tuple[int, int]) -> None:
     torch.testing.assert_close(ids, expected.indices, rtol=0, atol=0)
 
 
+def test_largest_is_right_with_infinities() -> None:
+    logits = normal(0, 4, 64).float()
+    logits[:, 10:60] = -torch.inf
+    logits[0, 3] = torch.inf
+    for top_k in (4, 12):
+        values, ids = largest(logits, top_k)
+        torch.testing.assert_close(values, logits.topk(top_k).values, rtol=0, atol=0)
+        torch.testing.assert_close(logits.gather(1, ids), values, rtol=0, atol=0)
+
+
+def test_chunks_cover_all_rows_and_stay_large_enough_for_a_large_vocabulary() -> None:
+    assert chunks(1000, 2048) == [slice(0, 512), slice(512, 1000)]
+    assert chunks(600, 150_000) == [slice(0, 256), slice(256, 512), slice(512, 600)]
+
+
 def test_largest_is_right_with_ties_and_signed_zeros() -> None:
     logits = torch.tensor([[0.0, -0.0, 1.0, 1.0] * 16, [-2.0] * 64])
     values, ids = largest(logits, 4)
@@ -170,16 +185,14 @@ def test_chunked_head_equals_the_naive_float64_loss_and_gradients(
     targets = ComputedTargets(normal(seed + 2, positions, 6), normal(seed + 3, vocab, 6))
     terms = weighted_terms(alpha, tau)
     results = []
-    before = stages.losses.chunked_head._CHUNK_ELEMENTS
-    try:
-        for chunk_elements in (1, 4 * vocab, 2**20):
-            stages.losses.chunked_head._CHUNK_ELEMENTS = chunk_elements
+    with pytest.MonkeyPatch.context() as patch:
+        for rows in (1, 4, 256):
+            patch.setattr(stages.losses.chunked_head, "_CHUNK_ELEMENTS", rows * vocab)
+            patch.setattr(stages.losses.chunked_head, "_SMALLEST_CHUNK_ROWS", 1)
             f, w = final.clone().requires_grad_(), head.clone().requires_grad_()
             values = chunked_head_loss(f, w, labels, targets, terms)
             (2.0 * values.total).backward()
             results.append((values.total.detach(), f.grad / 2, w.grad / 2))
-    finally:
-        stages.losses.chunked_head._CHUNK_ELEMENTS = before
     f, w = final.clone().requires_grad_(), head.clone().requires_grad_()
     total = naive(f, w, labels, targets, alpha, tau)
     total.backward()

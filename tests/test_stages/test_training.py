@@ -18,6 +18,7 @@ from stages.losses.term import LossValues
 from stages.targets.source import Epoch, Signals, endless_batches
 from stages.training.config import TrainingConfig
 from stages.training.loop import Training
+from stages.training.optimizer import make_optimizer
 from stages.training.schedule import learning_rate
 
 
@@ -84,7 +85,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, s
     with pytest.raises(RuntimeError, match="pulled the plug"):
         training(tmp_path / "cut", make_module(), settings, stop_at=stop_at).run()
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 1')  # a kill in the middle of a line
+        log.write('\0\0\0\n{"step": 1')  # a loss of power, then a kill in the middle of a line
     resumed = make_module()
     again = training(tmp_path / "cut", resumed, settings)
     again.run()
@@ -188,6 +189,35 @@ def test_batches_go_on_through_epochs_from_any_point() -> None:
 def test_a_split_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(CorpusError, match="the train split has 10 windows, fewer than one batch of 11"):
         endless_batches(NumberedSource(), 11, Signals(), seed=0)  # type: ignore[arg-type]
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    moved = []
+    for limit in (None, 1e-3):
+        module = nn.Linear(5, 1, bias=False)
+        nn.init.zeros_(module.weight)
+        settings = config(steps=1, warmup_steps=0, grad_clip=limit, beta1=0.0, weight_decay=0.0)
+        run = training(tmp_path / str(limit), module, settings)
+        run.run()
+        moved.append(logged(tmp_path / str(limit))[0]["grad_norm"])
+        assert module.weight.grad is None
+    assert moved[0] == moved[1] > 1e-3  # what is logged is the norm before clipping
+
+
+def test_weight_decay_spares_vectors() -> None:
+    optimizer = make_optimizer(make_module(), config(weight_decay=0.3))
+    decays = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {(7, 5): 0.3, (1, 7): 0.3, (7,): 0.0, (1,): 0.0}
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    def poisoned(first: int) -> Iterator[torch.Tensor]:
+        for number, batch in enumerate(batches_from(first), start=first):
+            yield batch * (math.nan if number >= 5 else 1)
+
+    with pytest.raises(StageError, match="at step 7"):
+        training(tmp_path, make_module(), config(log_every=100, checkpoint_every=7), batches=poisoned).run()
+    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_time_spent_before_a_resume_counts(tmp_path: Path) -> None:
