@@ -54,10 +54,90 @@ def test_changed_settings_are_refused_by_name_until_forced(copied_run: Path) -> 
 
 
 def test_settings_that_change_no_number_make_nothing_stale(copied_run: Path) -> None:
-    outcome = on(
-        copied_run, "run", "--dry-run", "--set", "teacher.training.log_every=7", "--set", "distill.targets=cached"
-    )
+    neutral = ("teacher.training.log_every=7", "distill.targets=cached", "evaluate.calibration_bins=3")
+    outcome = on(copied_run, "run", "--dry-run", *(part for change in neutral for part in ("--set", change)))
     assert (outcome.code, outcome.stdout) == (0, "nothing to do\n")
+
+
+def test_cached_and_online_students_are_told_apart(copied_run: Path) -> None:
+    outcome = on(copied_run, "distill", "--targets", "online")
+    assert outcome.code == 1
+    assert "distill.targets: was 'cached', is 'online'" in outcome.stderr
+    shutil.rmtree(copied_run / "cache")
+    assert "up to date" in on(copied_run, "distill").stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "bad", "message"),
+    [
+        ("tokenize", "data.source={kind='text', paths=['nowhere']}", "found no file there"),
+        ("teacher", "teacher.training.device=gpu", "device 'gpu': cannot be used here"),
+        ("dump-logits", "cache.hidden_layers=[9]", "found [9], but the teacher has 2 blocks"),
+        ("distill", "distill.temperature=4", "temperature 4 is asked for"),
+        ("distill", "distill.hidden.layers={1=9}", "found teacher layers [9], but the teacher has 2 blocks"),
+    ],
+)
+def test_a_refused_start_does_not_stand_in_the_way_of_the_right_one(
+    finished_run: Path, tmp_path: Path, command: str, bad: str, message: str
+) -> None:
+    needed = {"tokenize": (), "teacher": ("data",), "dump-logits": ("data", "teacher")}
+    for folder in needed.get(command, ("data", "teacher", "cache")):
+        shutil.copytree(finished_run / folder, tmp_path / folder)
+    targets = ("--targets", "online") if "layers={" in bad else ("--targets", "cached") if command == "distill" else ()
+    outcome = on(tmp_path, command, "--set", bad, *targets)
+    assert outcome.code == 1
+    assert message in outcome.stderr
+    assert on(tmp_path, command).code == 0
+
+
+def test_steps_refuse_to_build_on_what_is_stale(copied_run: Path) -> None:
+    shutil.rmtree(copied_run / "cache")
+    assert on(copied_run, "tokenize", "--force", "--set", "data.validation_fraction=0.3").code == 0
+    outcome = on(copied_run, "dump-logits", "--set", "data.validation_fraction=0.3")
+    assert outcome.code == 1
+    assert "teacher: was made with other settings or inputs:" in outcome.stderr
+    assert "input data: was" in outcome.stderr
+
+
+def test_force_never_removes_another_steps_files(copied_run: Path) -> None:
+    before = snapshot(copied_run)
+    outcome = on(copied_run, "dump-logits", "--force", "--set", f"cache.dir={copied_run / 'teacher'}")
+    assert outcome.code == 1
+    assert "was made by `tristill teacher`, not by `tristill dump-logits`" in outcome.stderr
+    assert snapshot(copied_run) == before
+
+
+def test_a_broken_record_is_refused_until_forced(copied_run: Path) -> None:
+    (copied_run / "teacher" / "provenance.json").write_text("{")
+    outcome = on(copied_run, "teacher")
+    assert outcome.code == 1
+    assert "provenance.json: cannot be read as a record of provenance" in outcome.stderr
+    assert on(copied_run, "teacher", "--force").code == 0
+
+
+def test_a_cache_without_its_record_is_as_good(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run / "cache", tmp_path / "cache")
+    (tmp_path / "cache" / "provenance.json").unlink()
+    assert on(tmp_path, "run", "--dry-run").stdout.startswith("distill --name student\n")
+    assert on(tmp_path, "distill").code == 0
+    fingerprints = json.loads((tmp_path / "students" / "student" / "summary.json").read_text())["fingerprints"]
+    made = json.loads((finished_run / "students" / "student" / "summary.json").read_text())["fingerprints"]
+    assert fingerprints["cache"] == made["cache"]
+    assert fingerprints["student"] == made["student"]
+
+
+def test_a_flipped_byte_in_a_shard_stops_the_student_with_the_way_out(copied_run: Path) -> None:
+    shutil.rmtree(copied_run / "students")
+    shard = copied_run / "cache" / "train-00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    outcome = on(copied_run, "distill")
+    assert outcome.code == 1
+    assert "train-00000.h5: dataset" in outcome.stderr
+    assert "delete this shard and run `tristill dump-logits` again" in outcome.stderr
+    shard.unlink()
+    assert on(copied_run, "run").code == 0
 
 
 def test_a_changed_corpus_is_noticed(tmp_path: Path) -> None:
@@ -97,7 +177,7 @@ def test_distill_without_cache_says_which_command_makes_it(step: Callable[..., O
     assert outcome.code == 1
     assert "found no cache; run `tristill dump-logits`" in outcome.stderr
     outcome = step("distill", "--targets", "online")
-    assert "online targets need it, and config.json is not there; run `tristill teacher`" in outcome.stderr
+    assert "which is missing or unfinished; run `tristill tokenize` first" in outcome.stderr
 
 
 def test_files_that_are_not_ours_are_never_touched(step: Callable[..., Outcome], tmp_path: Path) -> None:
