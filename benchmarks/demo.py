@@ -28,6 +28,17 @@ def tristill(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pipeline", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
+def dotted(changes: dict[str, Any], path: str = "") -> list[str]:
+    """A variant's changes as arguments of --set."""
+    return [
+        line
+        for key, value in changes.items()
+        for line in (
+            dotted(value, f"{path}{key}.") if isinstance(value, dict) else [f"{path}{key}={json.dumps(value)}"]
+        )
+    ]
+
+
 def spread(values: list[float], form: str) -> str:
     mean = form.format(statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} +- {form.format(statistics.stdev(values))}"
@@ -55,10 +66,9 @@ def main() -> None:
     workspace = Workspace(load_config(arguments.config), arguments.run_dir)
     students: dict[str, list[dict[str, Any]]] = {}
     for name in workspace.config.student_names:
-        alpha = workspace.config.for_student(name).distill.alpha
         students[name] = [read_summary(workspace.student(name))]
         for seed in range(1, arguments.seeds):
-            changes = [f"distill.alpha={alpha}", f"distill.training.seed={seed}"]
+            changes = [*dotted(workspace.config.variants.get(name, {})), f"distill.training.seed={seed}"]
             other = f"{name}-seed-{seed}"
             tristill("distill", "--name", other, *where, *(part for change in changes for part in ("--set", change)))
             students[name].append(read_summary(workspace.student(other)))

@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from pipeline.config import load_config
 from pipeline.results import text_table
 from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
-from stages.dump.config import DumpConfig
-from stages.dump.dump import batches_of, cache_spec, write_missing_shards
+from stages.dump.dump import batches_of, cache_spec, torch_threads, write_missing_shards
 from stages.losses.chunked_head import chunks
 from stages.models.folder import load_model, model_fingerprint
 from stages.models.transformer import Transformer
@@ -31,14 +31,23 @@ from stages.progress import Progress
 RESULTS = Path(__file__).parent / "results" / "dump_speed.json"
 
 
-@torch.inference_mode()
-def bare_forward(teacher: Transformer, windows: TokenWindows, writer: CacheWriter, config: DumpConfig) -> None:
-    for shard in writer.missing_shards():
-        for rows in batches_of(shard, config.batch_windows):
-            ids_BT1 = torch.from_numpy(windows.read(rows)).long()
-            final_ND = teacher(ids_BT1[:, :-1]).final_BTD.flatten(0, 1)
-            for part in chunks(len(final_ND), teacher.vocab_size):
-                final_ND[part] @ teacher.head_weight.T
+def bare_forward(teacher: Transformer, windows: TokenWindows, batches: list[list[int]], *, workers: bool) -> None:
+    """Every logit of every window, computed and dropped: one operator on all cores, or one worker per core."""
+
+    @torch.inference_mode()
+    def forward(rows: list[int]) -> None:
+        ids_BT1 = torch.from_numpy(windows.read(rows)).long()
+        final_ND = teacher(ids_BT1[:, :-1]).final_BTD.flatten(0, 1)
+        for part in chunks(len(final_ND), teacher.vocab_size):
+            final_ND[part] @ teacher.head_weight.T
+
+    if not workers:
+        for rows in batches:
+            forward(rows)
+        return
+    cores = torch.get_num_threads()
+    with torch_threads(1) as set_threads, ThreadPoolExecutor(cores, initializer=set_threads) as pool:
+        list(pool.map(forward, batches))
 
 
 def main() -> None:
@@ -57,41 +66,40 @@ def main() -> None:
     windows = split_windows(data, "train")
     positions = spec.num_positions("train")
     tokenizer = (data / "tokenizer.json").read_bytes()
-    seconds: dict[str, list[float]] = {"bare": [], "dump": []}
+    seconds: dict[str, list[float]] = {"bare, all cores": [], "bare, worker per core": [], "dump": []}
     for _ in range(arguments.rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
             writer = CacheWriter(Path(folder), spec, tokenizer)
-            started = time.perf_counter()
-            bare_forward(teacher, windows, writer, config)
-            between = time.perf_counter()
-            with Progress("dump", positions, "positions") as progress:
-                write_missing_shards(writer, teacher, {"train": windows}, config, progress)
-            writer.finish()
-            seconds["bare"].append(between - started)
-            seconds["dump"].append(time.perf_counter() - between)
-    ratios = [bare / dump for bare, dump in zip(seconds["bare"][1:], seconds["dump"][1:], strict=True)]
+            batches = [rows for shard in writer.missing_shards() for rows in batches_of(shard, config.batch_windows)]
+            for name in seconds:
+                started = time.perf_counter()
+                if name == "dump":
+                    with Progress("dump", positions, "positions") as progress:
+                        write_missing_shards(writer, teacher, {"train": windows}, config, progress)
+                    writer.finish()
+                else:
+                    bare_forward(teacher, windows, batches, workers="worker" in name)
+                seconds[name].append(time.perf_counter() - started)
+    measured = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
     result: dict[str, Any] = {
         "positions_per_round": positions,
         "profile": spec.profile.model_dump(),
         "hidden_layers": list(config.hidden_layers),
-        "bare_positions_per_s": positions / statistics.median(seconds["bare"][1:]),
-        "dump_positions_per_s": positions / statistics.median(seconds["dump"][1:]),
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "positions_per_s": {name: positions / statistics.median(values) for name, values in measured.items()},
+        "dump_over": {
+            name: sorted(bare / dump for bare, dump in zip(values, measured["dump"], strict=True))
+            for name, values in measured.items()
+            if name != "dump"
+        },
         "rounds": arguments.rounds,
         "environment": environment(),
     }
-    result["markdown"] = text_table(
-        [
-            ["bare forward, positions/s", "dump, positions/s", "dump / bare: median, min to max"],
-            [
-                f"{result['bare_positions_per_s']:,.0f}",
-                f"{result['dump_positions_per_s']:,.0f}",
-                f"{result['ratio_median']:.2f}, {result['ratio_min']:.2f} to {result['ratio_max']:.2f}",
-            ],
-        ]
-    )
+    rows = []
+    for name, ratios in result["dump_over"].items():
+        speeds = [f"{result['positions_per_s'][key]:,.0f}" for key in (name, "dump")]
+        rows.append([name, *speeds, f"{statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"])
+    titles = ["forward pass", "positions/s", "dump, positions/s", "dump / forward: median, min to max"]
+    result["markdown"] = text_table([titles, *rows])
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(result["markdown"])
