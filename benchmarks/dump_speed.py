@@ -71,7 +71,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             writer = CacheWriter(Path(folder), spec, tokenizer)
             batches = [rows for shard in writer.missing_shards() for rows in batches_of(shard, config.batch_windows)]
-            for name in seconds:
+            for name, times in seconds.items():
                 started = time.perf_counter()
                 if name == "dump":
                     with Progress("dump", positions, "positions") as progress:
@@ -79,7 +79,7 @@ def main() -> None:
                     writer.finish()
                 else:
                     bare_forward(teacher, windows, batches, workers="worker" in name)
-                seconds[name].append(time.perf_counter() - started)
+                times.append(time.perf_counter() - started)
     measured = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
     result: dict[str, Any] = {
         "positions_per_round": positions,

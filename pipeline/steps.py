@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
 from cache.hashing import fingerprint_of, sha256_of_file
 from cache.manifest import load_manifest
-from pipeline.config import Config, save_config
+from pipeline.config import DEFAULT_STUDENT, Config, save_config
 from pipeline.provenance import Provenance, read_provenance
 
 RUN_CONFIG_NAME = "config.toml"
@@ -98,10 +98,8 @@ class Step(ABC):
         return {name: fingerprint for name, fingerprint in known.items() if fingerprint}
 
     def save_config(self) -> None:
-        """Keep the config with the run; that of its first command, since variations have records of their own."""
-        path = self.workspace.run_dir / RUN_CONFIG_NAME
-        if not path.exists():
-            save_config(self.run_config, path)
+        """Keep the config with the run."""
+        save_config(self.run_config, self.workspace.run_dir / RUN_CONFIG_NAME)
 
     def provenance(self) -> Provenance | None:
         """The record in its folder."""
@@ -254,6 +252,11 @@ class Distill(Step):
         self.run_config = workspace.config
         self.name = name
 
+    def save_config(self) -> None:
+        """Keep the config with the run, unless this is a variation of it: settings of its own are in its record."""
+        if self.name == DEFAULT_STUDENT or not (self.workspace.run_dir / RUN_CONFIG_NAME).exists():
+            super().save_config()
+
     @property
     def label(self) -> str:
         """The command and the student's name."""
@@ -333,7 +336,6 @@ class Distill(Step):
             self.config.evaluate,
             self.inputs(),
         )
-        assert summary.targets == self.targets() or self.config.distill.targets == "auto"
         return summary.fingerprints["student"]
 
 

@@ -16,14 +16,15 @@ class InterruptFlag:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[InterruptFlag]:
-    """The first SIGINT or SIGTERM sets the flag, for the caller to save its state and stop; a second acts at once."""
+    """SIGINT or SIGTERM sets the flag, for the caller to save its state and stop; a second SIGINT acts at once."""
     flag = InterruptFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if flag.is_set:
+        # `run` sends a SIGTERM after the SIGINT that a terminal sends to all: that is one wish, not two.
+        if flag.is_set and signum == signal.SIGINT:
             signal.default_int_handler(signum, frame)
         flag.is_set = True
 

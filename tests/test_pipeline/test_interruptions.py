@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def killed_at(run_dir: Path, command: str, sign_of_work: str, delay_s: float) ->
     process.communicate()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_runs_that_were_killed_end_as_the_one_that_was_not(finished_run: Path, tmp_path: Path, seed: int) -> None:
     generator = random.Random(seed)
     signs = ("data/.*.partial", "teacher/checkpoints/step-*", "cache/*.h5", "students/student/checkpoints/step-*")
@@ -97,12 +98,15 @@ def test_a_killed_training_goes_on_from_its_checkpoint(finished_run: Path, tmp_p
     assert not list(tmp_path.glob("teacher/checkpoints/.*"))
 
 
-def test_an_interrupt_of_run_alone_ends_its_step_too(finished_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to run alone", "to all, as a terminal does"])
+def test_an_interrupt_of_run_lets_its_step_save_and_end(
+    finished_run: Path, tmp_path: Path, send: Callable[[int, int], None]
+) -> None:
     shutil.copytree(finished_run / "data", tmp_path / "data")
     process = start(tmp_path, "run", "--set", "teacher.training.steps=100000")
     while not (tmp_path / "teacher" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    send(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
