@@ -71,14 +71,16 @@ class Training(Generic[Batch]):
         start = load_checkpoint(checkpoints, self._module, optimizer)
         log = MetricsLog(self._folder / "metrics.jsonl", start.step)
         batches = self._batches(start.step * config.accumulation)
-        total, done = (steps * self._positions_per_step for steps in (config.steps, start.step))
+        total = config.steps * self._positions_per_step
+        done = start.step * self._positions_per_step
         terms = start.loss_terms
         self._module.train()
         with Progress(self._label, total, "positions", done) as progress, deferred_interrupt() as interrupt:
             for step in range(start.step, config.steps):
                 values, grad_norm = self._step(optimizer, batches, step)
                 is_last = step + 1 == config.steps
-                is_saved = interrupt.is_set or ((step + 1) % config.checkpoint_every == 0 and not is_last)
+                is_stopped = interrupt.is_set  # read once: it may change while we save
+                is_saved = is_stopped or ((step + 1) % config.checkpoint_every == 0 and not is_last)
                 if (step + 1) % config.log_every == 0 or step == 0 or is_last or is_saved:
                     self._require_finite(step + 1, float(values.total), float(grad_norm))
                 if (step + 1) % config.log_every == 0 or step == 0 or is_last:
@@ -90,7 +92,7 @@ class Training(Generic[Batch]):
                         step=step + 1, elapsed_s=start.elapsed_s + progress.elapsed_s, loss_terms=terms
                     )
                     save_checkpoint(checkpoints, state, self._module, optimizer)
-                if interrupt.is_set:
+                if is_stopped:
                     raise KeyboardInterrupt
             elapsed_s = start.elapsed_s + progress.elapsed_s
         return TrainingSummary(
