@@ -48,8 +48,9 @@ def save_checkpoint(folder: Path, progress: TrainingState, module: nn.Module, op
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync_folder(folder)
-    for older in _checkpoints(folder)[:-1]:
-        shutil.rmtree(older)
+    for other in folder.glob("step-*"):  # also one that a kill has left half removed
+        if other != path:
+            shutil.rmtree(other)
 
 
 def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
@@ -78,7 +79,7 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
 
 def clear_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a finished training."""
-    for path in [*_checkpoints(folder), *folder.glob(".step-*.partial")]:
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*.partial")]:
         shutil.rmtree(path)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
