@@ -195,17 +195,46 @@ def test_a_split_smaller_than_a_batch_is_refused() -> None:
         endless_batches(NumberedSource(), 11, Signals(), seed=0)  # type: ignore[arg-type]
 
 
-def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
-    moved = []
-    for limit in (None, 1e-3):
-        module = nn.Linear(5, 1, bias=False)
-        nn.init.zeros_(module.weight)
-        settings = config(steps=1, warmup_steps=0, grad_clip=limit, beta1=0.0, weight_decay=0.0)
-        run = training(tmp_path / str(limit), module, settings)
-        run.run()
-        moved.append(logged(tmp_path / str(limit))[0]["grad_norm"])
-        assert module.weight.grad is None
-    assert moved[0] == moved[1] > 1e-3  # what is logged is the norm before clipping
+def test_gradients_are_clipped_to_the_norm_before_the_step(tmp_path: Path) -> None:
+    """Against a loop written out here; AdamW hides a constant factor, so several steps of varying norm are compared."""
+    weights = {}
+    for limit in (None, 0.5):
+        settings = config(steps=6, warmup_steps=0, grad_clip=limit)
+        module, reference = make_module(), make_module()
+        training(tmp_path / str(limit), module, settings).run()
+        optimizer = make_optimizer(reference, settings)
+        for step, batch in zip(range(6), batches_from(0), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step)
+            optimizer.zero_grad()
+            (reference(batch) - batch.sum(-1, keepdim=True)).square().mean().backward()
+            norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
+            for parameter in reference.parameters():
+                parameter.grad *= 1 if limit is None else min(1.0, limit / float(norm))
+            optimizer.step()
+        weights[limit] = state(module)
+        for found, expected in zip(state(module), state(reference), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(weights[None], weights[0.5], strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_autocast_covers_the_loss_and_not_the_source_of_targets(tmp_path: Path, precision: str) -> None:
+    seen: dict[str, set[bool]] = {"loss": set(), "batches": set()}
+    module = make_module()
+
+    def batches(first: int) -> Iterator[torch.Tensor]:
+        for batch in batches_from(first):
+            seen["batches"].add(torch.is_autocast_enabled("cpu"))
+            yield batch
+
+    def loss(batch: torch.Tensor) -> LossValues:
+        seen["loss"].add(torch.is_autocast_enabled("cpu"))
+        value = module(batch).float().square().mean()
+        return LossValues(value, {"square": value.detach()})
+
+    Training("test", module, loss, batches, 4, config(precision=precision), tmp_path).run()
+    assert seen == {"loss": {precision == "bfloat16"}, "batches": {False}}
 
 
 def test_weight_decay_spares_vectors() -> None:
