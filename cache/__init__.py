@@ -12,9 +12,15 @@ from cache.errors import (
     CacheRequestError,
     CacheWriteError,
 )
+from cache.hidden import HiddenSpec
+from cache.profiles.dense import DenseProfile
+from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.profile import Need
+from cache.profiles.sampled import SampledProfile
+from cache.profiles.topk import TopKProfile
+from cache.profiles.transform import TransformProfile
 from cache.reader import Cache, WindowBatch, open_cache
-from cache.spec import CacheSpec, HiddenSpec, SplitName, SplitSpec
-from cache.topk import TopKProfile
+from cache.spec import CacheSpec, SplitName, SplitSpec
 from cache.verify import verify_cache
 from cache.writer import CacheWriter
 
@@ -28,10 +34,15 @@ __all__ = [
     "CacheSpec",
     "CacheWriteError",
     "CacheWriter",
+    "DenseProfile",
     "HiddenSpec",
+    "Need",
+    "PlainTopKProfile",
+    "SampledProfile",
     "SplitName",
     "SplitSpec",
     "TopKProfile",
+    "TransformProfile",
     "WindowBatch",
     "open_cache",
     "verify_cache",

@@ -1,9 +1,10 @@
-"""What a dataset of a shard looks like: name, shape of one window, little-endian type."""
+"""What an array of a cache looks like: name, shape of one window, little-endian type."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
+import zstandard
 
 from cache.errors import CacheRequestError
 
@@ -12,16 +13,34 @@ LARGEST_VOCAB_SIZE = 2**32
 
 @dataclass(frozen=True, slots=True)
 class ArraySpec:
-    """One dataset: `window_shape` is its shape without the leading dimension of windows."""
+    """One array: `shape` is that of one window; of a table or a coded chunk, its whole shape."""
 
     name: str
-    window_shape: tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: str
 
     @property
-    def window_bytes(self) -> int:
-        """Bytes of one window before compression."""
-        return math.prod(self.window_shape) * np.dtype(self.dtype).itemsize
+    def num_bytes(self) -> int:
+        """Bytes before compression."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One dataset of a shard: an array of every window, or the coded bytes of every chunk."""
+
+    array: ArraySpec
+    per_chunk: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name in the shard."""
+        return self.array.name
+
+
+def compressed_bytes(array: np.ndarray) -> int:
+    """Bytes of a Zstandard frame of it, at level 3: what it takes on disk, about."""
+    return len(zstandard.ZstdCompressor(3).compress(np.ascontiguousarray(array).tobytes()))
 
 
 def ids_dtype(vocab_size: int) -> str:

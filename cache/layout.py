@@ -8,7 +8,8 @@ from cache.spec import CacheSpec, SplitName
 
 MANIFEST_NAME = "cache.json"
 TOKENIZER_NAME = "tokenizer.json"
-_POSITIONS_PER_CHUNK = 4096
+TABLES_NAME = "tables.h5"
+_POSITIONS_PER_CHUNK = 8192
 SHARD_NAME = re.compile(r"^(train|validation)-[0-9]{5,}\.h5$")
 
 
@@ -40,5 +41,5 @@ def shard_ranges(spec: CacheSpec) -> Iterator[ShardRange]:
 
 
 def default_windows_per_chunk(context_length: int) -> int:
-    """Windows that make up about 4096 positions: enough to compress well, few enough to shuffle finely."""
+    """Windows that make up about 8192 positions: enough to compress well, few enough to shuffle finely."""
     return max(1, _POSITIONS_PER_CHUNK // context_length)

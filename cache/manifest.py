@@ -1,11 +1,20 @@
 """`cache.json`: the list of shards with their sizes and checksums (docs/format.md, section 6)."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from cache.atomic import write_atomically
+from cache.calibration import Calibration
 from cache.errors import CacheCorruptError, CacheMissingError
 from cache.hashing import canonical_json
 from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
@@ -35,6 +44,14 @@ class Manifest(_Strict):
 
     spec: CacheSpec
     shards: tuple[ShardRecord, ...]
+    calibration: Calibration | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_its_version_wrote_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.spec.format_version == 1:
+            del fields["calibration"]
+        return fields
 
     @model_validator(mode="after")
     def _shards_are_those_of_the_spec(self) -> Self:
@@ -44,7 +61,7 @@ class Manifest(_Strict):
         )
         if len(self.shards) != expected_shards:
             raise ValueError(f"found {len(self.shards)} shards, expected the {expected_shards} that the spec declares")
-        names = {array.name for array in self.spec.arrays}
+        names = {dataset.name for dataset in self.spec.datasets}
         if any(shard.stored_bytes.keys() != names for shard in self.shards):
             raise ValueError(f"stored_bytes must name the datasets {sorted(names)}")
         found = [(shard.name, shard.split, shard.first_window, shard.num_windows) for shard in self.shards]
@@ -78,7 +95,10 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as exc:
         num_shards = len([p for p in folder.glob("*.h5") if SHARD_NAME.match(p.name)]) if folder.is_dir() else 0
         found = f"an unfinished cache of {num_shards} shards" if num_shards else "no cache"
-        raise CacheMissingError(f"{folder}: found {found}; run `tristill dump-logits` to make or finish it") from exc
+        lost = f", or `tristill cache repair` if only {MANIFEST_NAME} was lost" if num_shards else ""
+        raise CacheMissingError(
+            f"{folder}: found {found}; run `tristill dump-logits` to make or finish it{lost}"
+        ) from exc
     if len(content) > _LARGEST_MANIFEST_BYTES:
         raise CacheCorruptError(f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; this is no cache manifest")
     try:
@@ -86,5 +106,5 @@ def load_manifest(folder: Path) -> Manifest:
     except ValidationError as exc:
         raise CacheCorruptError(
             f"{path}: the manifest breaks the cache format:\n{describe(exc)}\n"
-            f"delete it and run `tristill dump-logits` again: the shards are kept"
+            "run `tristill cache repair`, which makes it again from the shards"
         ) from exc

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.arrays import ArraySpec
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
 from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest, load_manifest
 from cache.order import Group, WindowOrder
+from cache.parts import SIGNAL_STEP_NATS, Part, part_coders
+from cache.profiles.profile import Place
 from cache.shard import OpenShard, corrupt
 from cache.spec import CacheSpec, SplitName
+from cache.tables import load_tables
 from cache.verify import verify_cache
 
 _MAX_OPEN_SHARDS = 64
@@ -26,12 +28,14 @@ _MAX_OPEN_SHARDS = 64
 class WindowBatch:
     """Windows in the order asked for; B windows, T positions.
 
-    input_ids: (B, T + 1), unsigned. target: the profile's datasets by name, each (B, T, ...); empty if not asked for.
-    hidden: per layer (B, T, D) float16.
+    input_ids: (B, T + 1), unsigned. target: the profile's arrays by name, each (B, T, ...); empty if not asked for.
+    signals: `teacher_entropy` and `label_log_prob`, (B, T) float32 in nats at the temperature of the dump, to 1/16 nat;
+    empty if targets were not asked for or the cache is of version 1. hidden: per layer (B, T, D) float16.
     """
 
     input_ids: np.ndarray
     target: dict[str, np.ndarray]
+    signals: dict[str, np.ndarray]
     hidden: dict[int, np.ndarray]
 
 
@@ -64,6 +68,8 @@ class Cache:
                 f"{self.tokenizer_path}: found a tokenizer with fingerprint {found}, expected "
                 f"{self.spec.tokenizer_fingerprint}, which made this cache; run `tristill dump-logits` again"
             )
+        self.tables = load_tables(folder, self.spec)
+        self._coders = part_coders(self.spec, self.tables)
 
     @property
     def spec(self) -> CacheSpec:
@@ -98,8 +104,18 @@ class Cache:
             raise CacheRequestError(f"window {index}: the split {split} has {self.num_windows(split)} windows")
         layers = self.spec.hidden.layers if self.spec.hidden else ()
         block, row = divmod(index, self.spec.windows_per_chunk)
-        rows = [(self._read_block(split, block, self.spec.arrays), row)]
+        rows = [(self._read_block(split, block, self.spec.parts), row)]
         return self._gather(rows, targets=True, hidden_layers=layers)
+
+    def chunk(self, split: SplitName, index: int) -> WindowBatch:
+        """The windows of one chunk, in stored order, with everything but hidden states."""
+        first = index * self.spec.windows_per_chunk
+        if not 0 <= first < self.num_windows(split):
+            raise CacheRequestError(f"chunk {index}: the split {split} has {self.num_windows(split)} windows")
+        parts = tuple(part for part in self.spec.parts if part.name in {"windows", "signals", "target"})
+        block = self._read_block(split, index, parts)
+        num_windows = min(self.spec.windows_per_chunk, self.num_windows(split) - first)
+        return self._gather([(block, row) for row in range(num_windows)], targets=True, hidden_layers=())
 
     def stream(
         self,
@@ -129,18 +145,18 @@ class Cache:
         if batch_size % world_size:
             raise CacheRequestError(f"batch_size {batch_size} is not a multiple of world_size {world_size}")
         num_windows = self.num_windows(split)
-        arrays = (
-            self.spec.arrays[0],
-            *(self.spec.target_arrays if targets else ()),
-            *self.spec.hidden_arrays(hidden_layers),
-        )
+        parts = tuple(
+            part
+            for part in self.spec.parts
+            if part.name == "windows" or (targets and part.name in {"signals", "target"})
+        ) + self.spec.hidden_parts(hidden_layers)
         end = num_windows // batch_size * batch_size if drop_last else num_windows
         order = WindowOrder(num_windows, self.spec.windows_per_chunk, seed, epoch)
         share = batch_size // world_size
         rows: list[tuple[dict[str, np.ndarray], int]] = []
         pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-decode")
         try:
-            for position, group, blocks in self._prefetched(pool, order, split, arrays, first_batch * batch_size):
+            for position, group, blocks in self._prefetched(pool, order, split, parts, first_batch * batch_size):
                 for offset, window in enumerate(group.windows.tolist()):
                     place = position + offset
                     if not first_batch * batch_size <= place < end or place % batch_size // share != rank:
@@ -160,22 +176,36 @@ class Cache:
         pool: ThreadPoolExecutor,
         order: WindowOrder,
         split: SplitName,
-        arrays: tuple[ArraySpec, ...],
+        parts: tuple[Part, ...],
         first_position: int,
     ) -> Iterator[tuple[int, Group, dict[int, Future[dict[str, np.ndarray]]]]]:
         ready: tuple[int, Group, dict[int, Future[dict[str, np.ndarray]]]] | None = None
         for position, group in order.groups(first_position):
-            blocks = {block: pool.submit(self._read_block, split, block, arrays) for block in group.blocks.tolist()}
+            blocks = {block: pool.submit(self._read_block, split, block, parts) for block in group.blocks.tolist()}
             if ready:
                 yield ready
             ready = (position, group, blocks)
         if ready:
             yield ready
 
-    def _read_block(self, split: SplitName, block: int, arrays: tuple[ArraySpec, ...]) -> dict[str, np.ndarray]:
-        shard_index, chunk = divmod(block, self.spec.windows_per_shard // self.spec.windows_per_chunk)
-        shard = self._shard(self._ranges[self._first_range[split] + shard_index])
-        return {array.name: shard.read_chunk(array.name, chunk) for array in arrays}
+    def _read_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> dict[str, np.ndarray]:
+        spec = self.spec
+        shard_index, chunk = divmod(block, spec.windows_per_shard // spec.windows_per_chunk)
+        held = self._ranges[self._first_range[split] + shard_index]
+        shard = self._shard(held)
+        first = chunk * spec.windows_per_chunk
+        num_windows = min(spec.windows_per_chunk, held.num_windows - first)
+        place = Place(split, held.first_window + first, num_windows, spec.context_length)
+        arrays: dict[str, np.ndarray] = {}
+        for part in parts:
+            if not part.is_coded:
+                arrays |= {array.name: shard.read_chunk(array.name, chunk) for array in part.arrays}
+                continue
+            try:
+                arrays |= self._coders[part.name].decode(shard.read_chunk(part.name, chunk)[0], place)
+            except (CacheCorruptError, ValueError, IndexError) as exc:
+                raise corrupt(f"{shard.path}: dataset {part.name}, chunk {chunk}", str(exc)) from exc
+        return arrays
 
     def _shard(self, shard: ShardRange) -> OpenShard:
         with self._lock:
@@ -193,8 +223,12 @@ class Cache:
         def stack(name: str) -> np.ndarray:
             return np.stack([block[name][row] for block, row in rows])
 
+        signs = {"teacher_entropy": SIGNAL_STEP_NATS, "label_log_prob": -SIGNAL_STEP_NATS}
+        if not targets or self.spec.format_version == 1:
+            signs = {}
         return WindowBatch(
             input_ids=stack("input_ids"),
-            target={array.name: stack(array.name) for array in self.spec.target_arrays} if targets else {},
+            target={array.name: stack(array.name) for array in self.spec.target_part.arrays} if targets else {},
+            signals={name: stack(name) * np.float32(sign) for name, sign in signs.items()},
             hidden={layer: stack(f"hidden_{layer}") for layer in hidden_layers},
         )

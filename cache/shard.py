@@ -6,10 +6,12 @@ where the chunks lie; the chunks themselves are read with `os.pread`, outside h5
 """
 
 import errno
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import h5py
 import numpy as np
 import zstandard
 
-from cache.arrays import ArraySpec
+from cache.arrays import Dataset
 from cache.errors import CacheCorruptError, CacheMismatchError
 from cache.hashing import canonical_json
 from cache.layout import ShardRange
@@ -29,6 +31,7 @@ SHARD_ATTRIBUTE = "tristill_shard"
 _LARGEST_ATTRIBUTE_BYTES = 60_000
 _ID_DATASETS = {"input_ids", "head_ids"}
 _LIBRARY_BOUNDS = ("v110", "v110")
+_HASH_BLOCK_BYTES = 2**20
 
 Frames = Mapping[str, list[bytes]]
 
@@ -43,31 +46,37 @@ def shard_image(spec: CacheSpec, shard: ShardRange, frames: Frames, compression_
     with h5py.File(shard.name, "w", driver="core", backing_store=False, libver=_LIBRARY_BOUNDS) as file:
         file.attrs.create(SPEC_ATTRIBUTE, np.bytes_(spec.to_json().encode("ascii")))
         file.attrs.create(SHARD_ATTRIBUTE, np.bytes_(shard_identity(shard).encode("ascii")))
-        for array in spec.arrays:
-            dataset = _create_dataset(file, spec, shard, array, compression_level)
-            rest = (0,) * len(array.window_shape)
-            for chunk, frame in enumerate(frames[array.name]):
-                dataset.write_direct_chunk((chunk * spec.windows_per_chunk, *rest), frame)
+        for declared in spec.datasets:
+            dataset = _create_dataset(file, spec, shard, declared, compression_level)
+            rest = (0,) * len(declared.array.shape)
+            for chunk, frame in enumerate(frames[declared.name]):
+                dataset.write_direct_chunk((chunk * spec.rows_per_chunk(declared), *rest), frame)
         file.flush()
         image: bytes = file.id.get_file_image()
     return image
 
 
 def _create_dataset(
-    file: h5py.File, spec: CacheSpec, shard: ShardRange, array: ArraySpec, compression_level: int
+    file: h5py.File, spec: CacheSpec, shard: ShardRange, dataset: Dataset, compression_level: int
 ) -> h5py.h5d.DatasetID:
+    array = dataset.array
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_chunk((spec.windows_per_chunk, *array.window_shape))
+    properties.set_chunk((spec.rows_per_chunk(dataset), *array.shape))
     properties.set_filter(ZSTANDARD_FILTER, h5py.h5z.FLAG_OPTIONAL, (compression_level,))
     properties.set_obj_track_times(False)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     # A shard may hold fewer windows than a chunk; HDF5 wants dimensions no smaller than the chunk, or room to grow.
-    shape = (shard.num_windows, *array.window_shape)
-    room = (max(shard.num_windows, spec.windows_per_chunk), *array.window_shape)
+    num_rows = _num_rows(spec, shard, dataset)
+    shape = (num_rows, *array.shape)
+    room = (max(num_rows, spec.rows_per_chunk(dataset)), *array.shape)
     space = h5py.h5s.create_simple(shape, room)
     return h5py.h5d.create(
         file.id, array.name.encode("ascii"), h5py.h5t.py_create(np.dtype(array.dtype)), space, properties
     )
+
+
+def _num_rows(spec: CacheSpec, shard: ShardRange, dataset: Dataset) -> int:
+    return shard.num_chunks(spec) if dataset.per_chunk else shard.num_windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +94,7 @@ class OpenShard:
         """Check everything of docs/format.md, section 8, that can be checked without decompressing."""
         self.path = path
         self._spec = spec
-        self._arrays = {array.name: array for array in spec.arrays}
+        self._datasets = {dataset.name: dataset for dataset in spec.datasets}
         self.descriptor = _open_regular_file(path)
         try:
             self.file_bytes = os.fstat(self.descriptor).st_size
@@ -110,14 +119,41 @@ class OpenShard:
         return sum(chunk.num_bytes for chunk in self._chunks[name])
 
     def read_chunk(self, name: str, chunk: int) -> np.ndarray:
-        """The decoded chunk, `(windows_per_chunk, ...)`, read-only; padding of a last chunk included."""
-        array = self._arrays[name]
+        """The decompressed chunk, `(rows per chunk, ...)`, read-only; padding of a last chunk included."""
+        return self._decompressed(name, chunk, self._read_frame(name, chunk))
+
+    def verified_sha256(self) -> str:
+        """SHA-256 of the whole file, read once; every chunk was decompressed and passed its checks."""
+        digest, num_hashed = hashlib.sha256(), 0
+        places = ((stored.offset, name, i) for name, table in self._chunks.items() for i, stored in enumerate(table))
+        for offset, name, chunk in sorted(places):
+            for block in self._blocks(num_hashed, offset):
+                digest.update(block)
+            frame = self._read_frame(name, chunk)
+            self._decompressed(name, chunk, frame)
+            digest.update(frame[max(0, num_hashed - offset) :])  # only a hostile file has chunks that overlap
+            num_hashed = max(num_hashed, offset + len(frame))
+        for block in self._blocks(num_hashed, self.file_bytes):
+            digest.update(block)
+        return digest.hexdigest()
+
+    def _blocks(self, start: int, end: int) -> Iterator[bytes]:
+        for offset in range(start, end, _HASH_BLOCK_BYTES):
+            yield os.pread(self.descriptor, min(_HASH_BLOCK_BYTES, end - offset), offset)
+
+    def _read_frame(self, name: str, chunk: int) -> bytes:
         stored = self._chunks[name][chunk]
-        expected_bytes = array.window_bytes * self._spec.windows_per_chunk
-        where = f"{self.path}: dataset {name}, chunk {chunk}"
         frame = os.pread(self.descriptor, stored.num_bytes, stored.offset)
         if len(frame) != stored.num_bytes:
+            where = f"{self.path}: dataset {name}, chunk {chunk}"
             raise corrupt(where, f"found {len(frame)} bytes, expected {stored.num_bytes}: the file is truncated")
+        return frame
+
+    def _decompressed(self, name: str, chunk: int, frame: bytes) -> np.ndarray:
+        array = self._datasets[name].array
+        num_rows = self._spec.rows_per_chunk(self._datasets[name])
+        expected_bytes = array.num_bytes * num_rows
+        where = f"{self.path}: dataset {name}, chunk {chunk}"
         try:
             declared = zstandard.get_frame_parameters(frame)
             if declared.content_size != expected_bytes:
@@ -129,7 +165,7 @@ class OpenShard:
             )
         except zstandard.ZstdError as exc:
             raise corrupt(where, f"its stored bytes are damaged ({exc})") from exc
-        values = np.frombuffer(content, dtype=array.dtype).reshape(self._spec.windows_per_chunk, *array.window_shape)
+        values = np.frombuffer(content, dtype=array.dtype).reshape(num_rows, *array.shape)
         if name in _ID_DATASETS and values.max() >= self._spec.vocab_size:
             raise corrupt(where, f"holds id {values.max()}, expected ids below {self._spec.vocab_size}")
         return values
@@ -138,8 +174,16 @@ class OpenShard:
 def corrupt(where: str, what: str) -> CacheCorruptError:
     """The error for damage in one shard, with the way out."""
     return CacheCorruptError(
-        f"{where}: {what}; delete this shard and run `tristill dump-logits` again: it writes only what is missing"
+        f"{where}: {what}; run `tristill cache repair`, or delete this shard and run `tristill dump-logits` again: it "
+        "writes only what is missing"
     )
+
+
+def spec_of_shard(path: Path) -> CacheSpec:
+    """The spec that a shard carries, itself checked; whether the shard keeps to it is not known yet."""
+    os.close(_open_regular_file(path))
+    with _hdf5(path) as file:
+        return CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
 
 
 def _open_regular_file(path: Path) -> int:
@@ -158,18 +202,25 @@ def _open_regular_file(path: Path) -> int:
 
 
 def _read_chunk_tables(path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange) -> dict[str, list[StoredChunk]]:
+    with _hdf5(path) as file:
+        found = CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
+        if found != spec:
+            raise CacheMismatchError(
+                f"{path}: the shard belongs to another cache: {differences(found, spec)}; point cache.dir "
+                "elsewhere, or run `tristill dump-logits --force` to replace that cache"
+            )
+        identity = _read_attribute(file, SHARD_ATTRIBUTE, path)
+        if identity != shard_identity(shard):
+            raise corrupt(str(path), f"it says it holds {identity}, expected {shard_identity(shard)}")
+        return {item.name: _chunk_table(file, path, file_bytes, spec, shard, item) for item in spec.datasets}
+
+
+@contextmanager
+def _hdf5(path: Path) -> Iterator[h5py.File]:
+    """A file to read with h5py; whatever the library finds wrong with its bytes is damage."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            found = CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
-            if found != spec:
-                raise CacheMismatchError(
-                    f"{path}: the shard belongs to another cache: {differences(found, spec)}; point cache.dir "
-                    "elsewhere, or run `tristill dump-logits --force` to replace that cache"
-                )
-            identity = _read_attribute(file, SHARD_ATTRIBUTE, path)
-            if identity != shard_identity(shard):
-                raise corrupt(str(path), f"it says it holds {identity}, expected {shard_identity(shard)}")
-            return {array.name: _chunk_table(file, path, file_bytes, spec, shard, array) for array in spec.arrays}
+            yield file
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as exc:
         if isinstance(exc, OSError) and exc.errno:
             raise  # the system's trouble, not the shard's
@@ -189,8 +240,9 @@ def _read_attribute(file: h5py.File, name: str, path: Path) -> str:
 
 
 def _chunk_table(
-    file: h5py.File, path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange, array: ArraySpec
+    file: h5py.File, path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange, declared: Dataset
 ) -> list[StoredChunk]:
+    array, rows_per_chunk = declared.array, spec.rows_per_chunk(declared)
     where = f"{path}: dataset {array.name}"
     if not isinstance(file.get(array.name, getlink=True), h5py.HardLink):
         raise corrupt(where, "is missing or is a link")
@@ -198,8 +250,7 @@ def _chunk_table(
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         raise corrupt(where, "is not a plain dataset")
     found = (dataset.dtype.str, dataset.shape, dataset.chunks)
-    chunk_shape = (spec.windows_per_chunk, *array.window_shape)
-    expected = (array.dtype, (shard.num_windows, *array.window_shape), chunk_shape)
+    expected = (array.dtype, (_num_rows(spec, shard, declared), *array.shape), (rows_per_chunk, *array.shape))
     if found != expected:
         raise corrupt(where, f"has type, shape and chunks {found}, expected {expected}")
     properties = dataset.id.get_create_plist()
@@ -211,7 +262,7 @@ def _chunk_table(
     def note(info: h5py.h5d.StoreInfo) -> None:
         inside = info.byte_offset >= 0 and info.byte_offset + info.size <= file_bytes
         if inside and info.filter_mask == 0:
-            table[info.chunk_offset[0] // spec.windows_per_chunk] = StoredChunk(info.byte_offset, info.size)
+            table[info.chunk_offset[0] // rows_per_chunk] = StoredChunk(info.byte_offset, info.size)
 
     dataset.id.chunk_iter(note)
     chunks = [chunk for chunk in table if chunk is not None]

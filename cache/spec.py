@@ -1,37 +1,44 @@
 """The spec: everything needed to decode a cache, repeated in the manifest and in every shard (docs/format.md)."""
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from cache.arrays import LARGEST_VOCAB_SIZE, ArraySpec, ids_dtype
+from cache.arrays import LARGEST_VOCAB_SIZE, ArraySpec, Dataset, ids_dtype
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
 from cache.hashing import canonical_json
-from cache.topk import TopKProfile
+from cache.hidden import HiddenSpec
+from cache.parts import Part
+from cache.profiles.dense import DenseProfile
+from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.profile import Need
+from cache.profiles.sampled import SampledProfile
+from cache.profiles.topk import TopKProfile
+from cache.profiles.transform import TransformProfile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 LARGEST_CHUNK_BYTES = 2**28
+LARGEST_TABLE_BYTES = 2**32
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Literal["train", "validation"]
+AnyProfile = Annotated[
+    SampledProfile | TopKProfile | TransformProfile | DenseProfile | PlainTopKProfile, Field(discriminator="kind")
+]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class HiddenSpec(_Strict):
-    """Hidden states that are stored: outputs of the residual stream after each listed block."""
-
-    layers: Annotated[tuple[int, ...], Field(min_length=1)]
-    width: Annotated[int, Field(ge=1)]
-
-    @model_validator(mode="after")
-    def _layers_are_distinct(self) -> Self:
-        if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"hidden layers must be distinct and not negative, found {list(self.layers)}")
-        return self
 
 
 class SplitSpec(_Strict):
@@ -45,26 +52,56 @@ class SplitSpec(_Strict):
 class CacheSpec(_Strict):
     """All that a reader must know. Holds no time and no path, so equal dumps have equal bytes."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     vocab_size: Annotated[int, Field(ge=2, le=LARGEST_VOCAB_SIZE)]
     end_of_text_id: Annotated[int, Field(ge=0)]
     context_length: Annotated[int, Field(ge=1)]
-    profile: TopKProfile
+    profile: AnyProfile
     hidden: HiddenSpec | None = None
     splits: Annotated[dict[SplitName, SplitSpec], Field(min_length=1)]
     windows_per_chunk: Annotated[int, Field(ge=1)]
     windows_per_shard: Annotated[int, Field(ge=1)]
     teacher_fingerprint: Fingerprint
     tokenizer_fingerprint: Fingerprint
+    tables_fingerprint: Fingerprint | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _version_1_had_one_profile(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("format_version") == 1:
+            profile = fields.get("profile")
+            if isinstance(profile, dict) and profile.get("kind") == "topk":
+                return {**fields, "profile": {**profile, "kind": "plain_topk"}}
+        return fields
+
+    @model_serializer(mode="wrap")
+    def _as_its_version_wrote_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.format_version == 1:
+            fields["profile"]["kind"] = "topk"
+            del fields["tables_fingerprint"]
+        return fields
+
+    @model_validator(mode="after")
+    def _profile_is_of_the_version(self) -> Self:
+        if self.profile.since_version > self.format_version:
+            raise ValueError(f"profile {self.profile.kind} is not part of format version {self.format_version}")
+        if bool(self.tables) != (self.tables_fingerprint is not None):
+            raise ValueError(
+                f"tables_fingerprint must be there if and only if there are tables: {len(self.tables)} here"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chunks_are_of_moderate_size(self) -> Self:
-        largest = max(array.window_bytes for array in self.arrays) * self.windows_per_chunk
-        if largest > LARGEST_CHUNK_BYTES:
+        chunk_bytes = max(dataset.array.num_bytes * self.rows_per_chunk(dataset) for dataset in self.datasets)
+        if chunk_bytes > LARGEST_CHUNK_BYTES:
             raise ValueError(
-                f"a chunk of {self.windows_per_chunk} windows takes {largest} bytes, expected at most "
+                f"a chunk of {self.windows_per_chunk} windows takes {chunk_bytes} bytes, expected at most "
                 f"{LARGEST_CHUNK_BYTES}; keep fewer logits or hidden values per position, or shorten the context"
             )
+        if sum(table.num_bytes for table in self.tables) > LARGEST_TABLE_BYTES:
+            raise ValueError(f"the tables take more than {LARGEST_TABLE_BYTES} bytes; choose a smaller basis_rank")
         if self.end_of_text_id >= self.vocab_size:
             raise ValueError(f"end_of_text_id ({self.end_of_text_id}) must be below vocab_size ({self.vocab_size})")
         return self
@@ -79,30 +116,73 @@ class CacheSpec(_Strict):
         return self
 
     @property
-    def arrays(self) -> tuple[ArraySpec, ...]:
-        """Every dataset of a shard: the windows, the profile's, the hidden states."""
-        ids = ArraySpec("input_ids", (self.context_length + 1,), ids_dtype(self.vocab_size))
-        return (ids, *self.target_arrays, *self.hidden_arrays(self.hidden.layers if self.hidden else ()))
+    def parts(self) -> tuple[Part, ...]:
+        """Everything that a shard holds, in order."""
+        layers = self.hidden.layers if self.hidden else ()
+        signals = (self.signal_part,) if self.format_version > 1 else ()
+        return (self.window_part, *signals, self.target_part, *self.hidden_parts(layers))
 
     @property
-    def target_arrays(self) -> tuple[ArraySpec, ...]:
-        """The datasets of the profile."""
-        return self.profile.arrays(self.vocab_size, self.context_length)
+    def window_part(self) -> Part:
+        """The windows themselves."""
+        return Part("windows", (ArraySpec("input_ids", (self.context_length + 1,), ids_dtype(self.vocab_size)),))
 
-    def hidden_arrays(self, layers: tuple[int, ...]) -> tuple[ArraySpec, ...]:
-        """The datasets of these hidden layers; refuses a layer that the cache does not hold."""
+    @property
+    def signal_part(self) -> Part:
+        """Two numbers of the teacher's distribution at tau_dump, in steps of 1/8 nat."""
+        names = ("teacher_entropy", "label_log_prob")
+        return Part("signals", tuple(ArraySpec(name, (self.context_length,), "|u1") for name in names))
+
+    @property
+    def target_part(self) -> Part:
+        """What the profile keeps."""
+        profile = self.profile
+        return Part(
+            "target",
+            profile.arrays(self.vocab_size, self.context_length),
+            profile.models(self.vocab_size),
+            profile.tables(self.vocab_size),
+            profile.make_coder,
+        )
+
+    def hidden_parts(self, layers: tuple[int, ...]) -> tuple[Part, ...]:
+        """One part per layer; refuses a layer that the cache does not hold."""
         if reason := self._unheld(layers):
             raise CacheRequestError(reason)
-        width = self.hidden.width if self.hidden else 0
-        return tuple(ArraySpec(f"hidden_{layer}", (self.context_length, width), "<f2") for layer in layers)
+        if self.hidden is None:
+            return ()
+        return tuple(Part(f"hidden_{layer}", self.hidden.arrays(layer, self.context_length)) for layer in layers)
 
-    def unserved(self, temperature: float | None, hidden_layers: tuple[int, ...]) -> list[str]:
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """All arrays, per window, as a writer gives them."""
+        return tuple(array for part in self.parts for array in part.arrays)
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """All datasets of a shard."""
+        return tuple(dataset for part in self.parts for dataset in self.datasets_of(part))
+
+    def datasets_of(self, part: Part) -> tuple[Dataset, ...]:
+        """The datasets of one part."""
+        return part.datasets(self.windows_per_chunk, self.context_length)
+
+    def rows_per_chunk(self, dataset: Dataset) -> int:
+        """Rows of a dataset in each of its chunks."""
+        return 1 if dataset.per_chunk else self.windows_per_chunk
+
+    @property
+    def tables(self) -> tuple[ArraySpec, ...]:
+        """What is stored once for the whole cache."""
+        return tuple(table for part in self.parts for table in part.stored_tables)
+
+    def unserved(self, need: Need | None, hidden_layers: tuple[int, ...]) -> list[str]:
         """Reasons why a student that needs these signals cannot be trained from this cache; empty when it can.
 
-        `temperature` None means that the teacher's distribution is not needed.
+        `need` None means that the teacher's distribution is not needed.
         """
         reasons = (
-            None if temperature is None else self.profile.unserved(temperature, self.vocab_size),
+            None if need is None else self.profile.unserved(need, self.vocab_size),
             self._unheld(hidden_layers),
         )
         return [reason for reason in reasons if reason]
@@ -130,9 +210,9 @@ class CacheSpec(_Strict):
         """The validated spec; anything else is an error that names `where` it was found."""
         try:
             version = json.loads(text)["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in READABLE_VERSIONS:
                 raise CacheMismatchError(
-                    f"{where}: found cache format version {version}, this program reads version {FORMAT_VERSION}; "
+                    f"{where}: found cache format version {version}, this program reads versions 1 and 2; "
                     "read it with the program that wrote it, or dump again into another folder"
                 )
             return cls.model_validate_json(text)

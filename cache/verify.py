@@ -1,32 +1,106 @@
 """Finds any damaged byte of a cache."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CacheCorruptError, CacheError
+from cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from cache.hashing import sha256_of_file
-from cache.layout import TOKENIZER_NAME
-from cache.manifest import load_manifest
+from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.manifest import Manifest, ShardRecord, load_manifest
+from cache.spec import CacheSpec
+from cache.tables import stored_calibration
 from cache.writer import verified_record
 
+OnShard = Callable[[int], object]
 
-def verify_cache(folder: Path, on_shard: Callable[[int], object]) -> list[str]:
-    """One line per damaged file; empty when every byte is what the dump wrote.
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One file that is not what the manifest says. `text` says what was found and where.
+
+    `is_whole`: the file passes all checks of its own, so that it may be the manifest that is wrong.
+    """
+
+    name: str
+    text: str
+    is_whole: bool = False
+
+
+def verify_cache(folder: Path, on_shard: OnShard, workers: int | None = None) -> list[str]:
+    """One line per damaged file; empty when every byte is what the dump wrote. See find_damage.
+
+    A damaged manifest raises, since then nothing is known of the rest.
+    """
+    return [damage.text for damage in find_damage(folder, load_manifest(folder), on_shard, workers)]
+
+
+def find_damage(folder: Path, manifest: Manifest, on_shard: OnShard, workers: int | None = None) -> list[Damage]:
+    """Every damaged file, in the order of the manifest, whatever the number of threads.
 
     Every shard is hashed against the manifest and every frame decompressed. `on_shard` is told the size of each shard
-    when it is done. A damaged manifest raises, since then nothing is known of the rest.
+    when it and those before it are done.
     """
-    manifest = load_manifest(folder)
-    problems = []
-    for record, shard in zip(manifest.shards, manifest.ranges, strict=True):
-        path = folder / record.name
+    found = checked_shards(folder, manifest.spec, on_shard, workers)
+    damages = []
+    for record, seen in zip(manifest.shards, found, strict=True):
+        if isinstance(seen, CacheError):
+            damages.append(Damage(record.name, str(seen), is_whole=isinstance(seen, CacheMismatchError)))
+        elif seen != record:
+            text = f"{folder / record.name}: its bytes differ from those the manifest was written for"
+            damages.append(Damage(record.name, text, is_whole=True))
+    damages += tables_damage(folder, manifest.spec) or _calibration_damage(folder, manifest)
+    return damages + tokenizer_damage(folder, manifest.spec)
+
+
+def checked_shards(
+    folder: Path, spec: CacheSpec, on_shard: OnShard, workers: int | None = None
+) -> list[ShardRecord | CacheError]:
+    """Of every shard that a spec declares, its record, or what is wrong with it: see verified_record.
+
+    In `workers` threads, as many as there are cores if None: hashing and decompression leave the interpreter free.
+    """
+
+    def check(shard: ShardRange) -> ShardRecord | CacheError:
         try:
-            if verified_record(path, manifest.spec, shard) != record:
-                raise CacheCorruptError(f"{path}: its bytes differ from those the manifest was written for")
-        except CacheError as exc:
-            problems.append(str(exc))
-        on_shard(record.file_bytes)
-    tokenizer = folder / TOKENIZER_NAME
-    if not tokenizer.is_file() or sha256_of_file(tokenizer) != manifest.spec.tokenizer_fingerprint:
-        problems.append(f"{tokenizer}: is missing or is not the tokenizer that made this cache")
-    return problems
+            return verified_record(folder / shard.name, spec, shard)
+        except (CacheCorruptError, CacheMismatchError) as exc:
+            return exc
+
+    found = []
+    with ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="cache-verify") as pool:
+        for shard, seen in zip(shard_ranges(spec), pool.map(check, shard_ranges(spec)), strict=True):
+            found.append(seen)
+            path = folder / shard.name
+            on_shard(path.lstat().st_size if os.path.lexists(path) else 0)
+    return found
+
+
+def tables_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
+    """What is wrong with the file of tables, if the spec declares one."""
+    path, expected = folder / TABLES_NAME, spec.tables_fingerprint
+    if expected is None:
+        return []
+    if not path.is_file():
+        return [Damage(TABLES_NAME, f"{path}: is missing; the coded parts of every shard need it")]
+    found = sha256_of_file(path)
+    if found == expected:
+        return []
+    return [Damage(TABLES_NAME, f"{path}: found SHA-256 {found}, expected {expected}; its bytes are damaged")]
+
+
+def tokenizer_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
+    """What is wrong with the tokenizer."""
+    path = folder / TOKENIZER_NAME
+    if path.is_file() and sha256_of_file(path) == spec.tokenizer_fingerprint:
+        return []
+    return [Damage(TOKENIZER_NAME, f"{path}: is missing or is not the tokenizer that made this cache")]
+
+
+def _calibration_damage(folder: Path, manifest: Manifest) -> list[Damage]:
+    if stored_calibration(folder, manifest.spec) == manifest.calibration:
+        return []
+    text = f"{folder / MANIFEST_NAME}: its calibration is not the one that stands in {TABLES_NAME}"
+    return [Damage(MANIFEST_NAME, text, is_whole=True)]

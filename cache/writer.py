@@ -10,11 +10,13 @@ import zstandard
 
 from cache.atomic import write_atomically
 from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
-from cache.hashing import sha256_of_file
-from cache.layout import MANIFEST_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord, save_manifest
+from cache.parts import PartCoder, part_coders
+from cache.profiles.profile import Place
 from cache.shard import OpenShard, shard_image
 from cache.spec import CacheSpec
+from cache.tables import load_tables, stored_calibration
 
 
 class CacheWriter:
@@ -23,8 +25,18 @@ class CacheWriter:
     One process at a time may write a folder; the caller sees to that.
     """
 
-    def __init__(self, folder: Path, spec: CacheSpec, tokenizer_json: bytes, compression_level: int = 3) -> None:
-        """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache."""
+    def __init__(
+        self,
+        folder: Path,
+        spec: CacheSpec,
+        tokenizer_json: bytes,
+        tables_image: bytes | None = None,
+        compression_level: int = 3,
+    ) -> None:
+        """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache.
+
+        `tables_image` are the bytes of `tables.h5`, for a spec that has tables.
+        """
         self.folder = folder
         self.spec = spec
         self._compression_level = compression_level
@@ -34,6 +46,10 @@ class CacheWriter:
             if record := self._found_on_disk(shard):
                 self._records[shard.name] = record
         self._write(folder / TOKENIZER_NAME, tokenizer_json)
+        if tables_image is not None:
+            self._write(folder / TABLES_NAME, tables_image)
+        self.tables = load_tables(folder, spec)
+        self._coders = part_coders(spec, self.tables)
 
     def _found_on_disk(self, shard: ShardRange) -> ShardRecord | None:
         path = self.folder / shard.name
@@ -58,7 +74,7 @@ class CacheWriter:
             names = ", ".join(shard.name for shard in missing[:5])
             raise CacheRequestError(f"{self.folder}: {len(missing)} shards are not written yet: {names}")
         records = tuple(self._records[shard.name] for shard in shard_ranges(self.spec))
-        manifest = Manifest(spec=self.spec, shards=records)
+        manifest = Manifest(spec=self.spec, shards=records, calibration=stored_calibration(self.folder, self.spec))
         try:
             save_manifest(self.folder, manifest)
         except OSError as exc:
@@ -71,6 +87,10 @@ class CacheWriter:
         self._write(self.folder / shard.name, image)
         stored_bytes = {name: sum(map(len, parts)) for name, parts in frames.items()}
         self._records[shard.name] = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
+
+    def coder(self, part: str) -> PartCoder:
+        """The coder of a coded part."""
+        return self._coders[part]
 
     def compressor(self) -> zstandard.ZstdCompressor:
         """The compressor of every frame: content size and checksum are written."""
@@ -96,14 +116,15 @@ class ShardWriter:
         self._writer = writer
         self._shard = shard
         self._arrays = {array.name: array for array in writer.spec.arrays}
-        self._frames: dict[str, list[bytes]] = {name: [] for name in self._arrays}
+        self._frames: dict[str, list[bytes]] = {dataset.name: [] for dataset in writer.spec.datasets}
         self._compressor = writer.compressor()
         self._buffers = {
-            array.name: np.zeros((writer.spec.windows_per_chunk, *array.window_shape), array.dtype)
+            array.name: np.zeros((writer.spec.windows_per_chunk, *array.shape), array.dtype)
             for array in writer.spec.arrays
         }
         self._num_buffered = 0
         self._num_windows = 0
+        self._first_in_chunk = shard.first_window
 
     def append(self, windows: Mapping[str, np.ndarray]) -> None:
         """Add windows: one array per dataset, each `(n, ...)` of the spec's shape, type and any n."""
@@ -111,7 +132,7 @@ class ShardWriter:
             raise CacheRequestError(f"found datasets {sorted(windows)}, expected {sorted(self._arrays)}")
         num_new = len(windows["input_ids"])
         for name, array in self._arrays.items():
-            found, expected = windows[name].shape, (num_new, *array.window_shape)
+            found, expected = windows[name].shape, (num_new, *array.shape)
             if found != expected:
                 raise CacheRequestError(f"dataset {name}: found shape {found}, expected {expected}")
         if self._num_windows + num_new > self._shard.num_windows:
@@ -141,14 +162,25 @@ class ShardWriter:
                 f"{self._shard.name}: found {self._num_windows} windows, expected {self._shard.num_windows}"
             )
         if self._num_buffered:
-            for buffer in self._buffers.values():
-                buffer[self._num_buffered :] = 0
             self._flush_chunk()
         self._writer.commit(self._shard, self._frames)
 
     def _flush_chunk(self) -> None:
-        for name, buffer in self._buffers.items():
-            self._frames[name].append(self._compressor.compress(buffer.data.cast("B")))
+        spec = self._writer.spec
+        for buffer in self._buffers.values():
+            buffer[self._num_buffered :] = 0
+        place = Place(self._shard.split, self._first_in_chunk, self._num_buffered, spec.context_length)
+        for part in spec.parts:
+            if not part.is_coded:
+                for array in part.arrays:
+                    self._frames[array.name].append(self._compressor.compress(self._buffers[array.name].data.cast("B")))
+                continue
+            given = {array.name: self._buffers[array.name][: self._num_buffered] for array in part.arrays}
+            payload = self._writer.coder(part.name).encode(given, place)
+            (dataset,) = spec.datasets_of(part)
+            assert len(payload) <= dataset.array.num_bytes, "the capacity of a coded chunk bounds every payload"
+            self._frames[part.name].append(self._compressor.compress(payload.ljust(dataset.array.num_bytes, b"\0")))
+        self._first_in_chunk += self._num_buffered
         self._num_buffered = 0
 
 
@@ -156,11 +188,9 @@ def verified_record(path: Path, spec: CacheSpec, shard: ShardRange) -> ShardReco
     """The record of a shard whose every frame was decompressed and passed its checksum."""
     opened = OpenShard(path, spec, shard)
     try:
-        for array in spec.arrays:
-            for chunk in range(shard.num_chunks(spec)):
-                opened.read_chunk(array.name, chunk)
-        stored_bytes = {array.name: opened.stored_bytes(array.name) for array in spec.arrays}
-        return _record(shard, opened.file_bytes, sha256_of_file(path), stored_bytes)
+        sha256 = opened.verified_sha256()
+        stored_bytes = {dataset.name: opened.stored_bytes(dataset.name) for dataset in spec.datasets}
+        return _record(shard, opened.file_bytes, sha256, stored_bytes)
     finally:
         opened.close()
 

@@ -1,14 +1,20 @@
-"""What a cache holds, from its manifest alone."""
+"""What a cache holds: from its manifest alone, and from a sample of its chunks."""
 
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cache import CacheError, open_cache
+from cache.histograms import sample
+from cache.layout import TABLES_NAME
 from cache.manifest import load_manifest
-from pipeline.results import text_table
+from pipeline.errors import StaleError
+from pipeline.provenance import PROVENANCE_NAME, read_provenance
 
 
 def cache_info(folder: Path) -> dict[str, Any]:
-    """Spec and sizes: positions per split, bytes per position per dataset and on disk in all."""
+    """Spec and sizes: positions per split, bytes per position per dataset and on disk in all. Reads no shard."""
     manifest = load_manifest(folder)
     spec = manifest.spec
     positions = sum(spec.num_positions(split) for split in spec.splits)
@@ -16,35 +22,49 @@ def cache_info(folder: Path) -> dict[str, Any]:
     for shard in manifest.shards:
         for name, num_bytes in shard.stored_bytes.items():
             stored[name] = stored.get(name, 0) + num_bytes
-    file_bytes = sum(shard.file_bytes for shard in manifest.shards)
+    tables = folder / TABLES_NAME
+    tables_bytes = tables.stat().st_size if spec.tables_fingerprint and tables.is_file() else 0
+    file_bytes = sum(shard.file_bytes for shard in manifest.shards) + tables_bytes
     return {
         "folder": str(folder),
         "shards": len(manifest.shards),
         "positions": {split: spec.num_positions(split) for split in sorted(spec.splits)},
         "file_bytes": file_bytes,
         "bytes_per_position": {
-            **{array.name: stored[array.name] / positions for array in spec.arrays},
+            **{dataset.name: stored[dataset.name] / positions for dataset in spec.datasets},
+            **({TABLES_NAME: tables_bytes / positions} if spec.tables_fingerprint else {}),
             "on disk": file_bytes / positions,
         },
         "spec": spec.model_dump(mode="json"),
+        "calibration": manifest.calibration.model_dump(mode="json") if manifest.calibration else None,
     }
 
 
-def cache_info_text(info: dict[str, Any]) -> str:
-    """The same for people."""
-    spec = info["spec"]
-    profile = ", ".join(f"{key} {value}" for key, value in spec["profile"].items())
-    positions = ", ".join(f"{count:,} {split}" for split, count in info["positions"].items())
-    lines = [
-        f"cache      {info['folder']} (format version {spec['format_version']})",
-        f"profile    {profile}",
-        f"hidden     {spec['hidden'] or 'none'}",
-        f"windows    {spec['context_length']} positions each, vocabulary {spec['vocab_size']:,}",
-        f"positions  {positions}",
-        f"shards     {info['shards']}, {info['file_bytes']:,} bytes",
-        f"teacher    {spec['teacher_fingerprint']}",
-        f"tokenizer  {spec['tokenizer_fingerprint']}",
-        "",
-    ]
-    rows = [[name, f"{value:.2f}"] for name, value in info["bytes_per_position"].items()]
-    return "\n".join(lines) + text_table([["dataset", "bytes/position"], *rows])
+def cache_details(folder: Path) -> dict[str, Any]:
+    """What cache_info leaves out: where the cache comes from, and histograms of a sample of its positions.
+
+    `sample` is null, with the reason in `sample_error`, if chunks cannot be read.
+    """
+    found: dict[str, Any] = {"provenance": _provenance(folder), "sample": None, "sample_error": None}
+    try:
+        cache = open_cache(folder)
+        try:
+            found["sample"] = asdict(sample(cache))
+        finally:
+            cache.close()
+    except CacheError as exc:
+        found["sample_error"] = str(exc)
+    return found
+
+
+def _provenance(folder: Path) -> dict[str, Any] | None:
+    """Who made the cache, how and when: the last is when the record was written, in UTC."""
+    try:
+        record = read_provenance(folder)
+    except StaleError as exc:
+        return {"error": str(exc)}
+    if record is None:
+        return None
+    written = datetime.fromtimestamp((folder / PROVENANCE_NAME).stat().st_mtime, UTC)
+    kept = record.model_dump(mode="json", include={"step", "status", "command", "versions", "elapsed_s"})
+    return {**kept, "recorded_at": written.isoformat(timespec="seconds")}

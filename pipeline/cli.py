@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
+from cache import SplitName
 from pipeline.config import DEFAULT_STUDENT, check_student_name, load_config
 from pipeline.runner import execute, plan, run_steps
 from pipeline.steps import RUN_CONFIG_NAME, Distill, DumpLogits, Step, Teacher, Tokenize, Workspace
@@ -137,7 +139,7 @@ def dump_logits(config_path: Path, assignments: tuple[str, ...], run_dir: Path |
 
     \b
     Example:
-        tristill dump-logits --set cache.profile.top_k=64 --set cache.dir=caches/top64
+        tristill dump-logits --set cache.profile.draws=12 --set cache.dir=caches/twelve
     """
     _run_step(DumpLogits(workspace_of(config_path, assignments, run_dir)), force)
 
@@ -208,16 +210,50 @@ def cache_folder_options(command: _Command) -> _Command:
 def info(
     folder: Path | None, as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
 ) -> None:
-    """Say what a cache holds and how many bytes a position takes.
+    """Say what a cache holds, how many bytes a position takes, and how the teacher's probability is spread.
+
+    Shares are of a sample of at most 64 chunks of the train split.
 
     \b
     Example:
         tristill cache info runs/demo/cache
     """
-    from pipeline.cache_info import cache_info, cache_info_text
+    from pipeline.cache_info import cache_details, cache_info
+    from pipeline.cache_info_text import cache_info_text
 
-    found = cache_info(folder or workspace_of(config_path, assignments, run_dir).cache)
+    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    found = {**cache_info(folder), **cache_details(folder)}
     click.echo(json.dumps(found, indent=2) if as_json else cache_info_text(found))
+
+
+@cache.command()
+@click.option(
+    "--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True, help="Which split."
+)
+@click.option("--window", type=click.IntRange(min=0), default=0, show_default=True, help="Which window of the split.")
+@click.option("--positions", type=click.IntRange(min=1), default=8, show_default=True, help="How many, from the first.")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Entries shown per position.")
+@cache_folder_options
+def peek(
+    folder: Path | None,
+    split: SplitName,
+    window: int,
+    positions: int,
+    top: int,
+    config_path: Path,
+    assignments: tuple[str, ...],
+    run_dir: Path | None,
+) -> None:
+    """Show what a cache knows of a few positions, as text: the token, the next one, and what the teacher expected.
+
+    \b
+    Example:
+        tristill cache peek runs/demo/cache --split train --window 3 --positions 16
+    """
+    from pipeline.cache_peek import peek_text
+
+    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    click.echo(peek_text(folder, split, window, positions, top))
 
 
 @cache.command()
@@ -241,6 +277,29 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     if problems:
         raise click.exceptions.Exit(1)
     click.echo(f"{folder}: every byte is as it was written")
+
+
+@cache.command()
+@cache_folder_options
+def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+    """Make every byte of a cache what it was; exits with 1 if something could not be repaired.
+
+    A manifest is made again from the shards alone. Shards that are damaged or missing are written again by the
+    teacher, and only with the bytes that the manifest declares; that takes the run that made the cache, which is the
+    one that the folder lies in, unless --config or --run-dir say otherwise.
+
+    \b
+    Example:
+        tristill cache repair runs/demo/cache
+    """
+    from pipeline.cache_repair import repair_cache
+
+    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    own = folder.parent / RUN_CONFIG_NAME
+    is_named = click.get_current_context().get_parameter_source("config_path") is not ParameterSource.DEFAULT
+    of_run = config_path if is_named or not own.is_file() else own
+    if not repair_cache(folder, lambda: workspace_of(of_run, assignments, run_dir), click.echo):
+        click.echo(f"{folder}: nothing to repair, every byte is as it was written")
 
 
 def _run_step(step: Step, force: bool) -> None:

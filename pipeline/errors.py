@@ -6,6 +6,7 @@ PipelineError
     StaleError          an artefact was made with other settings or inputs; names them
     BusyError           another process works on the same folder
     ChildError          a step that `run` started has failed; it has said why itself
+    RepairError         what of a cache could not be repaired, and what that takes
 """
 
 
@@ -31,6 +32,10 @@ class StaleError(PipelineError):
 
 class BusyError(PipelineError):
     """Another process works on the same artefact."""
+
+
+class RepairError(PipelineError):
+    """Some files of a cache could not be repaired; says what that takes."""
 
 
 class ChildError(PipelineError):

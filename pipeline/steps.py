@@ -306,8 +306,8 @@ class Distill(Step):
         except CacheError:
             recorded = self.provenance()
             return str(recorded.settings["distill"]["targets"]) if recorded else "online"
-        temperature = self.config.distill.needed_temperature(spec.profile.temperature)
-        return "online" if spec.unserved(temperature, self.config.distill.teacher_layers) else "cached"
+        need = self.config.distill.need(spec.profile.temperature)
+        return "online" if spec.unserved(need, self.config.distill.teacher_layers) else "cached"
 
     def build(self) -> str:
         """Train, evaluate and save the student."""

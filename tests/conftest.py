@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import Cache, CacheSpec, CacheWriter, HiddenSpec, SplitSpec, TopKProfile, open_cache
+from cache import Cache, CacheSpec, CacheWriter, HiddenSpec, PlainTopKProfile, SplitSpec, open_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 # Small runs beside other work: threads of torch that wait for one another would take most of the time.
@@ -26,7 +26,7 @@ def make_spec(
         "vocab_size": 300,
         "end_of_text_id": 0,
         "context_length": 6,
-        "profile": TopKProfile(top_k=5, temperature=2.0),
+        "profile": PlainTopKProfile(top_k=5, temperature=2.0),
         "hidden": HiddenSpec(layers=(1, 3), width=8),
         "splits": {
             "train": SplitSpec(num_windows=train, bytes_per_token=3.0, fingerprint="a" * 64),
@@ -49,9 +49,9 @@ def window_arrays(spec: CacheSpec, split: str, windows: range) -> dict[str, np.n
             key = int.from_bytes(hashlib.sha256(f"{split}/{array.name}/{window}".encode()).digest()[:8], "big")
             generator = np.random.default_rng(key)
             if np.dtype(array.dtype).kind == "u":
-                rows.append(generator.integers(0, spec.vocab_size, array.window_shape))
+                rows.append(generator.integers(0, spec.vocab_size, array.shape))
             else:
-                rows.append(generator.normal(size=array.window_shape))
+                rows.append(generator.normal(size=array.shape))
         arrays[array.name] = np.stack(rows).astype(array.dtype)
     return arrays
 

@@ -85,7 +85,16 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
         ("teacher.training.warmup_steps=2", r"warmup_steps \(2\) must not exceed steps \(1\)"),
         ("data.tokenizer.vocab_size=9", r"data.tokenizer.kind: is missing; expected one of: bpe, file"),
         ("data.tokenizer={kind='bpe', vocab=9}", r"data.tokenizer.vocab: unknown key; did you mean 'vocab_size'"),
-        ("cache.profile.top_k=0", "cache.profile.top_k: Input should be greater than or equal to 1; found 0"),
+        ("cache.profile.draws=0", r"cache.profile.kind: is missing; expected one of: sampled, topk, transform, dense"),
+        (
+            "cache.profile={kind='sampled', draws=0}",
+            "cache.profile.draws: Input should be greater than or equal to 1; found 0",
+        ),
+        (
+            "cache.profile={kind='topk', temperatures=[2.0, 1.0]}",
+            r"cache.profile.temperatures: .*temperatures must ascend and differ, found \[2.0, 1.0\]",
+        ),
+        ("cache.fidelity={}", "cache.fidelity: .*give one of max_gradient_angle_deg and bytes_per_position"),
         ("cache.hidden_layers=[1, 1]", "cache.hidden_layers: layers must be distinct"),
         ("distill.hidden.layers={}", "distill.hidden.layers: Dictionary should have at least 1 item"),
         ("teacher=3", "teacher: Input should be"),

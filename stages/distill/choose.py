@@ -52,8 +52,8 @@ def cached_source(config: DistillConfig, places: Places, device: torch.device) -
                 f"{places.cache}: the cache was made by another {what}: found fingerprint {found}, expected {expected} "
                 "of this run; point cache.dir at the cache of this run, or run `tristill dump-logits --force`"
             )
-    temperature = config.needed_temperature(cache.spec.profile.temperature)
-    if reasons := cache.spec.unserved(temperature, config.teacher_layers):
+    need = config.need(cache.spec.profile.temperature)
+    if reasons := cache.spec.unserved(need, config.teacher_layers):
         raise TargetsError(
             f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or forward "
             "the teacher online"

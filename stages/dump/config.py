@@ -3,17 +3,100 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from cache.topk import TopKProfile
+from cache.profiles.heads import HeadSize
+from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.sampled import SampledProfile
+from cache.profiles.topk import Temperatures, TopKProfile
 from stages.settings import Section, neutral
+
+
+class TransformSettings(Section):
+    """The full distribution, transform coded; its rank and basis come from the calibration."""
+
+    kind: Annotated[Literal["transform"], Field(description="name of the profile")] = "transform"
+    step: Annotated[
+        float,
+        Field(gt=0, le=100, description="step of the coefficients, in nats of logit; larger: fewer bytes, coarser"),
+    ] = 0.3
+    coded_above: Annotated[
+        float,
+        Field(ge=0, le=10, description="a coefficient is coded if its deviation is more than this many steps"),
+    ] = 0.1
+    head: Annotated[HeadSize, Field(description="which logits are kept exactly beside it")] = HeadSize()
+    temperatures: Temperatures = (1.0, 2.0, 5.0)
+    dither: Annotated[
+        bool, Field(description="subtractive dither, which makes the error independent of the logits")
+    ] = True
+    seed: Annotated[int, Field(ge=0, description="seed of the dither, beside the position's place")] = 0
+
+    @property
+    def temperature(self) -> float:
+        """tau_dump: the lowest declared temperature."""
+        return self.temperatures[0]
+
+
+class DenseSettings(Section):
+    """The final hidden state in 8 bits and the output matrix once: as good as online."""
+
+    kind: Annotated[Literal["dense"], Field(description="name of the profile")] = "dense"
+    temperature: Annotated[
+        float, Field(gt=0, le=1000, description="what a student takes that names no temperature; any is served")
+    ] = 1.0
+
+
+ProfileSettings = Annotated[
+    SampledProfile | TopKProfile | TransformSettings | DenseSettings | PlainTopKProfile, Field(discriminator="kind")
+]
+
+
+class FidelityConfig(Section):
+    """What the cache must achieve; the dump measures and picks the cheapest setting of the profile that does.
+
+    The setting that is picked: `step` and `head.probability` of `transform`, `draws` of `sampled`, `head.probability`
+    of `topk`. Angles are measured on a student that is the teacher with 15% noise on its weights: a hard case, since
+    the nearer a student is, the smaller its gradient beside the error.
+    """
+
+    max_gradient_angle_deg: Annotated[
+        dict[float, float] | None,
+        Field(
+            description="temperature = largest angle in degrees between the mean gradients from the cache and from the "
+            "full distribution, over 12,288 positions"
+        ),
+    ] = None
+    bytes_per_position: Annotated[
+        float | None, Field(gt=0, description="bytes on disk, all in; the smallest angle within them is taken")
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "FidelityConfig":
+        if (self.max_gradient_angle_deg is None) == (self.bytes_per_position is None):
+            raise ValueError("give one of max_gradient_angle_deg and bytes_per_position")
+        return self
+
+    def __str__(self) -> str:
+        """The target in words."""
+        if self.bytes_per_position is not None:
+            return f"at most {self.bytes_per_position:g} bytes/position"
+        assert self.max_gradient_angle_deg is not None
+        angles = (f"{angle:g} degrees at tau {tau:g}" for tau, angle in sorted(self.max_gradient_angle_deg.items()))
+        return "at most " + ", ".join(angles)
 
 
 class DumpConfig(Section):
     """What the teacher's knowledge is kept as, and where."""
 
     dir: Annotated[Path | None, neutral("folder of the cache; none is `cache` in the run folder")] = None
-    profile: Annotated[TopKProfile, Field(description="what is kept at each position")] = TopKProfile()
+    profile: Annotated[ProfileSettings, Field(description="what is kept at each position")] = SampledProfile()
+    fidelity: Annotated[
+        FidelityConfig | None,
+        Field(description="a target instead of settings of the profile; none takes the profile's settings as they are"),
+    ] = None
+    calibration_windows: Annotated[
+        int, Field(ge=1, description="windows of the train split that tables and models of the coder are fitted on")
+    ] = 256
     hidden_layers: Annotated[
         tuple[int, ...],
         Field(description="blocks whose outputs are kept too, by number from 1 (0 is the embedding), as float16"),

@@ -6,16 +6,21 @@ Shapes: N positions, V vocabulary, K head entries, M calibration bins.
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.forward_kl import ForwardKL
-from stages.losses.target import HeadTarget
+from stages.losses.student import StudentChunk
+from stages.losses.target import DrawnTarget, FullTarget, HeadTarget, Target
 
 
 class ValidationMetrics(BaseModel):
-    """Means over all positions of the validation split; teacher columns are None where no teacher is known."""
+    """Means over all positions of the validation split; teacher columns are None where no teacher is known.
+
+    Draws from the teacher say how far the student is from it on average, but not what it finds most likely at a
+    position: with a `sampled` cache, agreement and acceptance are None.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,15 +41,16 @@ class MetricSums:
     def __init__(self, calibration_bins: int, temperature: float) -> None:
         self._temperature = temperature
         self._positions = 0
-        self._teacher_positions = 0
+        self._teacher_positions = self._compared_positions = 0
         self._loss = self._kl = self._agreement = self._acceptance = 0.0
         self._bins = calibration_bins
         self._calibration_3M = torch.zeros(3, calibration_bins, dtype=torch.float64)
 
-    def add(self, logits_NV: Tensor, labels_N: Tensor, target: HeadTarget | None) -> None:
+    def add(self, logits_NV: Tensor, labels_N: Tensor, target: Target | None) -> None:
         """Count the positions of one chunk; logits in float32."""
         self._positions += len(labels_N)
-        self._loss += float(F.cross_entropy(logits_NV, labels_N, reduction="none").double().sum())
+        student = StudentChunk(logits_NV)
+        self._loss += float(CrossEntropy().per_position(student, labels_N, None).double().sum())
         top_N = logits_NV.argmax(dim=-1)
         confidence_N = torch.softmax(logits_NV, dim=-1).amax(dim=-1).double()
         bins_N = (confidence_N * self._bins).long().clamp_(max=self._bins - 1)
@@ -52,14 +58,16 @@ class MetricSums:
         self._calibration_3M.index_add_(1, bins_N.cpu(), counts_3N.cpu())
         if target is not None:
             self._teacher_positions += len(labels_N)
-            self._kl += float(ForwardKL(self._temperature).per_position(logits_NV, labels_N, target).double().sum())
-            self._agreement += float((top_N == teacher_top1(target)).sum())
-            self._acceptance += float(acceptance(logits_NV, target, self._temperature).double().sum())
+            self._kl += float(ForwardKL(self._temperature).per_position(student, labels_N, target).double().sum())
+            if not isinstance(target, DrawnTarget):
+                self._compared_positions += len(labels_N)
+                self._agreement += float((top_N == target.top1()).sum())
+                self._acceptance += float(acceptance(logits_NV, target, self._temperature).double().sum())
 
     def metrics(self, bytes_per_token: float) -> ValidationMetrics:
         """The means so far."""
         loss_nats = self._loss / self._positions
-        taught = self._teacher_positions
+        taught, compared = self._teacher_positions, self._compared_positions
         count_M, correct_M, confidence_M = self._calibration_3M
         calibration_error = float((correct_M - confidence_M).abs().sum() / count_M.sum())
         return ValidationMetrics(
@@ -69,26 +77,22 @@ class MetricSums:
             bits_per_byte=loss_nats / math.log(2) / bytes_per_token,
             expected_calibration_error=calibration_error,
             kl_to_teacher_nats=self._kl / taught if taught else None,
-            top1_agreement=self._agreement / taught if taught else None,
-            acceptance_rate=self._acceptance / taught if taught else None,
+            top1_agreement=self._agreement / compared if compared else None,
+            acceptance_rate=self._acceptance / compared if compared else None,
             teacher_temperature=self._temperature if taught else None,
         )
 
 
-def teacher_top1(target: HeadTarget) -> Tensor:
-    """The teacher's most likely id at each position, (N,)."""
-    top_N = target.head_logits_NK.argmax(dim=-1)
-    return top_N if target.head_ids_NK is None else target.head_ids_NK.gather(-1, top_N[:, None])[:, 0]
-
-
-def acceptance(logits_NV: Tensor, target: HeadTarget, temperature: float) -> Tensor:
+def acceptance(logits_NV: Tensor, target: HeadTarget | FullTarget, temperature: float) -> Tensor:
     """sum_i min(p_i, q_i) at each position, (N,): how often speculative decoding keeps a token that q drafts for p.
 
     Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.5. A tail counts as one bucket, which makes this an upper bound.
     """
-    head_log_probs_NK, tail_log_prob_N = target.log_probs(temperature)
     q_NV = torch.softmax(logits_NV / temperature, dim=-1)
-    q_NK = q_NV if target.head_ids_NK is None else q_NV.gather(-1, target.head_ids_NK)
+    if not isinstance(target, HeadTarget):
+        return torch.minimum(target.log_probs(temperature).exp(), q_NV).sum(dim=-1)
+    head_log_probs_NK, tail_log_prob_N = target.log_probs(temperature)
+    q_NK = q_NV.gather(-1, target.head_ids_NK).masked_fill_(head_log_probs_NK.isneginf(), 0)
     accepted_N = torch.minimum(head_log_probs_NK.exp(), q_NK).sum(dim=-1)
     if tail_log_prob_N is None:
         return accepted_N

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stages.losses.student import StudentChunk
 from stages.losses.target import Targets
 from stages.losses.term import LossValues, WeightedTerm
 
 _CHUNK_ELEMENTS = 2**20
 _SMALLEST_CHUNK_ROWS = 256
 
-ChunkTerms = Callable[[Tensor, slice], Tensor]
+ChunkTerms = Callable[[StudentChunk, slice, torch.dtype], Tensor]
 
 
 def chunked_head_loss(
@@ -27,16 +28,21 @@ def chunked_head_loss(
 ) -> LossValues:
     """Sum of weight_j * mean over positions of term_j, and each mean; differentiable in `final_ND` and `head_VD`.
 
-    Logits are final @ head^T in the autocast type if autocast is on, else in their own; terms are computed in float32.
+    Logits are final @ head^T in the autocast type if autocast is on, else in their own; so are the products that
+    rebuild the teacher's. Terms are computed in float32.
     """
+    needs_teacher = any(weighted.term.needs_teacher for weighted in terms)
+    num_positions = len(labels_N)
+
+    def means_of_chunk(student: StudentChunk, rows: slice, dtype: torch.dtype) -> Tensor:
+        target = targets.chunk(rows, dtype) if targets is not None and needs_teacher else None
+        sums = [
+            weighted.term.per_position(student, labels_N[rows], target, weighted.weight / num_positions).sum()
+            for weighted in terms
+        ]
+        return torch.stack(sums) / num_positions
+
     weights_J = torch.tensor([weighted.weight for weighted in terms], device=final_ND.device)
-
-    def means_of_chunk(logits_NV: Tensor, rows: slice) -> Tensor:
-        needs_teacher = any(weighted.term.needs_teacher for weighted in terms)
-        target = targets.chunk(rows) if targets is not None and needs_teacher else None
-        sums = [weighted.term.per_position(logits_NV, labels_N[rows], target).sum() for weighted in terms]
-        return torch.stack(sums) / len(labels_N)
-
     total, means_J = _ChunkedHead.apply(final_ND, head_VD, weights_J, means_of_chunk)  # type: ignore[no-untyped-call]
     return LossValues(total, {weighted.term.name: mean for weighted, mean in zip(terms, means_J, strict=True)})
 
@@ -66,13 +72,12 @@ class _ChunkedHead(torch.autograd.Function):
             for rows in chunks(len(final_ND), len(head_VD)):
                 part_ND = final_ND[rows].to(dtype)
                 logits_NV = (part_ND @ head_cast_VD.T).float() if dtype != torch.float64 else part_ND @ head_cast_VD.T
-                if d_final_ND is None and d_head_VD is None:
-                    means_J += terms(logits_NV, rows)
+                wants_gradient = d_final_ND is not None or d_head_VD is not None
+                student = StudentChunk(logits_NV, wants_gradient=wants_gradient)
+                means_J += terms(student, rows, dtype)
+                if not wants_gradient:
                     continue
-                with torch.enable_grad():
-                    chunk_means_J = terms(logits_NV.requires_grad_(), rows)
-                    (d_logits_NV,) = torch.autograd.grad((weights_J * chunk_means_J).sum(), logits_NV)
-                means_J += chunk_means_J.detach()
+                d_logits_NV = student.gradient()
                 d_logits_NV = d_logits_NV.to(dtype)
                 if d_final_ND is not None:
                     d_final_ND[rows] = (d_logits_NV @ head_cast_VD).to(final_ND.dtype)

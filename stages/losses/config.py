@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cache.profiles.profile import Need
 from stages.settings import Section
 
 
@@ -34,9 +35,9 @@ class LossConfig(Section):
     ] = None
     hidden: Annotated[HiddenLossConfig | None, Field(description="loss on hidden states; none is off")] = None
 
-    def needed_temperature(self, dump_temperature: float) -> float | None:
-        """The temperature at which the teacher's distribution is needed; None if it is not."""
-        return None if self.alpha == 1 else self.temperature or dump_temperature
+    def need(self, dump_temperature: float) -> Need | None:
+        """What is needed of the teacher's distribution; None if nothing is."""
+        return None if self.alpha == 1 else Need("forward_kl", self.temperature or dump_temperature)
 
     @property
     def layer_map(self) -> dict[int, int]:

@@ -2,19 +2,30 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from stages.losses.target import HeadTarget
+from stages.losses.student import StudentChunk
+from stages.losses.target import Target
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """-log q(label), q = softmax(logits), in nats."""
+    """-log q(label), q = softmax(logits), in nats; the gradient is q - 1 at the label, q elsewhere."""
 
     name: str = "cross_entropy"
     needs_teacher: bool = False
 
-    def per_position(self, logits_NV: Tensor, labels_N: Tensor, target: HeadTarget | None) -> Tensor:  # noqa: ARG002
-        """(N,) float32."""
-        return F.cross_entropy(logits_NV, labels_N, reduction="none")
+    def per_position(
+        self,
+        student: StudentChunk,
+        labels_N: Tensor,
+        target: Target | None,  # noqa: ARG002
+        weight: float = 1,
+    ) -> Tensor:
+        """See DistributionTerm."""
+        labels_N1 = labels_N[:, None]
+        value_N1 = -student.log_q(1.0).gather(-1, labels_N1)
+        if student.wants_gradient:
+            student.add_softmax(1.0, weight)
+            student.add_at(labels_N1, value_N1.new_full(labels_N1.shape, -weight))
+        return value_N1[:, 0]

@@ -1,8 +1,10 @@
-"""What is known of the teacher's distribution, as the losses see it: cached or online alike.
+"""What is known of the teacher's distribution at some positions, as the losses see it: cached or online alike.
 
-Shapes: N positions, K kept head entries, V vocabulary, D width of the teacher.
+Shapes: N positions, K kept head entries, V vocabulary, M declared temperatures, D width of the teacher.
 """
 
+import bisect
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,68 +14,157 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadTarget:
-    """The teacher's distribution at N positions: a head of single entries, and the rest as one bucket.
+    """A head of single entries, and the rest as one bucket of known mass.
 
-    head_ids_NK: int64, or None when the head is the whole vocabulary in order of ids. head_logits_NK: float32,
-    (z - max z) / temperature. tail_logsumexp_N: float32, log sum over all other ids of exp((z - max z) / temperature),
-    or None when there are no other ids.
+    head_ids_NK: int64. head_logits_NK: float32, (z - max z) / temperatures[0]; -inf marks an entry that is not there,
+    whose id then repeats another of its row. tail_logsumexp_NM: float32, log sum over all other ids of exp((z - max
+    z) / tau_m), or None when there are no other ids, or none that count.
     """
 
-    head_ids_NK: Tensor | None
+    head_ids_NK: Tensor
     head_logits_NK: Tensor
-    tail_logsumexp_N: Tensor | None
-    temperature: float
+    tail_logsumexp_NM: Tensor | None
+    temperatures: tuple[float, ...]
 
     def log_probs(self, temperature: float) -> tuple[Tensor, Tensor | None]:
         """(head_log_probs_NK, tail_log_prob_N) of p at `temperature`; together they sum to one.
 
-        With a tail the temperature is that of the target: other ones cannot be known, and were refused before training
-        started.
+        With a tail the temperature is a declared one: others cannot be known, and were refused before training started.
         """
-        if self.tail_logsumexp_N is None:
-            return torch.log_softmax(self.head_logits_NK * (self.temperature / temperature), dim=-1), None
-        assert temperature == self.temperature, "a target with a tail serves its own temperature only"
-        log_normalizer_N = torch.logaddexp(self.head_logits_NK.logsumexp(dim=-1), self.tail_logsumexp_N)
-        return self.head_logits_NK - log_normalizer_N[:, None], self.tail_logsumexp_N - log_normalizer_N
+        logits_NK = self.head_logits_NK * (self.temperatures[0] / temperature)
+        if self.tail_logsumexp_NM is None:
+            return torch.log_softmax(logits_NK, dim=-1), None
+        assert temperature in self.temperatures, "a target with a tail serves the temperatures that it declares"
+        tail_N = self.tail_logsumexp_NM[:, self.temperatures.index(temperature)]
+        log_normalizer_N = torch.logaddexp(logits_NK.logsumexp(dim=-1), tail_N)
+        return logits_NK - log_normalizer_N[:, None], tail_N - log_normalizer_N
+
+    def top1(self) -> Tensor:
+        """The most likely id, (N,)."""
+        return self.head_ids_NK.gather(-1, self.head_logits_NK.argmax(dim=-1, keepdim=True))[:, 0]
+
+
+@dataclass(frozen=True)
+class SpreadTarget:
+    """A HeadTarget whose tail is spread evenly over all ids outside the head."""
+
+    head: HeadTarget
+    vocab_size: int
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Of the whole vocabulary, (N, V)."""
+        head_NK, tail_N = self.head.log_probs(temperature)
+        assert tail_N is not None, "a head without a tail is not spread"
+        num_outside_N = self.vocab_size - torch.isfinite(head_NK).sum(dim=-1)
+        each_N = tail_N - num_outside_N.clamp(min=1).log()
+        spread_NV = each_N[:, None].repeat(1, self.vocab_size)
+        return spread_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK))
+
+    def top1(self) -> Tensor:
+        """The most likely id, (N,)."""
+        return self.head.top1()
+
+
+@dataclass(frozen=True)
+class LogitsTarget:
+    """All logits, at temperature 1, float32 (N, V)."""
+
+    logits_NV: Tensor
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Of the whole vocabulary, (N, V)."""
+        scaled_NV = self.logits_NV if temperature == 1 else self.logits_NV / temperature
+        return torch.log_softmax(scaled_NV, dim=-1)
+
+    def top1(self) -> Tensor:
+        """The most likely id, (N,)."""
+        return self.logits_NV.argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class RescaledTarget:
+    """Approximate logits of the whole vocabulary, corrected by a head that is exact and a tail of exact mass.
+
+    logits_NV: float32 at temperature 1, known up to a constant per position. head: as HeadTarget, its tail exact at
+    the declared temperatures. Between them the correction of the tail's log-mass is interpolated in 1 / tau, beyond
+    them the nearest one is taken: the correction is small, so that its interpolation errs little (docs/methods.md).
+    """
+
+    logits_NV: Tensor
+    head: HeadTarget
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Of the whole vocabulary, (N, V)."""
+        head_NK = self.head.head_logits_NK * (self.head.temperatures[0] / temperature)
+        tail_NV = self.logits_NV.scatter(-1, self.head.head_ids_NK, -math.inf)
+        exact_N = self._tail_logsumexp(tail_NV, temperature)
+        log_normalizer_N = torch.logaddexp(head_NK.logsumexp(dim=-1), exact_N)
+        log_probs_NV = tail_NV if temperature == 1 else tail_NV.div_(temperature)
+        log_probs_NV += (exact_N - log_normalizer_N - log_probs_NV.logsumexp(dim=-1))[:, None]
+        return log_probs_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK - log_normalizer_N[:, None]))
+
+    def _tail_logsumexp(self, tail_NV: Tensor, temperature: float) -> Tensor:
+        declared = self.head.temperatures
+        exact_NM = self.head.tail_logsumexp_NM
+        assert exact_NM is not None, "a transform cache always holds the tail's mass"
+        if temperature in declared:
+            return exact_NM[:, declared.index(temperature)]
+        if len(declared) == 1:
+            nodes, shares = [0], [declared[0] / temperature]
+        else:
+            first = min(bisect.bisect_left(declared, temperature, 1, len(declared) - 1), len(declared) - 1)
+            nodes = [first - 1, first]
+            left, right = (1 / declared[m] for m in nodes)
+            share = (1 / temperature - left) / (right - left)
+            shares = [1 - share, share]
+        log_mass_N = (tail_NV / temperature).logsumexp(dim=-1)
+        for m, share in zip(nodes, shares, strict=True):
+            log_mass_N = log_mass_N + share * (exact_NM[:, m] - (tail_NV / declared[m]).logsumexp(dim=-1))
+        return log_mass_N
+
+    def top1(self) -> Tensor:
+        """The most likely id, (N,)."""
+        return self.head.top1()
+
+
+@dataclass(frozen=True)
+class DrawnTarget:
+    """Draws from the distribution at one temperature: an unbiased estimate of it, not the distribution itself.
+
+    ids_NK: int64. shares_NK: float32, how often each was drawn, summing to 1; 0 where an id only fills the row.
+    entropy_N: float32, the teacher's entropy in nats at that temperature.
+    """
+
+    ids_NK: Tensor
+    shares_NK: Tensor
+    entropy_N: Tensor
+    temperature: float
+
+
+FullTarget = SpreadTarget | LogitsTarget | RescaledTarget
+Target = HeadTarget | FullTarget | DrawnTarget
 
 
 class Targets(Protocol):
     """Targets of all positions of a batch, handed out in chunks so that [positions, V] is never whole in memory."""
 
-    def chunk(self, rows: slice) -> HeadTarget:
-        """The targets of some positions, on the device of the student."""
+    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> Target:
+        """The targets of some positions, on the device of the student; large products are computed in `dtype`."""
         ...
 
 
 @dataclass(frozen=True)
-class StoredTargets:
-    """Targets read from a `topk` cache: head_ids_NK and head_logits_NK of any stored type, tail_logsumexp_N."""
-
-    head_ids_NK: Tensor
-    head_logits_NK: Tensor
-    tail_logsumexp_N: Tensor
-    temperature: float
-    vocab_size: int
-
-    def chunk(self, rows: slice) -> HeadTarget:
-        """Rows as float32 and int64; no tail when the head is the whole vocabulary."""
-        has_tail = self.head_ids_NK.shape[-1] < self.vocab_size
-        return HeadTarget(
-            self.head_ids_NK[rows].to(torch.int64),
-            self.head_logits_NK[rows].float(),
-            self.tail_logsumexp_N[rows].float() if has_tail else None,
-            self.temperature,
-        )
-
-
-@dataclass(frozen=True)
 class ComputedTargets:
-    """Targets from a teacher in memory: its features final_ND and output matrix head_VD; the whole distribution."""
+    """Targets from a teacher's features final_ND and its output matrix head_VD; the whole distribution."""
 
     final_ND: Tensor
     head_VD: Tensor
 
-    def chunk(self, rows: slice) -> HeadTarget:
-        """Full-vocabulary logits of some rows, at temperature 1."""
-        logits_NV = (self.final_ND[rows] @ self.head_VD.T).float()
-        return HeadTarget(None, logits_NV - logits_NV.amax(dim=-1, keepdim=True), None, temperature=1.0)
+    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> LogitsTarget:
+        """Full-vocabulary logits of some rows."""
+        return LogitsTarget((self.final_ND[rows].to(dtype) @ self.head_VD.to(dtype).T).float())
+
+
+def filled(head_NK: Tensor) -> Tensor:
+    """Head values in which entries that are not there repeat the value of the row's first id, as their ids do."""
+    return torch.where(torch.isfinite(head_NK), head_NK, head_NK[:, :1])

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from stages.losses.target import HeadTarget
+from stages.losses.student import StudentChunk
+from stages.losses.target import Target
 
 
 class DistributionTerm(Protocol):
@@ -21,8 +22,11 @@ class DistributionTerm(Protocol):
         """Whether `target` is looked at."""
         ...
 
-    def per_position(self, logits_NV: Tensor, labels_N: Tensor, target: HeadTarget | None) -> Tensor:
-        """The term at each position in nats, (N,) float32, differentiable with respect to `logits_NV` (float32)."""
+    def per_position(self, student: StudentChunk, labels_N: Tensor, target: Target | None, weight: float = 1) -> Tensor:
+        """The term at each position in nats, (N,), in the type of the logits.
+
+        If the student wants a gradient, that of weight * (sum over positions) is added to it, in closed form.
+        """
         ...
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cache import Cache, SplitName, WindowBatch
-from stages.losses.target import StoredTargets
 from stages.targets.source import Epoch, Signals, TargetBatch
+from stages.targets.stored import make_targets
 
 
 class CachedSource:
@@ -25,6 +25,8 @@ class CachedSource:
         self.temperature = cache.spec.profile.temperature
         self.teacher_width = cache.spec.hidden.width if cache.spec.hidden else None
         self.tokenizer_path = cache.tokenizer_path
+        own_tables = cache.spec.target_part.own_tables(cache.tables)
+        self._targets_of = make_targets(cache.spec.profile, own_tables, self.vocab_size, device)
 
     def num_windows(self, split: SplitName) -> int:
         """Windows in a split."""
@@ -52,10 +54,9 @@ class CachedSource:
         ids_BT1 = self._tensor(batch.input_ids).to(torch.int64)
         targets = None
         if batch.target:
-            flat = {name: self._tensor(array).flatten(0, 1) for name, array in batch.target.items()}
-            targets = StoredTargets(
-                flat["head_ids"], flat["head_logits"], flat["tail_logsumexp"], self.temperature, self.vocab_size
-            )
+            arrays = {**batch.target, **batch.signals}
+            flat = {name: self._tensor(array).flatten(0, 1) for name, array in arrays.items()}
+            targets = self._targets_of(flat, ids_BT1[:, :-1].flatten())
         hidden = {layer: self._tensor(array) for layer, array in batch.hidden.items()}
         return TargetBatch(ids_BT1[:, :-1], ids_BT1[:, 1:], targets, hidden)
 

@@ -19,7 +19,7 @@ from cache import (
     CacheMismatchError,
     CacheMissingError,
     CacheWriter,
-    TopKProfile,
+    PlainTopKProfile,
     open_cache,
     verify_cache,
 )
@@ -116,7 +116,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(small_cache: Cache, na
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version":1', '"format_version":2', "format_version: Input should be 1; found 2"),
+        ('"format_version":2', '"format_version":3', "format_version: Input should be 1 or 2; found 3"),
         ('"vocab_size":300', '"vocab_size":"many"', "vocab_size: Input should be a valid integer"),
         ('"first_window":16', '"first_window":17', "the list of shards does not follow from the spec"),
         ('"spec":{', '"extra":1,"spec":{', "extra: Extra inputs are not permitted"),
@@ -238,7 +238,7 @@ def replace_dataset(file: h5py.File, name: str, **settings: object) -> None:
         ),
         (
             lambda f: f.attrs.__setitem__("tristill_spec", np.bytes_(b'{"format_version": 9}')),
-            "found cache format version 9, this program reads version 1",
+            "found cache format version 9, this program reads versions 1 and 2",
         ),
         (lambda f: f.attrs.__delitem__("tristill_shard"), "has no attribute tristill_shard"),
         (lambda f: f.attrs.__setitem__("tristill_shard", np.bytes_(b"{}")), "it says it holds {}"),
@@ -288,7 +288,7 @@ def test_a_shard_of_another_cache_is_told_apart_by_field(small_cache: Cache, tmp
 
 def test_writer_refuses_a_folder_with_another_cache_and_leaves_it_alone(small_cache: Cache) -> None:
     before = {path.name: path.read_bytes() for path in small_cache.folder.iterdir()}
-    spec = make_spec(profile=TopKProfile(top_k=5, temperature=1.0))
+    spec = make_spec(profile=PlainTopKProfile(top_k=5, temperature=1.0))
     with pytest.raises(CacheMismatchError, match=r"profile.temperature: found 2.0, expected 1.0.*--force"):
         CacheWriter(small_cache.folder, spec, b"{}")
     assert before == {path.name: path.read_bytes() for path in small_cache.folder.iterdir()}

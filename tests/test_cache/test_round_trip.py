@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache import Cache, CacheRequestError, CacheWriter, TopKProfile, open_cache
+from cache import Cache, CacheRequestError, CacheWriter, Need, PlainTopKProfile, open_cache
 from cache.arrays import ids_dtype
 from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
 
@@ -48,7 +48,7 @@ def test_any_shape_round_trips(
         2,
         per_chunk=per_chunk,
         per_shard=per_chunk * chunks_per_shard,
-        profile=TopKProfile(top_k=top_k),
+        profile=PlainTopKProfile(top_k=top_k),
         vocab_size=vocab_size,
     )
     cache = write_cache(tmp_path_factory.mktemp("cache"), spec, batch=batch)
@@ -124,11 +124,11 @@ def test_reader_refuses_what_is_not_there(small_cache: Cache) -> None:
 
 def test_a_profile_says_which_temperatures_it_serves() -> None:
     spec = make_spec()
-    assert spec.unserved(2.0, (1,)) == []
+    assert spec.unserved(Need("forward_kl", 2.0), (1,)) == []
     assert spec.unserved(None, ()) == []
-    (reason,) = spec.unserved(1.0, ())
-    assert "temperature 1 is asked for, but this topk cache is exact at 2 only" in reason
-    assert make_spec(profile=TopKProfile(top_k=300)).unserved(7.5, ()) == []
+    (reason,) = spec.unserved(Need("forward_kl", 1.0), ())
+    assert "temperature 1 is asked for, but this plain_topk cache is exact at 2 only" in reason
+    assert make_spec(profile=PlainTopKProfile(top_k=300)).unserved(Need("forward_kl", 7.5), ()) == []
 
 
 def test_spec_refuses_what_cannot_be_stored() -> None:
@@ -139,7 +139,7 @@ def test_spec_refuses_what_cannot_be_stored() -> None:
     with pytest.raises(CacheRequestError, match="ids are stored in at most 32 bits"):
         ids_dtype(2**32 + 1)
     with pytest.raises(CacheRequestError, match="top_k is 301, but the vocabulary has only 300 entries"):
-        make_spec(profile=TopKProfile(top_k=301)).arrays  # noqa: B018 - the property computes
+        make_spec(profile=PlainTopKProfile(top_k=301)).arrays  # noqa: B018 - the property computes
 
 
 def test_stream_can_be_abandoned(small_cache: Cache) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache import CacheMismatchError, CacheWriter, TopKProfile, open_cache
+from cache import CacheMismatchError, CacheWriter, PlainTopKProfile, open_cache
 from stages.data.config import DataConfig
 from stages.data.tokenize import tokenize_corpus
 from stages.data.tokenized import load_corpus, split_windows
@@ -16,7 +16,8 @@ from stages.distill.choose import Places, choose_source
 from stages.distill.config import DistillConfig, StudentConfig
 from stages.distill.distill import StudentSummary, distill, model_size
 from stages.dump.config import DumpConfig
-from stages.dump.dump import cache_spec, dump_logits, write_missing_shards
+from stages.dump.dump import dump_logits, write_missing_shards
+from stages.dump.prepare import cache_spec
 from stages.errors import CheckpointError, TargetsError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
@@ -57,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dump_config(**changes: object) -> DumpConfig:
     settings: dict[str, object] = {
-        "profile": {"top_k": 5, "logit_dtype": "float32"},
+        "profile": {"kind": "plain_topk", "top_k": 5, "logit_dtype": "float32"},
         "hidden_layers": [0, 2],
         "max_train_windows": 700,
         "shard_positions": 4096,
@@ -88,7 +89,7 @@ def student_of(
 
 def test_the_cache_holds_what_the_teacher_says(run: Path, tmp_path: Path) -> None:
     for tau in (1.0, 3.0):
-        config = dump_config(profile={"top_k": 5, "temperature": tau, "logit_dtype": "float32"})
+        config = dump_config(profile={"kind": "plain_topk", "top_k": 5, "temperature": tau, "logit_dtype": "float32"})
         dump_logits(config, run / "data", run / "teacher", tmp_path / f"{tau}")
         cache = open_cache(tmp_path / f"{tau}")
         teacher = load_model(run / "teacher")
@@ -117,7 +118,10 @@ def test_bytes_do_not_depend_on_workers_or_on_what_was_there_before(run: Path, t
     config = dump_config(batch_windows=3)
     dump_logits(config, run / "data", run / "teacher", tmp_path / "whole")
     teacher = load_model(run / "teacher").eval()
-    spec = cache_spec(config, load_corpus(run / "data"), teacher, model_fingerprint(run / "teacher"))
+    fingerprint = model_fingerprint(run / "teacher")
+    spec = cache_spec(
+        config, load_corpus(run / "data"), teacher, fingerprint, PlainTopKProfile(top_k=5, logit_dtype="float32"), None
+    )
     tokenizer = (run / "data" / "tokenizer.json").read_bytes()
     writer = CacheWriter(tmp_path / "other", spec, tokenizer)
     windows = {split: split_windows(run / "data", split) for split in spec.splits}
@@ -137,7 +141,7 @@ def test_cached_at_full_vocabulary_and_online_give_one_loss_trace(
     run: Path, tmp_path: Path, temperature: float
 ) -> None:
     vocab_size = load_corpus(run / "data").vocab_size
-    dump = dump_config(profile={"top_k": vocab_size, "logit_dtype": "float32"})
+    dump = dump_config(profile={"kind": "plain_topk", "top_k": vocab_size, "logit_dtype": "float32"})
     dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
     traces = {}
     for targets in ("cached", "online"):
@@ -216,7 +220,7 @@ Refusal = tuple[dict[str, object], str]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 4.0}, "temperature 4 is asked for, but this topk cache is exact at 1 only"),
+        ({"temperature": 4.0}, "temperature 4 is asked for, but this plain_topk cache is exact at 1 only"),
         ({"hidden": {"layers": {"1": 1}}}, r"hidden states of layers \[1\] are asked for, .* holds those of \[0, 2\]"),
     ],
 )
@@ -277,4 +281,4 @@ def test_sizes_count_two_bits_for_ternary_weights_and_sixteen_for_the_rest() -> 
 
 def test_profile_of_the_config_is_that_of_the_cache(run: Path, tmp_path: Path) -> None:
     dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
-    assert open_cache(tmp_path / "cache").spec.profile == TopKProfile(top_k=5, logit_dtype="float32")
+    assert open_cache(tmp_path / "cache").spec.profile == PlainTopKProfile(top_k=5, logit_dtype="float32")

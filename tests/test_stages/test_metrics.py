@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.dump.topk import topk_target
-from stages.evaluate.metrics import MetricSums, acceptance, teacher_top1
-from stages.losses.target import ComputedTargets, HeadTarget, StoredTargets
+from stages.evaluate.metrics import MetricSums, acceptance
+from stages.losses.target import ComputedTargets, LogitsTarget
+from stages.targets.stored import PlainHeads
 
 
 def logits(seed: int, positions: int, vocab: int) -> torch.Tensor:
@@ -75,15 +76,13 @@ def test_without_a_teacher_its_metrics_are_none() -> None:
 
 def test_acceptance_on_a_bucket_is_the_upper_bound_of_the_definition() -> None:
     teacher, student = logits(0, 50, 12), logits(1, 50, 12)
-    whole = acceptance(student, HeadTarget(None, teacher, None, 1.0), 1.0)
+    whole = acceptance(student, LogitsTarget(teacher), 1.0)
     for top_k in (1, 4, 11, 12):
         arrays = topk_target(teacher.clone(), top_k, 1.0)
-        target = StoredTargets(arrays["head_ids"], arrays["head_logits"], arrays["tail_logsumexp"], 1.0, 12).chunk(
-            slice(None)
-        )
+        target = PlainHeads(arrays, top_k < 12, 1.0).chunk(slice(None))
         partial = acceptance(student, target, 1.0)
         assert (partial >= whole - 1e-6).all()
-        assert torch.equal(teacher_top1(target), teacher.argmax(-1))
+        assert torch.equal(target.top1(), teacher.argmax(-1))
         p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
         ids = arrays["head_ids"]
         expected = torch.minimum(p.gather(1, ids), q.gather(1, ids)).sum(-1) + torch.minimum(

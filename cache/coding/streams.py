@@ -1,0 +1,43 @@
+"""The seam between what is coded and how: integers go into a sink by their model's name, and come from a source."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from cache.coding.frequencies import frequencies_from_counts
+from cache.coding.integers import tokens_of
+
+
+class Sink(Protocol):
+    """Takes integers: an encoder, or a histogram."""
+
+    def write(self, name: str, values: np.ndarray, contexts: np.ndarray | int = 0) -> None:
+        """Take `values` (n,) >= 0 for the model `name`, each in its context."""
+        ...
+
+
+class Source(Protocol):
+    """Gives back the integers that a sink took, in the same order."""
+
+    def read(self, name: str, count: int, contexts: np.ndarray | int = 0) -> np.ndarray:
+        """The next `count` values, int64."""
+        ...
+
+
+class Histograms:
+    """A sink that only counts tokens: models are fitted with it."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """`shapes`: contexts and tokens of every model."""
+        self._counts = {name: np.zeros(shape, np.int64) for name, shape in shapes.items()}
+
+    def write(self, name: str, values: np.ndarray, contexts: np.ndarray | int = 0) -> None:
+        """Count."""
+        counts = self._counts[name]
+        places = np.asarray(contexts, np.int64) * counts.shape[1] + tokens_of(values)
+        counts += np.bincount(places, minlength=counts.size).reshape(counts.shape)
+
+    def frequencies(self) -> dict[str, np.ndarray]:
+        """Models in proportion to the counts, (contexts, tokens) uint16 by name."""
+        return {name: frequencies_from_counts(counts) for name, counts in self._counts.items()}

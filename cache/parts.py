@@ -1,0 +1,100 @@
+"""A shard's parts: what a reader can ask for by itself, and how it lies in datasets.
+
+    windows     input_ids
+    signals     teacher_entropy, label_log_prob (format version 2)
+    target      the profile's arrays
+    hidden_<l>  the states of one layer
+
+A part is plain, one dataset per array, or coded: one dataset of bytes, a row per chunk, which a Coder turns into
+arrays.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cache.arrays import ArraySpec, Dataset
+from cache.coding.frequencies import Model
+from cache.coding.rans import Decoder, Encoder
+from cache.profiles.profile import NUM_LANES, Coder, Place
+
+SIGNAL_STEP_NATS = 1 / 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """`models` of the entropy coder by name: (contexts, tokens). `coder` makes one from tables; None if plain."""
+
+    name: str
+    arrays: tuple[ArraySpec, ...]
+    models: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tables: tuple[ArraySpec, ...] = ()
+    coder: Callable[[Mapping[str, np.ndarray]], Coder] | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it takes a coder to read it."""
+        return self.coder is not None
+
+    def datasets(self, windows_per_chunk: int, context_length: int) -> tuple[Dataset, ...]:
+        """Its datasets in a shard."""
+        if not self.is_coded:
+            return tuple(Dataset(array) for array in self.arrays)
+        capacity = self.capacity(windows_per_chunk, context_length)
+        return (Dataset(ArraySpec(self.name, (capacity,), "|u1"), per_chunk=True),)
+
+    def capacity(self, windows_per_chunk: int, context_length: int) -> int:
+        """Bytes of a coded chunk before the zeros at its end are compressed away: more than any payload takes.
+
+        A value takes at most 12 bits of its token and as many raw bits as its type has.
+        """
+        per_window = 2 * sum(array.num_bytes for array in self.arrays) + 8 * context_length
+        return 8 + 4 * NUM_LANES + per_window * windows_per_chunk
+
+    @property
+    def stored_tables(self) -> tuple[ArraySpec, ...]:
+        """Its tables and models as they are named in the file of tables."""
+        named = [ArraySpec(f"{self.name}.{table.name}", table.shape, table.dtype) for table in self.tables]
+        return (*named, *(ArraySpec(f"{self.name}.{name}", shape, "<u2") for name, shape in self.models.items()))
+
+    def own_tables(self, tables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Its tables and models by their own names."""
+        prefix = f"{self.name}."
+        return {name.removeprefix(prefix): table for name, table in tables.items() if name.startswith(prefix)}
+
+
+class PartCoder:
+    """A coded part's arrays to payloads and back."""
+
+    def __init__(self, part: Part, tables: Mapping[str, np.ndarray]) -> None:
+        """`tables` are those of the whole cache. Raises CacheCorruptError if they make no sense."""
+        assert part.coder is not None, "plain parts need no coder"
+        own = part.own_tables(tables)
+        self._coder = part.coder(own)
+        self._models = {name: Model(own[name]) for name in part.models}
+
+    def encode(self, arrays: Mapping[str, np.ndarray], place: Place) -> bytes:
+        """The payload of consecutive windows."""
+        encoder = Encoder(self._models, NUM_LANES)
+        self._coder.write(arrays, place, encoder)
+        return encoder.finish()
+
+    def decode(self, payload: np.ndarray, place: Place) -> dict[str, np.ndarray]:
+        """The arrays of the windows of `place`."""
+        return self._coder.read(Decoder(self._models, payload, NUM_LANES), place)
+
+
+class Parts(Protocol):
+    """What has parts: a spec."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Everything that a shard holds, in order."""
+        ...
+
+
+def part_coders(spec: Parts, tables: Mapping[str, np.ndarray]) -> dict[str, PartCoder]:
+    """The coders of all coded parts, by name of the part."""
+    return {part.name: PartCoder(part, tables) for part in spec.parts if part.coder is not None}

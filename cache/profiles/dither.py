@@ -1,0 +1,26 @@
+"""Dither of the transform profile: uniform numbers that writer and reader both know.
+
+Subtractive dither (Schuchman 1964; Gray and Stockham 1993, IEEE Trans. Inf. Theory 39(3), theorem 1): the writer adds u
+before rounding, the reader subtracts it, and the error is uniform and independent of what was rounded.
+"""
+
+import hashlib
+
+import numpy as np
+
+LEVELS = 256
+
+
+def dither_bytes(seed: int, split: str, first_window: int, num_windows: int, per_window: int) -> np.ndarray:
+    """(num_windows, per_window) uint8, a pure function of seed, split and window: see dither_of."""
+    rows = np.empty((num_windows, per_window), np.uint8)
+    name = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "little")
+    for row in range(num_windows):
+        sequence = np.random.SeedSequence(seed, spawn_key=(name, first_window + row))
+        rows[row] = np.frombuffer(np.random.Generator(np.random.Philox(sequence)).bytes(per_window), np.uint8)
+    return rows
+
+
+def dither_of(levels: np.ndarray) -> np.ndarray:
+    """Levels as numbers u in (-1/2, 1/2), float32: (level + 1/2) / 256 - 1/2."""
+    return ((levels.astype(np.float32) + np.float32(0.5)) / np.float32(LEVELS)) - np.float32(0.5)

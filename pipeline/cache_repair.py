@@ -1,0 +1,185 @@
+"""Repairs a cache: its manifest from the shards, its tokenizer from the run, the rest by dumping it again."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, CacheSpec
+from cache.hashing import fingerprint_of
+from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
+from cache.manifest import Manifest, load_manifest, save_manifest
+from cache.repair import lend_good_files, manifest_of_shards, restore_tokenizer, take_back
+from cache.spec import FORMAT_VERSION
+from cache.verify import Damage, find_damage, tokenizer_damage
+from pipeline.errors import RepairError, StaleError
+from pipeline.provenance import Provenance, differences, locked, new_provenance, read_provenance
+from pipeline.steps import DumpLogits, Workspace
+from stages.progress import Progress
+
+Report = Callable[[str, str], None]
+RunOf = Callable[[], Workspace]
+
+
+def repair_cache(folder: Path, run_of: RunOf, tell: Callable[[str], object]) -> bool:
+    """Make every byte of the cache what the dump wrote; whether anything had to be done for that.
+
+    `tell` is given one line per file that was repaired. `run_of` gives the run that made the cache, and is asked only
+    if something of it is needed. A file is replaced only by bytes whose SHA-256 the manifest holds. Raises RepairError
+    for what could not be repaired, after all else was.
+    """
+    repaired: list[str] = []
+
+    def report(name: str, how: str) -> None:
+        repaired.append(name)
+        tell(f"{name}: {how}")
+
+    if not folder.is_dir():
+        raise CacheMissingError(f"{folder}: found no cache; run `tristill dump-logits` to make one")
+    with locked(folder):
+        manifest, damages = _sound_manifest(folder, report)
+        damaged = [damage.name for damage in damages]
+        for name in (taken := take_back(folder, manifest, damaged)):
+            report(name, "written by a repair that was interrupted, now in its place")
+        left = [damage for damage in damages if damage.name not in taken]
+        tokenizer = [damage for damage in left if damage.name == TOKENIZER_NAME]
+        dumped = [damage.name for damage in left if damage.name != TOKENIZER_NAME]
+        problems = [_tokenizer_problem(folder, manifest.spec, run_of(), report)] if tokenizer else []
+        problems += [_write_again(folder, manifest, dumped, run_of(), report)] if dumped else []
+    if problems := [problem for problem in problems if problem]:
+        raise RepairError("\n".join(problems))
+    return bool(repaired)
+
+
+def _sound_manifest(folder: Path, report: Report) -> tuple[Manifest, list[Damage]]:
+    """A manifest to trust, repaired if need be, and what differs from it."""
+    try:
+        manifest = load_manifest(folder)
+    except (CacheMissingError, CacheCorruptError):
+        manifest = _read_shards(folder)
+        save_manifest(folder, manifest)
+        report(MANIFEST_NAME, f"made again from the {len(manifest.shards)} shards")
+        return manifest, tokenizer_damage(folder, manifest.spec)
+    damages = _damage(folder, manifest)
+    doubts = [damage for damage in damages if damage.name not in {TABLES_NAME, TOKENIZER_NAME}]
+    if not doubts or not all(damage.is_whole for damage in doubts):
+        return manifest, damages
+    try:
+        found = _read_shards(folder)
+    except CacheError:
+        return manifest, damages
+    if not _is_what_was_dumped(found, manifest, _record(folder)):
+        return manifest, damages
+    save_manifest(folder, found)
+    report(MANIFEST_NAME, f"did not fit the {len(found.shards)} shards, which are whole; made again from them")
+    return found, tokenizer_damage(folder, found.spec)
+
+
+def _is_what_was_dumped(found: Manifest, manifest: Manifest, recorded: Provenance | None) -> bool:
+    """Whether `found`, made from whole shards, is right and `manifest`, as it stands on disk, is wrong.
+
+    Either the record of provenance says so, or the manifest itself, by holding the SHA-256 of all shards.
+    """
+    fingerprint = fingerprint_of(found.model_dump(mode="json"))
+    return found.shards == manifest.shards or (recorded is not None and recorded.fingerprint == fingerprint)
+
+
+def _tokenizer_problem(folder: Path, spec: CacheSpec, workspace: Workspace, report: Report) -> str | None:
+    """Copies the tokenizer from the run; what is in the way of that."""
+    for source in (workspace.data / TOKENIZER_NAME, workspace.teacher / TOKENIZER_NAME):
+        if restore_tokenizer(folder, spec, source):
+            report(TOKENIZER_NAME, f"copied from {source}")
+            return None
+    return (
+        f"{folder / TOKENIZER_NAME}: is missing or damaged, and neither {workspace.data} nor {workspace.teacher} has "
+        f"the one with SHA-256 {spec.tokenizer_fingerprint}; name the run that has it with --config and --run-dir, or "
+        "copy it there yourself"
+    )
+
+
+def _write_again(
+    folder: Path, manifest: Manifest, damaged: list[str], workspace: Workspace, report: Report
+) -> str | None:
+    """Dumps the damaged files in a scratch folder and takes those that are as before; what is in the way of that."""
+    names = ", ".join(damaged)
+    recorded = _record(folder)
+    if problems := list(_other_origin(workspace, manifest.spec, recorded)):
+        return (
+            f"{folder}: could not repair {names}: it takes what made them:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nname the run that has it with --config and --run-dir, and run `tristill cache repair` again"
+        )
+    scratch = lend_good_files(folder, manifest, damaged)
+    try:
+        _dump_into(scratch, workspace)
+    except CacheMismatchError as exc:
+        return f"{folder}: could not repair {names}: the run in {workspace.run_dir} makes another cache: {exc}"
+    finally:
+        for name in (taken := take_back(folder, manifest, damaged)):
+            report(name, f"written again by the teacher, with the SHA-256 that {MANIFEST_NAME} holds")
+    if other := [name for name in damaged if name not in taken]:
+        return (
+            f"{folder}: could not repair {', '.join(other)}: the teacher gives other bytes than those whose SHA-256 "
+            f"{MANIFEST_NAME} holds{_changed_versions(recorded)}, as it may on other hardware; repair it where it was "
+            "made, or delete these files and run `tristill dump-logits`, which makes another cache from what the "
+            "teacher gives here"
+        )
+    return None
+
+
+def _dump_into(scratch: Path, workspace: Workspace) -> None:
+    cache = workspace.config.cache.model_copy(update={"dir": scratch})
+    config = workspace.config.model_copy(update={"cache": cache})
+    DumpLogits(Workspace(config, workspace.run_dir)).build()
+
+
+def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | None) -> Iterator[str]:
+    """What of the run is not what the cache was made from, one line each."""
+    from stages.data.tokenized import load_corpus
+    from stages.errors import CorpusError
+    from stages.models.folder import CONFIG_NAME, WEIGHTS_NAME, model_fingerprint
+
+    if spec.format_version != FORMAT_VERSION:
+        yield f"the program that wrote format version {spec.format_version}; this one writes version {FORMAT_VERSION}"
+    try:
+        corpus = load_corpus(workspace.data)
+    except CorpusError as exc:
+        yield f"the token files: {exc}"
+    else:
+        for split, declared in spec.splits.items():
+            held = corpus.splits.get(split)
+            found = corpus.windows_fingerprint(split, declared.num_windows) if held else None
+            if found != declared.fingerprint:
+                yield f"{workspace.data}: found split {split} with fingerprint {found}, expected {declared.fingerprint}"
+    is_there = all((workspace.teacher / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    teacher = model_fingerprint(workspace.teacher) if is_there else None
+    if teacher != spec.teacher_fingerprint:
+        found = f"a teacher with fingerprint {teacher}" if teacher else "no teacher"
+        yield f"{workspace.teacher}: found {found}, expected the one with fingerprint {spec.teacher_fingerprint}"
+    if recorded:
+        yield from differences(recorded, DumpLogits(workspace).settings(), {})
+
+
+def _record(folder: Path) -> Provenance | None:
+    """The record of the dump; a repair does without one that is missing or cannot be read."""
+    try:
+        return read_provenance(folder)
+    except StaleError:
+        return None
+
+
+def _changed_versions(recorded: Provenance | None) -> str:
+    """Packages that are not those of the dump, in brackets; nothing if all are."""
+    here = new_provenance("cache repair", {}, {}).versions
+    there = recorded.versions if recorded else {}
+    common = sorted(here.keys() & there.keys())
+    changed = [f"{name} {there[name]} there, {here[name]} here" for name in common if there[name] != here[name]]
+    return f" ({'; '.join(changed)})" if changed else ""
+
+
+def _read_shards(folder: Path) -> Manifest:
+    with Progress("verify", sum(path.lstat().st_size for path in folder.glob("*-*.h5")), "bytes") as progress:
+        return manifest_of_shards(folder, progress.advance)
+
+
+def _damage(folder: Path, manifest: Manifest) -> list[Damage]:
+    with Progress("verify", sum(shard.file_bytes for shard in manifest.shards), "bytes") as progress:
+        return find_damage(folder, manifest, progress.advance)

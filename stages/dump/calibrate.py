@@ -1,0 +1,322 @@
+"""Fits the tables and models of a profile, measures how well it serves, and picks its setting if a target is given.
+
+Shapes: N positions, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cache.arrays import ArraySpec, compressed_bytes, ids_dtype
+from cache.calibration import Calibration, FidelityPoint
+from cache.coding.streams import Histograms
+from cache.parts import Part, PartCoder
+from cache.profiles.dense import DenseProfile
+from cache.profiles.heads import fit_tail_predictor
+from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.profile import Need, Place
+from cache.profiles.sampled import LARGEST_DRAWS, SampledProfile
+from cache.profiles.topk import TopKProfile
+from cache.spec import AnyProfile
+from stages.dump.config import DenseSettings, DumpConfig, FidelityConfig, ProfileSettings, TransformSettings
+from stages.dump.extract import TeacherPositions, target_arrays
+from stages.dump.transform import LogitTransform, fit_transform
+from stages.errors import CheckpointError
+from stages.fidelity.measure import FeaturePairs, fidelity, full_gradients
+from stages.losses.chunked_head import chunks
+from stages.losses.target import ComputedTargets
+from stages.progress import say
+from stages.targets.stored import make_targets
+
+DEFAULT_TEMPERATURES = (1.0, 2.0, 5.0)
+_STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05)
+_HEAD_PROBABILITIES = (0.1, 0.05, 0.02, 0.01, 0.005)
+_DRAWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 50, 80, 128, LARGEST_DRAWS)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a calibration looks at: positions to fit on, others to measure on with a student's features there.
+
+    total_positions: of the whole cache, over which the tables are spread.
+    """
+
+    fit: TeacherPositions
+    measure: TeacherPositions
+    student: FeaturePairs
+    student_name: str
+    total_positions: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A profile with all its tables and models, by their own names."""
+
+    profile: AnyProfile
+    tables: dict[str, np.ndarray]
+
+
+def calibrate(config: DumpConfig, sample: Sample, request: str) -> tuple[Fitted, Calibration]:
+    """The profile with its tables, and what was measured; says what was picked and why."""
+    fitter = Fitter(sample)
+    target = config.fidelity
+    if target is None:
+        fitted = fitter.fit(config.profile)
+        point = fitter.measure(fitted, declared_temperatures(fitted.profile))
+        return fitted, Calibration(
+            request=request,
+            student=sample.student_name,
+            positions=len(sample.measure.final_ND),
+            profile=fitted.profile.model_dump(mode="json"),
+            target=None,
+            points=(point,),
+            chosen=0,
+        )
+    temperatures = tuple(sorted(target.max_gradient_angle_deg or declared_temperatures(config.profile)))
+    points: list[FidelityPoint] = []
+    candidates: list[Fitted] = []
+    for settings in search(config.profile, target, points):
+        fitted = fitter.fit(settings)
+        candidates.append(fitted)
+        points.append(fitter.measure(fitted, temperatures))
+        say(f"calibration: {describe(points[-1])}")
+    chosen = pick(points, target)
+    say(f"calibration: picked {describe(points[chosen])}, for {target}")
+    return candidates[chosen], Calibration(
+        request=request,
+        student=sample.student_name,
+        positions=len(sample.measure.final_ND),
+        profile=candidates[chosen].profile.model_dump(mode="json"),
+        target=str(target),
+        points=tuple(points),
+        chosen=chosen,
+    )
+
+
+class Fitter:
+    """Fits settings on one sample; what does not depend on the settings is computed once."""
+
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
+        self._full = ComputedTargets(sample.measure.final_ND, sample.measure.head_VD.float())
+        self._gradients: dict[float, torch.Tensor] = {}
+        self._transform: LogitTransform | None = None
+        self._mean_p_V: torch.Tensor | None = None
+
+    @property
+    def mean_probabilities(self) -> torch.Tensor:
+        """The teacher's mean distribution over the positions to fit on."""
+        if self._mean_p_V is None:
+            fit = self._sample.fit
+            total_V = torch.zeros(len(fit.head_VD), device=fit.head_VD.device)
+            for rows in chunks(len(fit.final_ND), len(fit.head_VD)):
+                total_V += torch.softmax(fit.logits(rows), dim=-1).sum(dim=0)
+            self._mean_p_V = total_V / len(fit.final_ND)
+        return self._mean_p_V
+
+    def fit(self, settings: ProfileSettings) -> Fitted:
+        """Tables and models for these settings."""
+        match settings:
+            case PlainTopKProfile():
+                return Fitted(settings, {})
+            case DenseSettings():
+                head_VD = self._sample.fit.head_VD.float().cpu().numpy()
+                dense = DenseProfile(width=head_VD.shape[1], temperature=settings.temperature)
+                return Fitted(dense, {"output_matrix": head_VD})
+            case TransformSettings():
+                profile, tables = self._fitted_transform().at(settings)
+                return self._with_models(profile, tables)
+            case SampledProfile() | TopKProfile():
+                return self._with_models(settings, {})
+
+    def _fitted_transform(self) -> LogitTransform:
+        if self._transform is None:
+            fit = self._sample.fit
+            self._transform = fit_transform(fit.final_ND, fit.input_ids_N, fit.head_VD, self.mean_probabilities)
+        return self._transform
+
+    def _with_models(self, profile: AnyProfile, tables: dict[str, np.ndarray]) -> Fitted:
+        fit = self._sample.fit
+        vocab_size = len(fit.head_VD)
+        order = np.argsort(-self.mean_probabilities.cpu().numpy(), kind="stable")
+        tables = {**tables, "ids_by_rank": order.astype(ids_dtype(vocab_size))}
+        arrays = target_arrays(profile, tables, fit)
+        if "tail_logsumexp" in arrays:
+            log_mass = arrays["tail_logsumexp"].reshape(-1, arrays["tail_logsumexp"].shape[-1])
+            tables["tail_predictor"] = fit_tail_predictor(log_mass)
+        assert profile.make_coder is not None, "only coded profiles have models"
+        histograms = Histograms(profile.models(vocab_size))
+        profile.make_coder(tables).write(as_given(arrays, profile, fit), place_of(fit), histograms)
+        return Fitted(profile, {**tables, **histograms.frequencies()})
+
+    def measure(self, fitted: Fitted, temperatures: Iterable[float]) -> FidelityPoint:
+        """Bytes, angles, norm ratios and divergences of a fitted profile, measured through its coder and back."""
+        measure, student = self._sample.measure, self._sample.student
+        arrays = target_arrays(fitted.profile, fitted.tables, measure)
+        given = as_given(arrays, fitted.profile, measure)
+        stored, num_bytes = round_trip(fitted, given, measure)
+        num_bytes += sum(map(compressed_bytes, plain_arrays(arrays, measure)))
+        table_bytes = sum(map(compressed_bytes, fitted.tables.values()))
+        signals = {"teacher_entropy": arrays["teacher_entropy"] / np.float32(8)}
+        flat = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(measure.final_ND.device).flatten(0, 1)
+            for name, array in {**stored, **signals}.items()
+        }
+        targets = make_targets(fitted.profile, fitted.tables, len(measure.head_VD), measure.final_ND.device)(
+            flat, measure.input_ids_N
+        )
+        results = {}
+        for temperature in temperatures:
+            if fitted.profile.unserved(Need("forward_kl", temperature), len(measure.head_VD)):
+                continue
+            if temperature not in self._gradients:
+                self._gradients |= full_gradients(student, self._full, [temperature])
+            results[f"{temperature:g}"] = fidelity(
+                student, targets, self._full, self._gradients[temperature], temperature
+            )
+        return FidelityPoint(
+            settings=knobs(fitted.profile),
+            bytes_per_position=num_bytes / len(measure.final_ND) + table_bytes / self._sample.total_positions,
+            angle_deg={tau: found.angle_deg for tau, found in results.items()},
+            norm_ratio={tau: found.norm_ratio for tau, found in results.items()},
+            kl_nats={tau: found.kl_nats for tau, found in results.items()},
+        )
+
+
+def round_trip(
+    fitted: Fitted, given: dict[str, np.ndarray], positions: TeacherPositions
+) -> tuple[dict[str, np.ndarray], int]:
+    """(arrays as a reader gets them, bytes that the target part takes)."""
+    profile = fitted.profile
+    if profile.make_coder is None:
+        return given, sum(map(compressed_bytes, given.values()))
+    vocab_size = len(positions.head_VD)
+    part = Part(
+        "target",
+        profile.arrays(vocab_size, positions.context_length),
+        profile.models(vocab_size),
+        profile.tables(vocab_size),
+        profile.make_coder,
+    )
+    coder = PartCoder(part, {f"target.{name}": table for name, table in fitted.tables.items()})
+    payload = coder.encode(given, place_of(positions))
+    return coder.decode(np.frombuffer(payload, np.uint8), place_of(positions)), len(payload)
+
+
+def as_given(arrays: dict[str, np.ndarray], profile: AnyProfile, positions: TeacherPositions) -> dict[str, np.ndarray]:
+    """The profile's arrays in the types that a writer is given."""
+    specs = profile.arrays(len(positions.head_VD), positions.context_length)
+    return {spec.name: as_stored(arrays[spec.name], spec) for spec in specs}
+
+
+def as_stored(values: np.ndarray, spec: ArraySpec) -> np.ndarray:
+    """`values` in a stored type; float16 saturates instead of overflowing."""
+    if spec.dtype == "<f2":
+        largest = float(np.finfo(np.float16).max)
+        values = np.where(np.isneginf(values), values, values.clip(-largest, largest))
+    return values.astype(spec.dtype)
+
+
+def plain_arrays(arrays: dict[str, np.ndarray], positions: TeacherPositions) -> Iterator[np.ndarray]:
+    """What every cache stores beside the profile's arrays: ids and signals."""
+    yield positions.input_ids_N.cpu().numpy().astype(ids_dtype(len(positions.head_VD)))
+    yield arrays["teacher_entropy"]
+    yield arrays["label_log_prob"]
+
+
+def place_of(positions: TeacherPositions) -> Place:
+    """A place for a sample: its windows are not consecutive, and dither only needs them to be distinct."""
+    return Place(positions.split, 0, len(positions.windows), positions.context_length)
+
+
+def declared_temperatures(profile: AnyProfile | ProfileSettings) -> tuple[float, ...]:
+    """The temperatures to measure a profile at: those that it declares, or 1, 2 and 5 if it serves any."""
+    match profile:
+        case TopKProfile():
+            return profile.temperatures
+        case SampledProfile() | PlainTopKProfile():
+            return (profile.temperature,)
+    return tuple(sorted({profile.temperature, *DEFAULT_TEMPERATURES, *getattr(profile, "temperatures", ())}))
+
+
+def knobs(profile: AnyProfile) -> dict[str, float | int | bool | str]:
+    """The plain settings of a profile, flat."""
+    flat: dict[str, float | int | bool | str] = {}
+    for name, value in profile.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": part for key, part in value.items()}
+        elif not isinstance(value, list):
+            flat[name] = value
+    return flat
+
+
+def describe(point: FidelityPoint) -> str:
+    """One line of a measured point."""
+    shown = {"step", "rank", "draws", "head.probability", "dither"}
+    settings = ", ".join(f"{name} {value}" for name, value in point.settings.items() if name in shown)
+    angles = ", ".join(f"{angle:.1f} at tau {tau}" for tau, angle in point.angle_deg.items())
+    return f"{settings}: {point.bytes_per_position:.1f} bytes/position, degrees {angles}"
+
+
+def search(settings: ProfileSettings, target: FidelityConfig, points: list[FidelityPoint]) -> Iterator[ProfileSettings]:
+    """Settings worth measuring, each chosen after those before it were: `points` grows as they are."""
+    match settings:
+        case SampledProfile():
+            yield from _until_met((settings.model_copy(update={"draws": n}) for n in _DRAWS), target, points)
+        case TopKProfile():
+            yield from _until_met((_with_head(settings, p) for p in _HEAD_PROBABILITIES), target, points)
+        case TransformSettings():
+            for probability in _HEAD_PROBABILITIES:
+                finer = (_with_head(settings.model_copy(update={"step": step}), probability) for step in _STEPS)
+                yield from _until_met(finer, target, points)
+        case _:
+            raise CheckpointError(
+                f"cache.fidelity: profile {settings.kind} has no setting to pick; leave cache.fidelity out, or use "
+                "profile sampled, topk or transform"
+            )
+
+
+def _with_head(settings: TopKProfile | TransformSettings, probability: float) -> TopKProfile | TransformSettings:
+    return settings.model_copy(update={"head": settings.head.model_copy(update={"probability": probability})})
+
+
+def _until_met(
+    finer: Iterable[ProfileSettings], target: FidelityConfig, points: list[FidelityPoint]
+) -> Iterator[ProfileSettings]:
+    """Settings from coarse to fine, until the target is met, or the bytes are spent."""
+    for settings in finer:
+        yield settings
+        if target.max_gradient_angle_deg is not None and _meets(points[-1], target):
+            return
+        if target.bytes_per_position is not None and points[-1].bytes_per_position > target.bytes_per_position:
+            return
+
+
+def _meets(point: FidelityPoint, target: FidelityConfig) -> bool:
+    if target.bytes_per_position is not None:
+        return point.bytes_per_position <= target.bytes_per_position
+    assert target.max_gradient_angle_deg is not None
+    found = {float(tau): angle for tau, angle in point.angle_deg.items()}
+    return all((found.get(tau) or 0) <= angle and tau in found for tau, angle in target.max_gradient_angle_deg.items())
+
+
+def pick(points: list[FidelityPoint], target: FidelityConfig) -> int:
+    """The cheapest point that meets the target angles, or the one of the smallest worst angle within the bytes."""
+    meeting = [i for i, point in enumerate(points) if _meets(point, target)]
+    if not meeting:
+        best = min(
+            points, key=lambda point: _worst(point) if target.max_gradient_angle_deg else point.bytes_per_position
+        )
+        raise CheckpointError(
+            f"cache.fidelity: no setting gives {target}; the nearest of {len(points)} is {describe(best)}; loosen the "
+            "target, or use another profile"
+        )
+    if target.bytes_per_position is not None:
+        return min(meeting, key=lambda i: _worst(points[i]))
+    return min(meeting, key=lambda i: points[i].bytes_per_position)
+
+
+def _worst(point: FidelityPoint) -> float:
+    return max((angle for angle in point.angle_deg.values() if angle is not None), default=180.0)

@@ -1,0 +1,107 @@
+"""From the teacher's features to the arrays that a profile stores, of whole windows.
+
+Shapes: P windows, T positions, N = P T, V vocabulary, D width, S basis vectors.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.profiles.dense import DenseProfile
+from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.sampled import SampledProfile
+from cache.profiles.topk import TopKProfile
+from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
+from cache.spec import AnyProfile
+from stages.dump.draws import draws, uniforms
+from stages.dump.heads import adaptive_head, signals
+from stages.dump.topk import topk_target
+from stages.losses.chunked_head import chunks
+
+
+@dataclass(frozen=True)
+class TeacherPositions:
+    """The teacher at the positions of some windows, and who they are.
+
+    final_ND: float32. head_VD: the output matrix, float32 or bfloat16. input_ids_N, labels_N: int64. windows: their
+    numbers in the split.
+    """
+
+    final_ND: Tensor
+    head_VD: Tensor
+    input_ids_N: Tensor
+    labels_N: Tensor
+    split: str
+    windows: list[int]
+
+    @property
+    def context_length(self) -> int:
+        """T."""
+        return len(self.final_ND) // len(self.windows)
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits of some rows, computed in the type of the output matrix, float32."""
+        return (self.final_ND[rows].to(self.head_VD.dtype) @ self.head_VD.T).float()
+
+
+Extract = Callable[[TeacherPositions, Tensor, slice], dict[str, Tensor]]
+
+
+def target_arrays(
+    profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: TeacherPositions
+) -> dict[str, np.ndarray]:
+    """The profile's arrays and the two signals, (P, T, ..) each; `tables` are the profile's own.
+
+    Logits exist for about a million elements at a time, in float32.
+    """
+    extract = extractor(profile, tables, positions)
+    parts = []
+    for rows in chunks(len(positions.final_ND), len(positions.head_VD)):
+        logits_NV = positions.logits(rows)
+        found = signals(logits_NV, positions.labels_N[rows], profile.temperature)
+        parts.append({**found, **extract(logits_NV, rows)})
+    shape = (len(positions.windows), positions.context_length)
+    flat = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: tensor.view(*shape, *tensor.shape[1:]).cpu().numpy() for name, tensor in flat.items()}
+
+
+def extractor(
+    profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: TeacherPositions
+) -> Callable[[Tensor, slice], dict[str, Tensor]]:
+    """What gives the profile's arrays of some rows from their logits, which it may overwrite."""
+    device = positions.final_ND.device
+    match profile:
+        case PlainTopKProfile():
+            return lambda logits_NV, _: topk_target(logits_NV, profile.top_k, profile.temperature)
+        case TopKProfile():
+            return lambda logits_NV, _: adaptive_head(
+                logits_NV, profile.head, profile.temperatures, with_tail=profile.tail != "nothing"
+            )
+        case SampledProfile():
+            random = uniforms(profile, positions.split, positions.windows, positions.context_length)
+            random_NU = torch.from_numpy(random).to(device)
+            return lambda logits_NV, rows: draws(logits_NV, random_NU[rows], profile)
+        case DenseProfile():
+            return lambda _, rows: eight_bits(positions.final_ND[rows].float())
+        case TransformProfile():
+            encoder_DR, mean_D, table_VS = (
+                torch.from_numpy(tables[name].copy()).to(device) for name in ("encoder", "encoder_mean", "table")
+            )
+
+            def transformed(logits_NV: Tensor, rows: slice) -> dict[str, Tensor]:
+                known_NR = table_VS[positions.input_ids_N[rows], : profile.rank].float() / TABLE_UNITS_PER_STEP
+                coefficients_NR = (positions.final_ND[rows].float() - mean_D) @ encoder_DR - known_NR
+                head = adaptive_head(logits_NV, profile.head, profile.temperatures, with_tail=True)
+                return {"coefficients": coefficients_NR, **head}
+
+            return transformed
+
+
+def eight_bits(final_ND: Tensor) -> dict[str, Tensor]:
+    """`final` = round(h / scale) in -127..127 and `final_scale` = max |h| / 127, rounded to float16 first."""
+    scale_N = (final_ND.abs().amax(dim=-1) / 127).clamp(min=1e-6).half()
+    final = (final_ND / scale_N.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return {"final": final, "final_scale": scale_N}

@@ -1,0 +1,64 @@
+"""Forwards the teacher over windows.
+
+Shapes: P windows, T positions, N = P T, V vocabulary, D width.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.data.tokens import TokenWindows
+from stages.dump.extract import TeacherPositions
+from stages.errors import CheckpointError
+from stages.models.transformer import Transformer
+
+
+@torch.inference_mode()
+def forward_windows(
+    teacher: Transformer,
+    windows: TokenWindows,
+    split: str,
+    rows: list[int],
+    precision: str,
+    hidden_layers: Collection[int] = (),
+) -> tuple[TeacherPositions, dict[int, Tensor], np.ndarray]:
+    """The teacher at the positions of these windows, its hidden states (P, T, D) by layer, the windows' ids (P, T + 1).
+
+    With precision bfloat16, matrix products run under autocast, that of the output head too.
+    """
+    device = teacher.head_weight.device
+    ids_PT1 = windows.read(rows)
+    ids = torch.from_numpy(ids_PT1.astype(np.int64)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        features = teacher(ids[:, :-1], hidden_layers)
+    final_ND = features.final_BTD.flatten(0, 1).float()
+    if not torch.isfinite(final_ND).all():
+        raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
+    head_VD = teacher.head_weight.detach()
+    positions = TeacherPositions(
+        final_ND=final_ND,
+        head_VD=head_VD.bfloat16() if precision == "bfloat16" else head_VD,
+        input_ids_N=ids[:, :-1].flatten(),
+        labels_N=ids[:, 1:].flatten(),
+        split=split,
+        windows=rows,
+    )
+    return positions, features.hidden, ids_PT1
+
+
+def sample_positions(
+    teacher: Transformer, windows: TokenWindows, split: str, rows: list[int], batch_windows: int, precision: str
+) -> TeacherPositions:
+    """The teacher at the positions of many windows, forwarded in batches."""
+    batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
+    parts = [forward_windows(teacher, windows, split, batch, precision)[0] for batch in batches]
+    return TeacherPositions(
+        final_ND=torch.cat([part.final_ND for part in parts]),
+        head_VD=parts[0].head_VD,
+        input_ids_N=torch.cat([part.input_ids_N for part in parts]),
+        labels_N=torch.cat([part.labels_N for part in parts]),
+        split=split,
+        windows=rows,
+    )

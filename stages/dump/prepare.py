@@ -1,0 +1,178 @@
+"""Before the first shard: what the cache will declare, with its profile resolved and its tables fitted.
+
+A dump that is resumed finds the tables on disk, made from the same things, and goes on with them.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from cache import CacheCorruptError, CacheSpec, HiddenSpec, SplitName, SplitSpec
+from cache.calibration import Calibration
+from cache.hashing import fingerprint_of
+from cache.layout import TABLES_NAME, default_windows_per_chunk
+from cache.spec import AnyProfile, describe
+from cache.tables import load_calibration, tables_image
+from stages.data.tokenized import TokenizedCorpus
+from stages.data.tokens import TokenWindows
+from stages.dump.calibrate import Fitted, Sample, calibrate
+from stages.dump.config import DumpConfig
+from stages.dump.extract import TeacherPositions
+from stages.dump.forward import sample_positions
+from stages.errors import CheckpointError
+from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
+from stages.models.transformer import Transformer
+
+MEASURED_POSITIONS = 12_288
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cache's spec, and the bytes of its `tables.h5`, None if it needs none."""
+
+    spec: CacheSpec
+    tables_image: bytes | None
+
+
+def prepare(
+    config: DumpConfig,
+    corpus: TokenizedCorpus,
+    teacher: Transformer,
+    teacher_fingerprint: str,
+    windows: TokenWindows,
+    folder: Path,
+) -> Prepared:
+    """The spec of a dump, from the tables in `folder` if they were made from the same, else by calibration."""
+    check_teacher(config, corpus, teacher)
+    splits = split_specs(config, corpus)
+    request = fingerprint_of(
+        {
+            "config": config.numbers(),
+            "teacher": teacher_fingerprint,
+            "tokenizer": corpus.tokenizer_sha256,
+            "splits": {name: split.fingerprint for name, split in splits.items()},
+        }
+    )
+    found = _calibration_on_disk(folder)
+    if found is not None and found.request == request:
+        profile = _ANY_PROFILE.validate_python(found.profile)
+        image = (folder / TABLES_NAME).read_bytes()
+        return Prepared(cache_spec(config, corpus, teacher, teacher_fingerprint, profile, image), image)
+    total = sum(split.num_windows for split in splits.values()) * corpus.context_length
+    sample = calibration_sample(config, teacher, windows, splits["train"].num_windows, total)
+    fitted, calibration = calibrate(config, sample, request)
+    return with_tables(config, corpus, teacher, teacher_fingerprint, fitted, calibration)
+
+
+_ANY_PROFILE: TypeAdapter[AnyProfile] = TypeAdapter(AnyProfile)
+
+
+def _calibration_on_disk(folder: Path) -> Calibration | None:
+    try:
+        return load_calibration(folder)
+    except CacheCorruptError:
+        return None  # made again; shards that need exactly the lost one are refused then
+
+
+def with_tables(
+    config: DumpConfig,
+    corpus: TokenizedCorpus,
+    teacher: Transformer,
+    teacher_fingerprint: str,
+    fitted: Fitted,
+    calibration: Calibration,
+) -> Prepared:
+    """The spec of a cache with a fitted profile."""
+    if not fitted.tables:
+        return Prepared(cache_spec(config, corpus, teacher, teacher_fingerprint, fitted.profile, None), None)
+    draft = cache_spec(config, corpus, teacher, teacher_fingerprint, fitted.profile, b"")
+    tables = {f"target.{name}": table for name, table in fitted.tables.items()}
+    image = tables_image(draft.tables, tables, calibration)
+    return Prepared(cache_spec(config, corpus, teacher, teacher_fingerprint, fitted.profile, image), image)
+
+
+def calibration_sample(
+    config: DumpConfig, teacher: Transformer, windows: TokenWindows, num_windows: int, total_positions: int
+) -> Sample:
+    """Windows spread evenly over the train split to fit on, and others between them to measure on."""
+    num_measured = max(1, min(num_windows // 2, round(MEASURED_POSITIONS / windows.context_length)))
+    num_fitted = max(1, min(num_windows - num_measured, config.calibration_windows))
+    chosen = np.linspace(0, num_windows - 1, min(num_windows, num_fitted + num_measured)).astype(int).tolist()
+    places = set(np.linspace(0, len(chosen) - 1, num_measured).astype(int).tolist())
+    measured = [window for place, window in enumerate(chosen) if place in places]
+    fitted = [window for place, window in enumerate(chosen) if place not in places] or measured
+    student = near_student(teacher)
+
+    def positions_of(model: Transformer, rows: list[int]) -> TeacherPositions:
+        return sample_positions(model, windows, "train", rows, config.batch_windows, config.precision)
+
+    near = positions_of(student, measured)
+    return Sample(
+        fit=positions_of(teacher, fitted),
+        measure=positions_of(teacher, measured),
+        student=FeaturePairs(near.final_ND, near.head_VD.float()),
+        student_name=f"the teacher with {NOISE_SHARE:.0%} noise on its weights",
+        total_positions=total_positions,
+    )
+
+
+def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: Transformer) -> None:
+    """Raise CheckpointError if teacher and corpus do not belong together, or a layer asked for is not there."""
+    if teacher.vocab_size != corpus.vocab_size:
+        raise CheckpointError(
+            f"the teacher has {teacher.vocab_size} output entries, but the tokenizer of the corpus has "
+            f"{corpus.vocab_size}; train the teacher on this corpus"
+        )
+    if beyond := [layer for layer in config.hidden_layers if layer > teacher.config.layers]:
+        raise CheckpointError(
+            f"cache.hidden_layers: found {beyond}, but the teacher has {teacher.config.layers} blocks"
+        )
+
+
+def split_specs(config: DumpConfig, corpus: TokenizedCorpus) -> dict[SplitName, SplitSpec]:
+    """Both splits of a dump."""
+
+    def split_spec(split: SplitName, max_windows: int | None) -> SplitSpec:
+        all_windows = (corpus.splits[split].tokens - 1) // corpus.context_length
+        num_windows = min(all_windows, max_windows or all_windows)
+        return SplitSpec(
+            num_windows=num_windows,
+            bytes_per_token=corpus.splits[split].bytes_per_token,
+            fingerprint=corpus.windows_fingerprint(split, num_windows),
+        )
+
+    return {"train": split_spec("train", config.max_train_windows), "validation": split_spec("validation", None)}
+
+
+def cache_spec(
+    config: DumpConfig,
+    corpus: TokenizedCorpus,
+    teacher: Transformer,
+    teacher_fingerprint: str,
+    profile: AnyProfile,
+    tables: bytes | None,
+) -> CacheSpec:
+    """What the cache will declare, for the bytes of its tables."""
+    per_chunk = default_windows_per_chunk(corpus.context_length)
+    chunks_per_shard = max(1, round(config.shard_positions / (per_chunk * corpus.context_length)))
+    try:
+        return CacheSpec(
+            vocab_size=corpus.vocab_size,
+            end_of_text_id=corpus.end_of_text_id,
+            context_length=corpus.context_length,
+            profile=profile,
+            hidden=HiddenSpec(layers=config.hidden_layers, width=teacher.config.width)
+            if config.hidden_layers
+            else None,
+            splits=split_specs(config, corpus),
+            windows_per_chunk=per_chunk,
+            windows_per_shard=chunks_per_shard * per_chunk,
+            teacher_fingerprint=teacher_fingerprint,
+            tokenizer_fingerprint=corpus.tokenizer_sha256,
+            tables_fingerprint=None if tables is None else hashlib.sha256(tables).hexdigest(),
+        )
+    except ValidationError as exc:
+        raise CheckpointError(f"the cache cannot hold that:\n{describe(exc)}") from exc

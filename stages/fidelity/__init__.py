@@ -1,0 +1,1 @@
+"""How well cached targets teach: gradients from them beside gradients from the full distribution."""

@@ -1,0 +1,145 @@
+"""Arrays of a cache, as its profile gives them, to what the losses take.
+
+Shapes: N positions, K head entries, R coded coefficients, S basis vectors, V vocabulary, D width of the teacher.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.profiles.dense import DenseProfile
+from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.sampled import SampledProfile
+from cache.profiles.topk import TopKProfile
+from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
+from cache.spec import AnyProfile
+from stages.losses.target import ComputedTargets, DrawnTarget, HeadTarget, RescaledTarget, SpreadTarget, Targets
+
+Arrays = Mapping[str, Tensor]
+MakeTargets = Callable[[Arrays, Tensor], Targets]
+
+
+def make_targets(
+    profile: AnyProfile, tables: Mapping[str, np.ndarray], vocab_size: int, device: torch.device
+) -> MakeTargets:
+    """What turns a batch's arrays (N, ..) and its input ids (N,) into Targets, on `device`.
+
+    `tables` are the profile's own.
+    """
+    own = {name: torch.from_numpy(table.copy()).to(device) for name, table in tables.items() if name in _NEEDED_TABLES}
+    match profile:
+        case PlainTopKProfile():
+            has_tail = profile.top_k < vocab_size
+            return lambda arrays, _: PlainHeads(arrays, has_tail, profile.temperature)
+        case TopKProfile():
+            return lambda arrays, _: Heads(arrays, profile, vocab_size)
+        case SampledProfile():
+            return lambda arrays, _: Draws(arrays, profile)
+        case TransformProfile():
+            basis = TransformBasis.of(profile, own)
+            return lambda arrays, ids_N: Transformed(arrays, ids_N, profile, basis)
+        case DenseProfile():
+            return lambda arrays, _: ComputedTargets(
+                arrays["final"].float() * arrays["final_scale"].float()[:, None], own["output_matrix"]
+            )
+
+
+_NEEDED_TABLES = {"mean", "basis", "basis_scale", "table", "output_matrix"}
+
+
+@dataclass(frozen=True)
+class PlainHeads:
+    """Of `plain_topk`: every entry counts."""
+
+    arrays: Arrays
+    has_tail: bool
+    temperature: float
+
+    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> HeadTarget:  # noqa: ARG002
+        """Rows as float32 and int64; no tail when the head is the whole vocabulary."""
+        return HeadTarget(
+            self.arrays["head_ids"][rows].to(torch.int64),
+            self.arrays["head_logits"][rows].float(),
+            self.arrays["tail_logsumexp"][rows, None].float() if self.has_tail else None,
+            (self.temperature,),
+        )
+
+
+def counted_head(arrays: Arrays, rows: slice, temperatures: tuple[float, ...]) -> HeadTarget:
+    """A head of which only the first `head_count` entries are there."""
+    logits_NK = arrays["head_logits"][rows].float()
+    is_there_NK = torch.arange(logits_NK.shape[1], device=logits_NK.device) < arrays["head_count"][rows, None]
+    tail = arrays.get("tail_logsumexp")
+    return HeadTarget(
+        arrays["head_ids"][rows].to(torch.int64),
+        logits_NK.masked_fill_(~is_there_NK, -math.inf),
+        None if tail is None else tail[rows].float(),
+        temperatures,
+    )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of `topk`."""
+
+    arrays: Arrays
+    profile: TopKProfile
+    vocab_size: int
+
+    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> HeadTarget | SpreadTarget:  # noqa: ARG002
+        """The head of some rows, with its tail as the profile says."""
+        head = counted_head(self.arrays, rows, self.profile.temperatures)
+        return SpreadTarget(head, self.vocab_size) if self.profile.tail == "uniform" else head
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Of `sampled`; `teacher_entropy` in nats is among the arrays."""
+
+    arrays: Arrays
+    profile: SampledProfile
+
+    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> DrawnTarget:  # noqa: ARG002
+        """The draws of some rows."""
+        return DrawnTarget(
+            self.arrays["draw_ids"][rows].to(torch.int64),
+            self.arrays["draw_counts"][rows].float() / self.profile.draws,
+            self.arrays["teacher_entropy"][rows].float(),
+            self.profile.temperature,
+        )
+
+
+@dataclass(frozen=True)
+class TransformBasis:
+    """Tables of a `transform` cache: `basis_SV` in logits per step, `table_VS` in sixteenths of a step."""
+
+    mean_V: Tensor
+    basis_SV: Tensor
+    table_VS: Tensor
+
+    @classmethod
+    def of(cls, profile: TransformProfile, tables: Mapping[str, Tensor]) -> "TransformBasis":
+        """From the stored tables."""
+        scale_S1 = tables["basis_scale"][:, None] * profile.step
+        return cls(tables["mean"], tables["basis"].float() * scale_S1, tables["table"])
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """Of `transform`: logits = mean + (table[input id] + coefficients) @ basis, then head and tail put right."""
+
+    arrays: Arrays
+    input_ids_N: Tensor
+    profile: TransformProfile
+    basis: TransformBasis
+
+    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> RescaledTarget:
+        """The logits of some rows, float32, their product computed in `dtype`."""
+        steps_NS = self.basis.table_VS[self.input_ids_N[rows]].float() / TABLE_UNITS_PER_STEP
+        steps_NS[:, : self.profile.rank] += self.arrays["coefficients"][rows].float()
+        logits_NV = torch.addmm(self.basis.mean_V.to(dtype), steps_NS.to(dtype), self.basis.basis_SV.to(dtype)).float()
+        return RescaledTarget(logits_NV, counted_head(self.arrays, rows, self.profile.temperatures))

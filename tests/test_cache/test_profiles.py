@@ -1,0 +1,358 @@
+"""Each coded profile gives back what it was given, to the rounding that it states, over the whole of its domain."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import (
+    Cache,
+    CacheCorruptError,
+    CacheRequestError,
+    CacheSpec,
+    CacheWriter,
+    DenseProfile,
+    Need,
+    SampledProfile,
+    TopKProfile,
+    TransformProfile,
+    open_cache,
+)
+from cache.arrays import ids_dtype
+from cache.calibration import Calibration
+from cache.coding.frequencies import Model
+from cache.coding.rans import Decoder, Encoder
+from cache.coding.streams import Histograms
+from cache.hashing import sha256_of_file
+from cache.profiles.dither import dither_bytes, dither_of
+from cache.profiles.heads import GAP_GROWTH, GAP_STEP, TAIL_STEP, HeadSize, fit_tail_predictor, gap_grid, gap_indices
+from cache.profiles.profile import Place
+from cache.spec import AnyProfile
+from cache.tables import tables_image
+from conftest import TOKENIZER_JSON, make_spec
+
+GOLDEN = Path(__file__).parent / "golden" / "version-2-transform"
+VOCAB = 300
+TRANSFORM = TransformProfile(
+    step=0.25, width=12, rank=7, basis_rank=9, temperatures=(1.0, 2.0, 5.0), dither=True, head=HeadSize(max_entries=6)
+)
+PROFILES: dict[str, AnyProfile] = {
+    "topk": TopKProfile(head=HeadSize(max_entries=9), temperatures=(1.0, 3.0)),
+    "topk without tail": TopKProfile(head=HeadSize(max_entries=5), tail="nothing"),
+    "sampled": SampledProfile(draws=12),
+    "transform": TRANSFORM,
+    "transform without dither": TRANSFORM.model_copy(update={"dither": False}),
+}
+
+
+def given_arrays(profile: AnyProfile, place: Place, seed: int, vocab_size: int = VOCAB) -> dict[str, np.ndarray]:
+    """Content that the profile's own writer could have been given, extremes among it."""
+    generator = np.random.default_rng(seed)
+    shape = (place.num_windows, place.context_length)
+
+    def distinct(width: int) -> np.ndarray:
+        return np.stack([generator.choice(vocab_size, width, replace=False) for _ in range(np.prod(shape))])
+
+    arrays: dict[str, np.ndarray] = {}
+    if isinstance(profile, SampledProfile):
+        counts = generator.multinomial(profile.draws, [1 / profile.draws] * profile.draws, np.prod(shape))
+        counts = -np.sort(-counts, axis=1)
+        arrays = {
+            "draw_unique": (counts > 0).sum(axis=1),
+            "draw_ids": distinct(profile.draws),
+            "draw_counts": counts,
+        }
+    else:
+        assert isinstance(profile, TopKProfile | TransformProfile)
+        width = profile.head.max_entries
+        gaps = np.sort(generator.exponential(4.0, (np.prod(shape), width)), axis=1)
+        gaps[:, 0] = 0
+        gaps[0, -1] = 6e4
+        arrays = {
+            "head_count": generator.integers(profile.head.min_entries, width + 1, np.prod(shape)),
+            "head_ids": distinct(width),
+            "head_logits": -gaps,
+        }
+        if not (isinstance(profile, TopKProfile) and profile.tail == "nothing"):
+            tails = generator.normal(0, 4, (np.prod(shape), len(profile.temperatures)))
+            tails[0], tails[1] = -np.inf, 59.9
+            arrays["tail_logsumexp"] = tails
+        if isinstance(profile, TransformProfile):
+            arrays["coefficients"] = generator.standard_t(2, (np.prod(shape), profile.rank)) * 3
+            arrays["coefficients"][0, 0] = 6e4
+    specs = profile.arrays(vocab_size, place.context_length)
+    return {spec.name: arrays[spec.name].astype(spec.dtype).reshape(*shape, *spec.shape[1:]) for spec in specs}
+
+
+def fitted_tables(
+    profile: AnyProfile, arrays: dict[str, np.ndarray], place: Place, vocab_size: int = VOCAB
+) -> dict[str, np.ndarray]:
+    """All tables and models, the ones that no coder looks at filled with small numbers."""
+    generator = np.random.default_rng(5)
+    tables = {}
+    for spec in profile.tables(vocab_size):
+        values = generator.normal(size=spec.shape)
+        tables[spec.name] = (values * 100 if spec.dtype == "<i2" else values).astype(spec.dtype)
+    tables["ids_by_rank"] = generator.permutation(vocab_size).astype(ids_dtype(vocab_size))
+    if "tail_logsumexp" in arrays:
+        tables["tail_predictor"] = np.full((arrays["tail_logsumexp"].shape[-1], 3), 20_000, "<i4")
+    histograms = Histograms(profile.models(vocab_size))
+    assert profile.make_coder is not None
+    profile.make_coder(tables).write(arrays, place, histograms)
+    return {**tables, **histograms.frequencies()}
+
+
+def round_trip(
+    profile: AnyProfile, arrays: dict[str, np.ndarray], place: Place, vocab_size: int = VOCAB
+) -> dict[str, np.ndarray]:
+    tables = fitted_tables(profile, arrays, place, vocab_size)
+    assert profile.make_coder is not None
+    coder = profile.make_coder(tables)
+    models = {name: Model(tables[name]) for name in profile.models(vocab_size)}
+    encoder = Encoder(models, 16)
+    coder.write(arrays, place, encoder)
+    return coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)
+
+
+def sets_of(ids: np.ndarray, values: np.ndarray, counts: np.ndarray) -> list[dict[int, float]]:
+    flat = zip(ids.reshape(-1, ids.shape[-1]), values.reshape(-1, ids.shape[-1]), counts.ravel(), strict=True)
+    return [dict(zip(row[:n].tolist(), value[:n].tolist(), strict=True)) for row, value, n in flat]
+
+
+def check(profile: AnyProfile, given: dict[str, np.ndarray], found: dict[str, np.ndarray], place: Place) -> None:
+    for spec in profile.arrays(VOCAB, place.context_length):
+        assert found[spec.name].shape == given[spec.name].shape
+    if isinstance(profile, SampledProfile):
+        assert sets_of(given["draw_ids"], given["draw_counts"], given["draw_unique"]) == sets_of(
+            found["draw_ids"], found["draw_counts"], found["draw_unique"]
+        )
+        assert (found["draw_counts"].sum(axis=-1) == profile.draws).all()
+        return
+    np.testing.assert_array_equal(found["head_count"], given["head_count"])
+    before = sets_of(given["head_ids"], given["head_logits"], given["head_count"])
+    after = sets_of(found["head_ids"], found["head_logits"], found["head_count"])
+    for one, other in zip(before, after, strict=True):
+        assert one.keys() == other.keys()
+        for token, logit in one.items():
+            gap = min(-logit, float(gap_grid()[-1]))
+            step = GAP_STEP + GAP_GROWTH * gap
+            assert -other[token] == pytest.approx(gap, abs=0.52 * step), "half a step of the grid"
+    if "tail_logsumexp" in given:
+        np.testing.assert_allclose(
+            found["tail_logsumexp"], given["tail_logsumexp"], atol=TAIL_STEP / 2 + 0.02, rtol=1e-3
+        )
+    if isinstance(profile, TransformProfile):
+        error = found["coefficients"].astype(float) - given["coefficients"].astype(float)
+        small = np.abs(given["coefficients"]) < 100
+        assert np.abs(error[small]).max() <= 0.5 + 0.05, "half a step, and the rounding of float16"
+        assert found["coefficients"].reshape(-1, profile.rank)[0, 0] == pytest.approx(2047, abs=1), "saturated"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(sorted(PROFILES)), st.integers(0, 2**31), st.integers(1, 4), st.integers(2, 20))
+def test_any_content_round_trips(name: str, seed: int, num_windows: int, context_length: int) -> None:
+    profile, place = PROFILES[name], Place("train", 3, num_windows, context_length)
+    arrays = given_arrays(profile, place, seed)
+    check(profile, arrays, round_trip(profile, arrays, place), place)
+
+
+@pytest.mark.parametrize("vocab_size", [9, 65_537, 150_000])
+def test_ids_of_small_and_large_vocabularies_round_trip(vocab_size: int) -> None:
+    place = Place("train", 0, 2, 10)
+    profile = TopKProfile(head=HeadSize(max_entries=9))
+    arrays = given_arrays(profile, place, 0, vocab_size)
+    found = round_trip(profile, arrays, place, vocab_size)
+    assert [row.keys() for row in sets_of(arrays["head_ids"], arrays["head_logits"], arrays["head_count"])] == [
+        row.keys() for row in sets_of(found["head_ids"], found["head_logits"], found["head_count"])
+    ]
+
+
+@given(st.floats(0, 3000))
+def test_a_gap_is_rounded_to_half_a_step_of_its_grid(gap: float) -> None:
+    rounded = float(gap_grid()[gap_indices(np.array([gap]))[0]])
+    assert rounded == pytest.approx(gap, abs=0.52 * (GAP_STEP + GAP_GROWTH * gap) + 1e-4)
+
+
+def test_tails_are_predicted_from_those_of_higher_temperatures() -> None:
+    high = np.random.default_rng(0).normal(3, 1, 4000)
+    low = 1.5 * high - 2 + np.random.default_rng(1).normal(0, 0.05, 4000)
+    predictor = fit_tail_predictor(np.stack([low, high], axis=1))
+    np.testing.assert_allclose(predictor[0, [0, 2]] / 65536, [1.5, -2 / TAIL_STEP], rtol=0.02)
+    assert predictor[1, 2] / 65536 == pytest.approx(3 / TAIL_STEP, rel=0.02)
+
+
+def test_dither_is_a_function_of_the_place_alone_and_uniform() -> None:
+    whole = dither_bytes(7, "train", 10, 6, 500)
+    np.testing.assert_array_equal(dither_bytes(7, "train", 13, 2, 500), whole[3:5])
+    assert (dither_bytes(7, "validation", 10, 6, 500) != whole).mean() > 0.9
+    assert (dither_bytes(8, "train", 10, 6, 500) != whole).mean() > 0.9
+    uniform = dither_of(dither_bytes(0, "train", 0, 200, 500)).ravel()
+    assert abs(uniform.mean()) < 4 * 12**-0.5 / len(uniform) ** 0.5
+    assert uniform.var() == pytest.approx(1 / 12, rel=0.01)
+    assert np.abs(uniform).max() < 0.5
+
+
+def test_dithered_coefficients_are_unbiased_and_plain_ones_are_not() -> None:
+    """The mean over dither seeds tends to the truth as 1 / sqrt(seeds); without dither it stays where it is."""
+    place = Place("train", 0, 4, 32)
+    truth = np.random.default_rng(3).uniform(-1.5, 1.5, (4, 32, 7)).astype("<f2")
+    means = {}
+    for dither in (True, False):
+        total = np.zeros(truth.shape)
+        for seed in range(256):
+            profile = TRANSFORM.model_copy(update={"dither": dither, "seed": seed})
+            arrays = {**given_arrays(profile, place, 0), "coefficients": truth}
+            if seed == 0:
+                tables = fitted_tables(profile, arrays, place)
+            assert profile.make_coder is not None
+            coder = profile.make_coder(tables)
+            models = {name: Model(tables[name]) for name in profile.models(VOCAB)}
+            encoder = Encoder(models, 16)
+            coder.write(arrays, place, encoder)
+            total += coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)["coefficients"]
+            if seed in (15, 255):
+                means[dither, seed + 1] = np.sqrt(np.mean((total / (seed + 1) - truth) ** 2))
+    one_step = 12**-0.5
+    assert means[True, 16] == pytest.approx(one_step / 4, rel=0.1)
+    assert means[True, 256] == pytest.approx(one_step / 16, rel=0.15)
+    assert means[False, 256] == pytest.approx(means[False, 16])
+    assert means[False, 256] > 0.2
+
+
+def coded_cache(folder: Path, profile: AnyProfile, train: int = 21, batch: int = 5) -> Cache:
+    """A whole cache of a coded profile, its content a function of each window's place."""
+    place = Place("train", 0, 8, 6)
+    tables = fitted_tables(profile, given_arrays(profile, place, 0), place)
+    spec, image = spec_with_tables(profile, tables, train)
+    writer = CacheWriter(folder, spec, TOKENIZER_JSON, image)
+    for shard in writer.missing_shards():
+        shard_writer = writer.shard(shard)
+        end = shard.first_window + shard.num_windows
+        for first in range(shard.first_window, end, batch):
+            rows = range(first, min(first + batch, end))
+            shard_writer.append(window_content(spec, shard.split, rows))
+        shard_writer.commit()
+    writer.finish()
+    return open_cache(folder)
+
+
+def spec_with_tables(profile: AnyProfile, tables: dict[str, np.ndarray], train: int) -> tuple[CacheSpec, bytes]:
+    import hashlib
+
+    draft = make_spec(train, 3, profile=profile, hidden=None, tables_fingerprint="0" * 64)
+    calibration = Calibration(
+        request="a test", student="none", positions=0, profile={}, target=None, points=(), chosen=None
+    )
+    image = tables_image(draft.tables, {f"target.{name}": table for name, table in tables.items()}, calibration)
+    return draft.model_copy(update={"tables_fingerprint": hashlib.sha256(image).hexdigest()}), image
+
+
+def window_content(spec: CacheSpec, split: str, windows: range) -> dict[str, np.ndarray]:
+    parts = []
+    for window in windows:
+        place = Place(split, window, 1, spec.context_length)
+        seed = window + 1000 * (split == "validation")
+        generator = np.random.default_rng(seed)
+        others = {
+            "input_ids": generator.integers(0, VOCAB, (1, spec.context_length + 1)).astype("<u2"),
+            "teacher_entropy": generator.integers(0, 256, (1, spec.context_length)).astype("u1"),
+            "label_log_prob": generator.integers(0, 256, (1, spec.context_length)).astype("u1"),
+        }
+        parts.append({**given_arrays(spec.profile, place, seed), **others})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_bytes_and_batches_do_not_depend_on_how_they_were_made(tmp_path: Path, name: str) -> None:
+    """Written in batches of any size; read with any number of threads, in batches of any size, or one by one."""
+    cache = coded_cache(tmp_path / "a", PROFILES[name], batch=5)
+    coded_cache(tmp_path / "b", PROFILES[name], batch=2).close()
+    for path in (tmp_path / "a").iterdir():
+        assert sha256_of_file(path) == sha256_of_file(tmp_path / "b" / path.name), path.name
+    whole = next(cache.stream("train", 21, seed=None, threads=1))
+    check(cache.spec.profile, window_content(cache.spec, "train", range(21)), whole.target, Place("train", 0, 21, 6))
+    for batch_size, threads in ((1, 1), (4, 3), (20, 8)):
+        batches = list(cache.stream("train", batch_size, seed=None, threads=threads, drop_last=False))
+        for array_name, array in whole.target.items():
+            np.testing.assert_array_equal(np.concatenate([batch.target[array_name] for batch in batches]), array)
+        entropy = np.concatenate([batch.signals["teacher_entropy"] for batch in batches])
+        np.testing.assert_array_equal(entropy, whole.signals["teacher_entropy"])
+    one = cache.window("train", 17)
+    for array_name, array in one.target.items():
+        np.testing.assert_array_equal(array[0], whole.target[array_name][17])
+    assert (one.signals["label_log_prob"] <= 0).all()
+    assert threading.active_count() < 20
+    cache.close()
+
+
+def test_golden_transform_cache_is_written_and_read_as_ever(tmp_path: Path) -> None:
+    coded_cache(tmp_path, TRANSFORM, train=5).close()
+    for path in sorted(GOLDEN.iterdir()):
+        if path.suffix != ".npz":
+            assert sha256_of_file(tmp_path / path.name) == sha256_of_file(path), path.name
+    cache = open_cache(GOLDEN)
+    (batch,) = cache.stream("train", 5, seed=None)
+    with np.load(GOLDEN / "decoded.npz") as expected:
+        assert set(expected) == set(batch.target)
+        for name in expected:
+            np.testing.assert_array_equal(batch.target[name], expected[name])
+
+
+def test_damaged_tables_are_refused(tmp_path: Path) -> None:
+    coded_cache(tmp_path, TRANSFORM).close()
+    path = tmp_path / "tables.h5"
+    content = path.read_bytes()
+    for position in range(0, len(content), 997):
+        damaged = bytearray(content)
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(CacheCorruptError, match=r"tables.h5: found fingerprint .*, expected .*cache repair"):
+            open_cache(tmp_path)
+    path.unlink()
+    with pytest.raises(Exception, match=r"tables.h5: is missing; run `tristill cache repair`"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("profile", "need", "message"),
+    [
+        (SampledProfile(), Need("reverse_kl", 1.0), "reverse_kl is asked for, but this cache holds draws"),
+        (
+            SampledProfile(),
+            Need("forward_kl", 2.0),
+            "temperature 2 is asked for, but this sampled cache holds draws at 1",
+        ),
+        (TopKProfile(temperatures=(1.0, 2.0)), Need("forward_kl", 5.0), "this topk cache is exact at 1, 2 only"),
+        (TopKProfile(tail="nothing"), Need("forward_kl", 5.0), "knows nothing of its tail: a renormalised head above"),
+    ],
+)
+def test_what_a_profile_does_not_serve_it_refuses_with_the_reason(
+    profile: AnyProfile, need: Need, message: str
+) -> None:
+    assert message in str(profile.unserved(need, VOCAB))
+
+
+def test_what_a_profile_serves_it_does_not_refuse() -> None:
+    for profile in (TRANSFORM, DenseProfile(width=4)):
+        for need in (Need("forward_kl", 1.0), Need("forward_kl", 7.3), Need("reverse_kl", 0.5)):
+            assert profile.unserved(need, VOCAB) is None
+    assert TopKProfile(temperatures=(1.0, 5.0)).unserved(Need("forward_kl", 5.0), VOCAB) is None
+    assert SampledProfile(temperature=2.0).unserved(Need("forward_kl", 2.0), VOCAB) is None
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="temperatures must ascend and differ"):
+        TopKProfile(temperatures=(2.0, 1.0))
+    with pytest.raises(ValueError, match=r"min_entries \(9\) is above max_entries \(3\)"):
+        HeadSize(min_entries=9, max_entries=3)
+    with pytest.raises(ValueError, match=r"basis_rank \(3\) is below rank \(7\)"):
+        TransformProfile.model_validate({**TRANSFORM.model_dump(), "basis_rank": 3})
+    with pytest.raises(CacheRequestError, match=r"head\.max_entries is 9, but the vocabulary has only 5 entries"):
+        PROFILES["topk"].arrays(5, 4)
+    with pytest.raises(ValueError, match="profile topk is not part of format version 1"):
+        make_spec(format_version=1, profile=TopKProfile(), tables_fingerprint="0" * 64)
+    with pytest.raises(ValueError, match="tables_fingerprint must be there if and only if there are tables"):
+        make_spec(profile=TopKProfile())
