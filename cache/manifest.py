@@ -1,4 +1,4 @@
-"""`cache.json`: the list of shards with their sizes and checksums (docs/format.md, section 6)."""
+"""`cache.json`: the list of shards with their sizes and checksums (docs/format.md, section 7)."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self

@@ -1,7 +1,7 @@
 """The order of windows in an epoch: a pure function of (seed, epoch), in memory that does not grow with the data.
 
 Blocks of consecutive windows are permuted; each group of consecutive permuted blocks is a shuffle buffer whose windows
-are permuted again (docs/format.md, section 9). Only one permutation of blocks is held.
+are permuted again (docs/format.md, section 10). Only one permutation of blocks is held.
 """
 
 from collections.abc import Iterator

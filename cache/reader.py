@@ -61,12 +61,12 @@ class Cache:
                 what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
                 raise corrupt(str(path), f"{what}, expected {record.file_bytes} bytes")
         if not self.tokenizer_path.is_file():
-            raise CacheCorruptError(f"{self.tokenizer_path}: is missing; run `tristill dump-logits` again")
+            raise CacheCorruptError(f"{self.tokenizer_path}: is missing; run `tristill cache repair`")
         found = sha256_of_file(self.tokenizer_path)
         if found != self.spec.tokenizer_fingerprint:
             raise CacheMismatchError(
                 f"{self.tokenizer_path}: found a tokenizer with fingerprint {found}, expected "
-                f"{self.spec.tokenizer_fingerprint}, which made this cache; run `tristill dump-logits` again"
+                f"{self.spec.tokenizer_fingerprint}, which made this cache; run `tristill cache repair`"
             )
         self.tables = load_tables(folder, self.spec)
         self._coders = part_coders(self.spec, self.tables)

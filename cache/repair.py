@@ -1,6 +1,6 @@
 """Puts right what can be put right from what is there: the manifest from the shards, and files from verified copies.
 
-Nothing here needs a teacher. What the shards say is taken only after the checks of docs/format.md, section 8, and a
+Nothing here needs a teacher. What the shards say is taken only after the checks of docs/format.md, section 9, and a
 file is replaced only by bytes whose SHA-256 was recorded.
 """
 

@@ -91,7 +91,7 @@ class OpenShard:
     """A checked shard, ready for reads from any thread. Holds a file descriptor and the chunk tables, no data."""
 
     def __init__(self, path: Path, spec: CacheSpec, shard: ShardRange) -> None:
-        """Check everything of docs/format.md, section 8, that can be checked without decompressing."""
+        """Check everything of docs/format.md, section 9, that can be checked without decompressing."""
         self.path = path
         self._spec = spec
         self._datasets = {dataset.name: dataset for dataset in spec.datasets}

@@ -9,6 +9,7 @@ from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.manifest import Manifest, load_manifest, save_manifest
 from cache.repair import lend_good_files, manifest_of_shards, restore_tokenizer, take_back
 from cache.spec import FORMAT_VERSION
+from cache.tables import stored_calibration
 from cache.verify import Damage, find_damage, tokenizer_damage
 from pipeline.errors import RepairError, StaleError
 from pipeline.provenance import Provenance, differences, locked, new_provenance, read_provenance
@@ -17,6 +18,7 @@ from stages.progress import Progress
 
 Report = Callable[[str, str], None]
 RunOf = Callable[[], Workspace]
+_NAMES_SHOWN = 5
 
 
 def repair_cache(folder: Path, run_of: RunOf, tell: Callable[[str], object]) -> bool:
@@ -59,6 +61,11 @@ def _sound_manifest(folder: Path, report: Report) -> tuple[Manifest, list[Damage
         report(MANIFEST_NAME, f"made again from the {len(manifest.shards)} shards")
         return manifest, tokenizer_damage(folder, manifest.spec)
     damages = _damage(folder, manifest)
+    if any(damage.name == MANIFEST_NAME for damage in damages):
+        manifest = manifest.model_copy(update={"calibration": stored_calibration(folder, manifest.spec)})
+        save_manifest(folder, manifest)
+        report(MANIFEST_NAME, f"its calibration taken from {TABLES_NAME} again")
+        damages = [damage for damage in damages if damage.name != MANIFEST_NAME]
     doubts = [damage for damage in damages if damage.name not in {TABLES_NAME, TOKENIZER_NAME}]
     if not doubts or not all(damage.is_whole for damage in doubts):
         return manifest, damages
@@ -99,7 +106,7 @@ def _write_again(
     folder: Path, manifest: Manifest, damaged: list[str], workspace: Workspace, report: Report
 ) -> str | None:
     """Dumps the damaged files in a scratch folder and takes those that are as before; what is in the way of that."""
-    names = ", ".join(damaged)
+    names = _listed(damaged)
     recorded = _record(folder)
     if problems := list(_other_origin(workspace, manifest.spec, recorded)):
         return (
@@ -117,12 +124,17 @@ def _write_again(
             report(name, f"written again by the teacher, with the SHA-256 that {MANIFEST_NAME} holds")
     if other := [name for name in damaged if name not in taken]:
         return (
-            f"{folder}: could not repair {', '.join(other)}: the teacher gives other bytes than those whose SHA-256 "
+            f"{folder}: could not repair {_listed(other)}: the teacher gives other bytes than those whose SHA-256 "
             f"{MANIFEST_NAME} holds{_changed_versions(recorded)}, as it may on other hardware; repair it where it was "
             "made, or delete these files and run `tristill dump-logits`, which makes another cache from what the "
             "teacher gives here"
         )
     return None
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + rest
 
 
 def _dump_into(scratch: Path, workspace: Workspace) -> None:

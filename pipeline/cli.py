@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from cache import SplitName
+from cache.manifest import load_manifest
 from pipeline.config import DEFAULT_STUDENT, check_student_name, load_config
 from pipeline.runner import execute, plan, run_steps
 from pipeline.steps import RUN_CONFIG_NAME, Distill, DumpLogits, Step, Teacher, Tokenize, Workspace
@@ -196,7 +197,7 @@ def evaluate(
 
 @cli.group()
 def cache() -> None:
-    """Look at a cache; needs neither teacher nor torch."""
+    """Look at a cache, without torch; `fidelity` and the worst cases of `repair` need the teacher."""
 
 
 def cache_folder_options(command: _Command) -> _Command:
@@ -257,6 +258,48 @@ def peek(
 
 
 @cache.command()
+@click.option("--student", help="A student of the run or a model folder; without it, the teacher with 15% noise.")
+@click.option(
+    "--temperature", "temperatures", type=float, multiple=True, default=(1.0, 2.0, 5.0), show_default=True, help="tau."
+)
+@click.option(
+    "--positions", type=click.IntRange(min=1), default=12_288, show_default=True, help="Positions to measure on, about."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@cache_folder_options
+def fidelity(
+    folder: Path | None,
+    student: str | None,
+    temperatures: tuple[float, ...],
+    positions: int,
+    as_json: bool,
+    config_path: Path,
+    assignments: tuple[str, ...],
+    run_dir: Path | None,
+) -> None:
+    """Measure how well a cache teaches: gradients from it beside those from its teacher, on the validation split.
+
+    \b
+    Example:
+        tristill cache fidelity --student no-teacher --temperature 1 --temperature 2
+    """
+    from pipeline.cache_fidelity import calibration_table, fidelity_table
+    from stages.fidelity.cache import cache_fidelity
+
+    workspace = workspace_of(config_path, assignments, run_dir)
+    folder = folder or workspace.cache
+    named = None if student is None else workspace.student(student)
+    student_folder = Path(student) if named is not None and student and not named.is_dir() else named
+    rows = cache_fidelity(folder, workspace.teacher, student_folder, temperatures, positions)
+    if as_json:
+        click.echo(json.dumps([row.model_dump() for row in rows], indent=2))
+        return
+    click.echo(fidelity_table(rows))
+    if calibration := load_manifest(folder).calibration:
+        click.echo("\n" + calibration_table(calibration))
+
+
+@cache.command()
 @cache_folder_options
 def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
     """Read every byte of a cache and compare it with its checksums; exits with 1 if any is damaged.
@@ -266,7 +309,6 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
         tristill cache verify runs/demo/cache
     """
     from cache import verify_cache
-    from cache.manifest import load_manifest
 
     folder = folder or workspace_of(config_path, assignments, run_dir).cache
     total = sum(shard.file_bytes for shard in load_manifest(folder).shards)
@@ -275,6 +317,7 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     for problem in problems:
         click.echo(problem)
     if problems:
+        say(f"{len(problems)} damaged files; `tristill cache repair {folder}` mends what can be mended")
         raise click.exceptions.Exit(1)
     click.echo(f"{folder}: every byte is as it was written")
 

@@ -193,8 +193,8 @@ class DumpLogits(Step):
     command = "dump-logits"
     artefact = "cache"
     products = ("cache.json", "tokenizer.json")
-    owned = (*products, "train-*.h5", "validation-*.h5", ".*.partial")
-    resumable = ("train-*.h5", "validation-*.h5")
+    owned = (*products, "tables.h5", "train-*.h5", "validation-*.h5", ".*.partial")
+    resumable = ("tables.h5", "train-*.h5", "validation-*.h5")
 
     @property
     def folder(self) -> Path:

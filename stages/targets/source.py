@@ -52,7 +52,7 @@ class TargetBatch:
 class TargetSource(Protocol):
     """Windows of both splits with the teacher's signals, however they come about.
 
-    The order of training windows is the same for every source over the same windows (docs/format.md, section 9).
+    The order of training windows is the same for every source over the same windows (docs/format.md, section 10).
     """
 
     kind: str

@@ -57,7 +57,9 @@ def test_repair_of_a_whole_cache_touches_nothing(cache: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == {
         path: found.st_mtime_ns for path, found in before.items()
     }
-    assert repair(cache / "nowhere").code == 1
+    outcome = repair(cache / "nowhere")
+    assert outcome.code == 1
+    assert "nowhere: found no cache; run `tristill dump-logits` to make one" in outcome.stderr
 
 
 @pytest.mark.parametrize("damage", ["lost", "empty", "broken JSON", "a field too many"])
@@ -92,12 +94,29 @@ def test_a_wrong_digit_in_the_manifest_is_told_from_damaged_shards(cache: Path, 
     assert contents(cache) == before
 
 
+def test_a_wrong_digit_in_the_calibration_is_put_right_beside_other_damage(cache: Path) -> None:
+    if not (cache / "tables.h5").exists():
+        pytest.skip("the profile of the test config is not calibrated")
+    before, manifest = contents(cache), cache / "cache.json"
+    flip(cache / "train-00000.h5")
+    place = manifest.read_text().index('"bytes_per_position":') + 21
+    flip(manifest, place)
+    outcome = repair(cache)
+    assert outcome.stdout.splitlines() == [
+        "cache.json: its calibration taken from tables.h5 again",
+        "train-00000.h5: written again by the teacher, with the SHA-256 that cache.json holds",
+    ]
+    assert contents(cache) == before
+
+
 def test_damaged_and_missing_files_are_written_again_byte_for_byte(cache: Path) -> None:
     before = contents(cache)
     flip(cache / "train-00001.h5")
     (cache / "validation-00000.h5").unlink()
     (cache / "tokenizer.json").write_text("{}")
-    assert tristill("cache", "verify", str(cache)).code == 1
+    verified = tristill("cache", "verify", str(cache))
+    assert (verified.code, len(verified.stdout.splitlines())) == (1, 3)
+    assert f"3 damaged files; `tristill cache repair {cache}` mends what can be mended" in verified.stderr
     outcome = repair(cache)
     assert outcome.code == 0, outcome.stderr
     assert outcome.stdout.splitlines() == [
@@ -149,6 +168,15 @@ def test_a_cache_far_from_its_run_names_all_that_is_needed(lone_cache: Path, tmp
     assert f"the token files: {tmp_path}/run/data/data.json: cannot be read as a tokenized corpus" in outcome.stderr
     assert f"{tmp_path}/run/teacher: found no teacher, expected the one with fingerprint" in outcome.stderr
     assert contents(lone_cache) == before
+
+
+def test_shards_of_version_1_are_left_to_the_program_that_wrote_them(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(ROOT / "tests" / "test_cache" / "golden" / "version-1", old)
+    (old / "train-00000.h5").unlink()
+    outcome = repair(old, "--config", "configs/test.toml", "--run-dir", str(tmp_path / "run"))
+    assert outcome.code == 1
+    assert "the program that wrote format version 1; this one writes version 2" in outcome.stderr
 
 
 def test_another_teacher_data_or_setting_is_refused_by_name(cache: Path) -> None:
