@@ -60,7 +60,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:
         for name, profile in PROFILES.items():
-            slug = "".join(character if character.isalnum() else "-" for character in name)
+            slug = slug_of(name)
             cache_dir = run_dir / "benchmark-caches" / slug
             dump = config.cache.model_dump(mode="json") | {"profile": profile, "fidelity": None}
             dump_logits(DumpConfig.model_validate(dump), run_dir / "data", run_dir / "teacher", cache_dir)
@@ -81,6 +81,11 @@ def main() -> None:
             found["seeds"][seed] = metrics
             save(results, arguments, config.distill.alpha)
     print(table(results))
+
+
+def slug_of(name: str) -> str:
+    """The name of a profile as that of a folder."""
+    return "".join(character if character.isalnum() else "-" for character in name)
 
 
 def on_disk(cache_dir: Path) -> float:

@@ -1,4 +1,4 @@
-"""From logits to draws (docs/format.md, section 4, profile `sampled`).
+"""From the teacher's distribution to draws (docs/format.md, section 4, profile `sampled`).
 
 Shapes: N positions, V vocabulary, K draws.
 """
@@ -12,21 +12,21 @@ from torch import Tensor
 from cache.profiles.sampled import SampledProfile
 
 
-def draws(logits_NV: Tensor, uniforms_NU: Tensor, profile: SampledProfile) -> dict[str, Tensor]:
-    """K draws from softmax(logits / temperature), by inversion of its cumulated sum in the order of ids.
+def draws(p_NV: Tensor, uniforms_NU: Tensor, profile: SampledProfile) -> dict[str, Tensor]:
+    """K draws from p, by inversion of its cumulated sum in the order of ids.
 
     `uniforms_NU` in [0, 1): K per position for independent draws (with replacement), one, u, for systematic ones,
     taken at (u + i) / K. draw_unique (N,), draw_ids (N, K) ascending, draw_counts (N, K), of which the first
     `draw_unique` count.
     """
     num_draws = profile.draws
-    cumulated_NV = torch.softmax(logits_NV / profile.temperature, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulated_NV = p_NV.cumsum(dim=-1, dtype=torch.float64)
     if profile.draw == "systematic":
-        at_NK = (uniforms_NU + torch.arange(num_draws, device=logits_NV.device)) / num_draws
+        at_NK = (uniforms_NU + torch.arange(num_draws, device=p_NV.device)) / num_draws
     else:
         at_NK = uniforms_NU.sort(dim=-1).values
     ids_NK = torch.searchsorted(cumulated_NV, at_NK * cumulated_NV[:, -1:], right=True)
-    ids_NK = ids_NK.clamp_(max=logits_NV.shape[1] - 1)
+    ids_NK = ids_NK.clamp_(max=p_NV.shape[1] - 1)
     is_new_NK = torch.ones_like(ids_NK, dtype=torch.bool)
     is_new_NK[:, 1:] = ids_NK[:, 1:] != ids_NK[:, :-1]
     place_NK = is_new_NK.cumsum(dim=-1) - 1

@@ -17,7 +17,7 @@ from cache.profiles.topk import TopKProfile
 from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
 from cache.spec import AnyProfile
 from stages.dump.draws import draws, uniforms
-from stages.dump.heads import adaptive_head, signals
+from stages.dump.heads import Distribution, adaptive_head, signals
 from stages.dump.topk import topk_target
 from stages.losses.chunked_head import chunks
 
@@ -47,7 +47,7 @@ class TeacherPositions:
         return (self.final_ND[rows].to(self.head_VD.dtype) @ self.head_VD.T).float()
 
 
-Extract = Callable[[TeacherPositions, Tensor, slice], dict[str, Tensor]]
+Extract = Callable[[Tensor, Distribution, slice], dict[str, Tensor]]
 
 
 def target_arrays(
@@ -61,40 +61,39 @@ def target_arrays(
     parts = []
     for rows in chunks(len(positions.final_ND), len(positions.head_VD)):
         logits_NV = positions.logits(rows)
-        found = signals(logits_NV, positions.labels_N[rows], profile.temperature)
-        parts.append({**found, **extract(logits_NV, rows)})
+        distribution = Distribution.of(logits_NV, profile.temperature)
+        found = signals(distribution, positions.labels_N[rows])
+        parts.append({**found, **extract(logits_NV, distribution, rows)})
     shape = (len(positions.windows), positions.context_length)
     flat = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {name: tensor.view(*shape, *tensor.shape[1:]).cpu().numpy() for name, tensor in flat.items()}
 
 
-def extractor(
-    profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: TeacherPositions
-) -> Callable[[Tensor, slice], dict[str, Tensor]]:
-    """What gives the profile's arrays of some rows from their logits, which it may overwrite."""
+def extractor(profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: TeacherPositions) -> Extract:
+    """What gives the profile's arrays of some rows from their logits and distribution, which it may overwrite."""
     device = positions.final_ND.device
     match profile:
         case PlainTopKProfile():
-            return lambda logits_NV, _: topk_target(logits_NV, profile.top_k, profile.temperature)
+            return lambda logits_NV, _, __: topk_target(logits_NV, profile.top_k, profile.temperature)
         case TopKProfile():
-            return lambda logits_NV, _: adaptive_head(
-                logits_NV, profile.head, profile.temperatures, with_tail=profile.tail != "nothing"
+            return lambda _, distribution, __: adaptive_head(
+                distribution, profile.head, profile.temperatures, with_tail=profile.tail != "nothing"
             )
         case SampledProfile():
             random = uniforms(profile, positions.split, positions.windows, positions.context_length)
             random_NU = torch.from_numpy(random).to(device)
-            return lambda logits_NV, rows: draws(logits_NV, random_NU[rows], profile)
+            return lambda _, distribution, rows: draws(distribution.p_NV, random_NU[rows], profile)
         case DenseProfile():
-            return lambda _, rows: eight_bits(positions.final_ND[rows].float())
+            return lambda _, __, rows: eight_bits(positions.final_ND[rows].float())
         case TransformProfile():
             encoder_DR, mean_D, table_VS = (
                 torch.from_numpy(tables[name].copy()).to(device) for name in ("encoder", "encoder_mean", "table")
             )
 
-            def transformed(logits_NV: Tensor, rows: slice) -> dict[str, Tensor]:
+            def transformed(_: Tensor, distribution: Distribution, rows: slice) -> dict[str, Tensor]:
                 known_NR = table_VS[positions.input_ids_N[rows], : profile.rank].float() / TABLE_UNITS_PER_STEP
                 coefficients_NR = (positions.final_ND[rows].float() - mean_D) @ encoder_DR - known_NR
-                head = adaptive_head(logits_NV, profile.head, profile.temperatures, with_tail=True)
+                head = adaptive_head(distribution, profile.head, profile.temperatures, with_tail=True)
                 return {"coefficients": coefficients_NR, **head}
 
             return transformed

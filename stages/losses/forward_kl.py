@@ -11,6 +11,9 @@ from torch import Tensor
 from stages.losses.student import StudentChunk
 from stages.losses.target import DrawnTarget, HeadTarget, Target
 
+_LARGEST_HEAD_MASS = 0.99
+"""Beyond it, one minus the head's mass has lost too many digits to stand for the tail's."""
+
 
 @dataclass(frozen=True)
 class ForwardKL:
@@ -71,12 +74,12 @@ class ForwardKL:
         """Head entries one by one, all other ids as one bucket; entries of log-probability -inf are not there.
 
         The gradient in u is q - p on the head and q (1 - p_tail / q_tail) outside: a multiple of q per position, put
-        right on the head. q_tail is summed over the tail itself, so that a small one is exact.
+        right on the head.
         """
         log_q_NV = student.log_q(self.temperature)
         is_there_NK = torch.isfinite(log_p_NK)
         log_q_NK = log_q_NV.gather(-1, ids_NK)
-        log_q_tail_N = log_q_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(dim=-1)
+        log_q_tail_N = _log_mass_outside(log_q_NV, ids_NK, torch.where(is_there_NK, log_q_NK.exp(), 0.0).sum(dim=-1))
         p_NK, p_tail_N = log_p_NK.exp(), log_p_tail_N.exp()
         head_N = torch.where(is_there_NK, p_NK * (log_p_NK - log_q_NK), 0.0).sum(dim=-1)
         tail_N = torch.where(p_tail_N > 0, p_tail_N * (log_p_tail_N - log_q_tail_N), 0.0)
@@ -86,3 +89,13 @@ class ForwardKL:
             q_NK = torch.where(is_there_NK, log_q_NK.exp(), 0.0)
             student.add_at(ids_NK, (q_NK * (1 - share_N1) - p_NK) * scale)
         return head_N + tail_N
+
+
+def _log_mass_outside(log_q_NV: Tensor, ids_NK: Tensor, mass_inside_N: Tensor) -> Tensor:
+    """log of the sum of q over all ids not in `ids_NK`, (N,); a small one is summed over those ids themselves."""
+    outside_N = torch.log1p(-mass_inside_N.clamp(max=_LARGEST_HEAD_MASS))
+    is_small_N = mass_inside_N > _LARGEST_HEAD_MASS
+    if is_small_N.any():
+        tail_NV = log_q_NV[is_small_N].scatter_(-1, ids_NK[is_small_N], -torch.inf)
+        outside_N[is_small_N] = tail_NV.logsumexp(dim=-1)
+    return outside_N

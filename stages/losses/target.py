@@ -99,8 +99,8 @@ class RescaledTarget:
         tail_NV = self.logits_NV.scatter(-1, self.head.head_ids_NK, -math.inf)
         exact_N = self._tail_logsumexp(tail_NV, temperature)
         log_normalizer_N = torch.logaddexp(head_NK.logsumexp(dim=-1), exact_N)
-        log_probs_NV = tail_NV if temperature == 1 else tail_NV.div_(temperature)
-        log_probs_NV += (exact_N - log_normalizer_N - log_probs_NV.logsumexp(dim=-1))[:, None]
+        log_probs_NV = torch.log_softmax(tail_NV if temperature == 1 else tail_NV.div_(temperature), dim=-1)
+        log_probs_NV += (exact_N - log_normalizer_N)[:, None]
         return log_probs_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK - log_normalizer_N[:, None]))
 
     def _tail_logsumexp(self, tail_NV: Tensor, temperature: float) -> Tensor:

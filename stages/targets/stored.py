@@ -48,6 +48,7 @@ def make_targets(
             )
 
 
+_LARGEST_PREDICTED_VOCABULARY = 4096
 _NEEDED_TABLES = {"mean", "basis", "basis_scale", "table", "output_matrix"}
 
 
@@ -115,22 +116,41 @@ class Draws:
 
 @dataclass(frozen=True)
 class TransformBasis:
-    """Tables of a `transform` cache: `basis_SV` in logits per step, `table_VS` in sixteenths of a step."""
+    """Tables of a `transform` cache, ready for products.
+
+    basis_SV: in logits per step. table_VS: in sixteenths of a step. predicted_VV: the logits that every input id
+    predicts by itself, where the vocabulary is small enough to hold them all; then only coefficients are multiplied.
+    """
 
     mean_V: Tensor
     basis_SV: Tensor
     table_VS: Tensor
+    predicted_VV: Tensor | None
 
     @classmethod
     def of(cls, profile: TransformProfile, tables: Mapping[str, Tensor]) -> "TransformBasis":
         """From the stored tables."""
-        scale_S1 = tables["basis_scale"][:, None] * profile.step
-        return cls(tables["mean"], tables["basis"].float() * scale_S1, tables["table"])
+        basis_SV = tables["basis"].float() * (tables["basis_scale"][:, None] * profile.step)
+        mean_V, table_VS = tables["mean"], tables["table"]
+        predicted_VV = None
+        if len(mean_V) <= _LARGEST_PREDICTED_VOCABULARY:
+            predicted_VV = torch.addmm(mean_V, table_VS.float() / TABLE_UNITS_PER_STEP, basis_SV)
+        return cls(mean_V, basis_SV, table_VS, predicted_VV)
+
+    def logits(self, coefficients_NR: Tensor, input_ids_N: Tensor, dtype: torch.dtype) -> Tensor:
+        """mean + (table[input id] + coefficients) @ basis, (N, V) float32, the product computed in `dtype`."""
+        rank = coefficients_NR.shape[1]
+        if self.predicted_VV is not None:
+            product_NV = coefficients_NR.to(dtype) @ self.basis_SV[:rank].to(dtype)
+            return self.predicted_VV.index_select(0, input_ids_N).add_(product_NV)
+        steps_NS = self.table_VS[input_ids_N].float() / TABLE_UNITS_PER_STEP
+        steps_NS[:, :rank] += coefficients_NR.float()
+        return (steps_NS.to(dtype) @ self.basis_SV.to(dtype)).float().add_(self.mean_V)
 
 
 @dataclass(frozen=True)
 class Transformed:
-    """Of `transform`: logits = mean + (table[input id] + coefficients) @ basis, then head and tail put right."""
+    """Of `transform`: approximate logits, then head and tail put right."""
 
     arrays: Arrays
     input_ids_N: Tensor
@@ -138,8 +158,6 @@ class Transformed:
     basis: TransformBasis
 
     def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> RescaledTarget:
-        """The logits of some rows, float32, their product computed in `dtype`."""
-        steps_NS = self.basis.table_VS[self.input_ids_N[rows]].float() / TABLE_UNITS_PER_STEP
-        steps_NS[:, : self.profile.rank] += self.arrays["coefficients"][rows].float()
-        logits_NV = torch.addmm(self.basis.mean_V.to(dtype), steps_NS.to(dtype), self.basis.basis_SV.to(dtype)).float()
+        """The logits of some rows."""
+        logits_NV = self.basis.logits(self.arrays["coefficients"][rows], self.input_ids_N[rows], dtype)
         return RescaledTarget(logits_NV, counted_head(self.arrays, rows, self.profile.temperatures))

@@ -81,9 +81,13 @@ def test_a_killed_dump_goes_on_with_the_tables_it_has(step: Callable[..., Outcom
     (copied_run / "cache" / "train-00001.h5").unlink()
     outcome = step("dump-logits", run_dir=copied_run)
     assert outcome.code == 0, outcome.stderr
-    assert before == {path.name: path.read_bytes() for path in (copied_run / "cache").iterdir() if path.suffix != ".json"}
+    assert before == {
+        path.name: path.read_bytes() for path in (copied_run / "cache").iterdir() if path.suffix != ".json"
+    }
     for path in (copied_run / "cache").glob("*.h5"):
         path.unlink()
     (copied_run / "cache" / "cache.json").unlink()
     assert step("dump-logits", "--force", run_dir=copied_run).code == 0
-    assert before == {path.name: path.read_bytes() for path in (copied_run / "cache").iterdir() if path.suffix != ".json"}
+    assert before == {
+        path.name: path.read_bytes() for path in (copied_run / "cache").iterdir() if path.suffix != ".json"
+    }

@@ -18,7 +18,7 @@ from stages.dump.calibrate import Fitted, Fitter, Sample, as_given, round_trip
 from stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
 from stages.dump.draws import draws, uniforms
 from stages.dump.extract import TeacherPositions, target_arrays
-from stages.dump.heads import adaptive_head, signals
+from stages.dump.heads import Distribution, adaptive_head, signals
 from stages.dump.transform import fit_transform
 from stages.fidelity.measure import FeaturePairs, compare, full_gradients, gradient, mean_divergence
 from stages.losses.forward_kl import ForwardKL
@@ -106,7 +106,7 @@ def test_adaptive_heads_hold_the_likely_entries_and_the_exact_mass_of_the_rest(
 ) -> None:
     logits = torch.randn(20, 50, generator=generator(seed)) * 3
     size = HeadSize(probability=0.05, min_entries=smallest, max_entries=largest)
-    head = adaptive_head(logits.clone(), size, temperatures, with_tail=True)
+    head = adaptive_head(Distribution.of(logits, temperatures[0]), size, temperatures, with_tail=True)
     for row, z in enumerate(logits.double()):
         p = torch.softmax(z / temperatures[0], dim=-1)
         likely = int((p >= 0.05).sum())
@@ -123,7 +123,7 @@ def test_adaptive_heads_hold_the_likely_entries_and_the_exact_mass_of_the_rest(
 def test_signals_are_entropy_and_label_probability_in_eighths_of_a_nat() -> None:
     logits, labels = torch.randn(30, 40, generator=generator(0)) * 3, torch.arange(30)
     for tau in (1.0, 2.0):
-        found = signals(logits.clone(), labels, tau)
+        found = signals(Distribution.of(logits, tau), labels)
         p = torch.softmax(logits.double() / tau, -1)
         entropy = -(p * p.log()).sum(-1)
         label = -p[torch.arange(30), labels].log()
@@ -141,7 +141,7 @@ def test_shares_of_draws_are_unbiased_and_converge_as_they_should(draw: str, tau
     p = torch.softmax(logits[0].double() / tau, -1)
     count = 20_000
     random = torch.from_numpy(uniforms(profile, "train", list(range(count // 100)), 100))
-    found = draws(logits.expand(count, -1), random, profile)
+    found = draws(p[None].float().expand(count, -1), random, profile)
     assert (found["draw_counts"].sum(-1) == 6).all()
     used = torch.arange(6) < found["draw_unique"][:, None]
     assert ((found["draw_counts"] > 0) == used).all()
