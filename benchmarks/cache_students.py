@@ -31,11 +31,8 @@ from stages.targets.online import OnlineSource
 RESULTS = Path(__file__).parent / "results" / "cache_students.json"
 PROFILES: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
-    "transform": {"kind": "transform"},
-    "transform, step 0.7": {"kind": "transform", "step": 0.7, "head": {"probability": 0.05}},
-    "sampled, 12 draws": {"kind": "sampled", "draws": 12},
+    "transform": {"kind": "transform", "step": 0.3},
     "sampled, 5 draws": {"kind": "sampled", "draws": 5},
-    "sampled, 5 independent": {"kind": "sampled", "draws": 5, "draw": "independent"},
     "topk, bucket": {"kind": "topk"},
     "topk 16, renormalised": {
         "kind": "topk",

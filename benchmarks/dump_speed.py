@@ -2,7 +2,8 @@
 
     python -m benchmarks.dump_speed [--run-dir runs/demo] [--rounds 10]
 
-Needs the data and teacher of a run (`make teacher`). The bare pass computes every logit and keeps none.
+Needs the data and teacher of a run (`make teacher`). The bare pass computes every logit and keeps none; every profile
+dumps with its default settings, its tables made beforehand.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from benchmarks.environment import environment
 from cache import CacheWriter
@@ -22,12 +24,18 @@ from pipeline.config import load_config
 from pipeline.results import text_table
 from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
-from stages.dump.dump import batches_of, cache_spec, torch_threads, write_missing_shards
+from stages.dump.config import DumpConfig, ProfileSettings
+from stages.dump.dump import write_missing_shards
+from stages.dump.prepare import Prepared, prepare
+from stages.dump.threads import torch_threads
 from stages.losses.chunked_head import chunks
 from stages.models.folder import load_model, model_fingerprint
 from stages.models.transformer import Transformer
 from stages.progress import Progress
 
+PROFILES = ("sampled", "topk", "transform", "dense", "plain_topk")
+PROFILE_SETTINGS: TypeAdapter[Any] = TypeAdapter(ProfileSettings)
+BARE = ("all cores", "worker per core")
 RESULTS = Path(__file__).parent / "results" / "dump_speed.json"
 
 
@@ -60,49 +68,60 @@ def main() -> None:
 
     config = load_config(arguments.config).cache.model_copy(update={"max_train_windows": arguments.windows})
     data, teacher_folder = arguments.run_dir / "data", arguments.run_dir / "teacher"
-    teacher = load_model(teacher_folder).eval()
-    spec = cache_spec(config, load_corpus(data), teacher, model_fingerprint(teacher_folder))
-    spec = spec.model_copy(update={"splits": {"train": spec.splits["train"]}})
+    teacher, corpus = load_model(teacher_folder).eval(), load_corpus(data)
     windows = split_windows(data, "train")
-    positions = spec.num_positions("train")
     tokenizer = (data / "tokenizer.json").read_bytes()
-    seconds: dict[str, list[float]] = {"bare, all cores": [], "bare, worker per core": [], "dump": []}
-    for _ in range(arguments.rounds + 1):
+    prepared: dict[str, tuple[DumpConfig, Prepared]] = {}
+    for kind in PROFILES:
+        settings = config.model_copy(update={"profile": PROFILE_SETTINGS.validate_python({"kind": kind})})
         with tempfile.TemporaryDirectory() as folder:
-            writer = CacheWriter(Path(folder), spec, tokenizer)
-            batches = [rows for shard in writer.missing_shards() for rows in batches_of(shard, config.batch_windows)]
-            for name, times in seconds.items():
+            made = prepare(settings, corpus, teacher, model_fingerprint(teacher_folder), windows, Path(folder))
+        spec = made.spec.model_copy(update={"splits": {"train": made.spec.splits["train"]}})
+        prepared[kind] = (settings, Prepared(spec, made.tables_image))
+    positions = spec.num_positions("train")
+    batches = [list(range(first, first + 16)) for first in range(0, arguments.windows, 16)]
+    seconds: dict[str, list[float]] = {name: [] for name in (*BARE, *prepared)}
+    for _ in range(arguments.rounds + 1):
+        for name, times in seconds.items():
+            with tempfile.TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                if name == "dump":
+                if name in prepared:
+                    settings, made = prepared[name]
+                    writer = CacheWriter(Path(folder), made.spec, tokenizer, made.tables_image)
                     with Progress("dump", positions, "positions") as progress:
-                        write_missing_shards(writer, teacher, {"train": windows}, config, progress)
+                        write_missing_shards(writer, teacher, {"train": windows}, settings, progress)
                     writer.finish()
                 else:
                     bare_forward(teacher, windows, batches, workers="worker" in name)
                 times.append(time.perf_counter() - started)
     measured = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    ratios = {
+        kind: {
+            bare: sorted(one / own for one, own in zip(measured[bare], measured[kind], strict=True)) for bare in BARE
+        }
+        for kind in prepared
+    }
+    rows = [
+        [kind, f"{positions / statistics.median(measured[kind]):,.0f}", *(spread(values) for values in found.values())]
+        for kind, found in ratios.items()
+    ]
+    titles = ["profile", "dump, positions/s", *(f"over the forward pass, {bare}" for bare in BARE)]
     result: dict[str, Any] = {
         "positions_per_round": positions,
-        "profile": spec.profile.model_dump(),
-        "hidden_layers": list(config.hidden_layers),
+        "profiles": {kind: made.spec.profile.model_dump(mode="json") for kind, (_, made) in prepared.items()},
         "positions_per_s": {name: positions / statistics.median(values) for name, values in measured.items()},
-        "dump_over": {
-            name: sorted(bare / dump for bare, dump in zip(values, measured["dump"], strict=True))
-            for name, values in measured.items()
-            if name != "dump"
-        },
+        "dump_over": ratios,
         "rounds": arguments.rounds,
         "environment": environment(),
+        "markdown": text_table([titles, *rows]),
     }
-    rows = []
-    for name, ratios in result["dump_over"].items():
-        speeds = [f"{result['positions_per_s'][key]:,.0f}" for key in (name, "dump")]
-        rows.append([name, *speeds, f"{statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"])
-    titles = ["forward pass", "positions/s", "dump, positions/s", "dump / forward: median, min to max"]
-    result["markdown"] = text_table([titles, *rows])
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(result["markdown"])
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from cache.errors import (
     CacheRequestError,
     CacheWriteError,
 )
-from cache.hidden import HiddenSpec
+from cache.hidden import CodedLayer, Float16Hidden, HiddenSpec, Int8Hidden, Reduction, TransformHidden
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.profile import Need
@@ -34,14 +34,19 @@ __all__ = [
     "CacheSpec",
     "CacheWriteError",
     "CacheWriter",
+    "CodedLayer",
     "DenseProfile",
+    "Float16Hidden",
     "HiddenSpec",
+    "Int8Hidden",
     "Need",
     "PlainTopKProfile",
+    "Reduction",
     "SampledProfile",
     "SplitName",
     "SplitSpec",
     "TopKProfile",
+    "TransformHidden",
     "TransformProfile",
     "WindowBatch",
     "open_cache",

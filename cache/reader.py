@@ -30,13 +30,15 @@ class WindowBatch:
 
     input_ids: (B, T + 1), unsigned. target: the profile's arrays by name, each (B, T, ...); empty if not asked for.
     signals: `teacher_entropy` and `label_log_prob`, (B, T) float32 in nats at the temperature of the dump, to 1/16 nat;
-    empty if targets were not asked for or the cache is of version 1. hidden: per layer (B, T, D) float16.
+    empty if targets were not asked for or the cache is of version 1. hidden: per layer what its coding stores, of the
+    T' kept positions of a window, (B, T', ..). hidden_scale: per layer (B, T') float16; empty unless in 8 bits.
     """
 
     input_ids: np.ndarray
     target: dict[str, np.ndarray]
     signals: dict[str, np.ndarray]
     hidden: dict[int, np.ndarray]
+    hidden_scale: dict[int, np.ndarray]
 
 
 def open_cache(folder: Path | str) -> "Cache":
@@ -226,9 +228,11 @@ class Cache:
         signs = {"teacher_entropy": SIGNAL_STEP_NATS, "label_log_prob": -SIGNAL_STEP_NATS}
         if not targets or self.spec.format_version == 1:
             signs = {}
+        scaled_layers = hidden_layers if self.spec.hidden and self.spec.hidden.has_scales else ()
         return WindowBatch(
             input_ids=stack("input_ids"),
             target={array.name: stack(array.name) for array in self.spec.target_part.arrays} if targets else {},
             signals={name: stack(name) * np.float32(sign) for name, sign in signs.items()},
             hidden={layer: stack(f"hidden_{layer}") for layer in hidden_layers},
+            hidden_scale={layer: stack(f"hidden_{layer}_scale") for layer in scaled_layers},
         )

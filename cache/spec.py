@@ -29,6 +29,8 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 LARGEST_CHUNK_BYTES = 2**28
 LARGEST_TABLE_BYTES = 2**32
+LARGEST_NUM_CONTEXTS = 2**16
+"""A reader takes 16 KiB for each."""
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Literal["train", "validation"]
@@ -86,6 +88,8 @@ class CacheSpec(_Strict):
     def _profile_is_of_the_version(self) -> Self:
         if self.profile.since_version > self.format_version:
             raise ValueError(f"profile {self.profile.kind} is not part of format version {self.format_version}")
+        if self.format_version == 1 and self.hidden is not None and not self.hidden.is_of_version_1:
+            raise ValueError("hidden states other than float16 at every position are not part of format version 1")
         if bool(self.tables) != (self.tables_fingerprint is not None):
             raise ValueError(
                 f"tables_fingerprint must be there if and only if there are tables: {len(self.tables)} here"
@@ -101,7 +105,15 @@ class CacheSpec(_Strict):
                 f"{LARGEST_CHUNK_BYTES}; keep fewer logits or hidden values per position, or shorten the context"
             )
         if sum(table.num_bytes for table in self.tables) > LARGEST_TABLE_BYTES:
-            raise ValueError(f"the tables take more than {LARGEST_TABLE_BYTES} bytes; choose a smaller basis_rank")
+            raise ValueError(
+                f"the tables take more than {LARGEST_TABLE_BYTES} bytes; choose a smaller basis_rank, or keep fewer "
+                "hidden layers"
+            )
+        contexts = sum(shape[0] for part in self.parts for shape in part.models.values())
+        if contexts > LARGEST_NUM_CONTEXTS:
+            raise ValueError(
+                f"the models have {contexts} contexts, expected at most {LARGEST_NUM_CONTEXTS}; code fewer coefficients"
+            )
         if self.end_of_text_id >= self.vocab_size:
             raise ValueError(f"end_of_text_id ({self.end_of_text_id}) must be below vocab_size ({self.vocab_size})")
         return self
@@ -151,7 +163,7 @@ class CacheSpec(_Strict):
             raise CacheRequestError(reason)
         if self.hidden is None:
             return ()
-        return tuple(Part(f"hidden_{layer}", self.hidden.arrays(layer, self.context_length)) for layer in layers)
+        return tuple(self.hidden.part(layer, self.vocab_size, self.context_length) for layer in layers)
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:

@@ -4,8 +4,11 @@ Its SHA-256 stands in the spec, hence in every shard. Beside the tables it holds
 chosen, and a fingerprint of what they were made from: a dump that is resumed goes on with them.
 """
 
+import errno
 import hashlib
 import io
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,7 +74,7 @@ def load_calibration(folder: Path) -> Calibration | None:
         return None
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
-            dataset = file[_CALIBRATION]
+            dataset = _plain_dataset(file, _CALIBRATION, path)
             if not 0 < dataset.size <= _LARGEST_CALIBRATION_BYTES or dataset.dtype != np.uint8:
                 raise _corrupt(path, "its calibration is no text of moderate size")
             return Calibration.model_validate_json(dataset[...].tobytes())
@@ -86,13 +89,26 @@ def stored_calibration(folder: Path, spec: CacheSpec) -> Calibration | None:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE_BYTES + 1)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as exc:
         raise CacheMissingError(f"{path}: is missing; run `tristill cache repair`") from exc
-    if len(content) > _LARGEST_FILE_BYTES:
-        raise _corrupt(path, f"is larger than {_LARGEST_FILE_BYTES} bytes")
-    return content
+    except OSError as exc:
+        if exc.errno != errno.ELOOP:
+            raise  # the system's trouble, not the file's
+        raise _corrupt(path, "is a link, not a regular file") from exc
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE_BYTES:
+            raise _corrupt(path, f"is not a regular file of at most {_LARGEST_FILE_BYTES} bytes")
+        return file.read(found.st_size)
+
+
+def _plain_dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    is_hard_link = isinstance(file.get(name, getlink=True), h5py.HardLink)
+    dataset = file[name] if is_hard_link else None
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise _corrupt(path, f"has no plain dataset {name}")
+    return dataset
 
 
 def _tables_of(content: bytes, arrays: tuple[ArraySpec, ...], path: Path) -> dict[str, np.ndarray]:
@@ -100,7 +116,7 @@ def _tables_of(content: bytes, arrays: tuple[ArraySpec, ...], path: Path) -> dic
     try:
         with h5py.File(io.BytesIO(content), "r") as file:
             for array in arrays:
-                dataset = file[array.name]
+                dataset = _plain_dataset(file, array.name, path)
                 found = (dataset.dtype.str, dataset.shape, dataset.chunks)
                 expected = (array.dtype, array.shape, array.shape)
                 if found != expected:

@@ -32,6 +32,8 @@ def fidelity_table(rows: "list[CacheFidelity]") -> str:
 
 def calibration_table(calibration: Calibration) -> str:
     """Measured before the dump, on the train split; the chosen setting is marked."""
+    if not calibration.points:
+        return "calibration: nothing was measured"
     temperatures = sorted({tau for point in calibration.points for tau in point.angle_deg}, key=float)
     shown = [name for name in ("step", "rank", "draws", "head.probability") if name in calibration.points[0].settings]
     rows = [

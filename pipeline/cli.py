@@ -260,7 +260,13 @@ def peek(
 @cache.command()
 @click.option("--student", help="A student of the run or a model folder; without it, the teacher with 15% noise.")
 @click.option(
-    "--temperature", "temperatures", type=float, multiple=True, default=(1.0, 2.0, 5.0), show_default=True, help="tau."
+    "--temperature",
+    "temperatures",
+    type=click.FloatRange(0.01, 1000),
+    multiple=True,
+    default=(1.0, 2.0, 5.0),
+    show_default=True,
+    help="tau.",
 )
 @click.option(
     "--positions", type=click.IntRange(min=1), default=12_288, show_default=True, help="Positions to measure on, about."

@@ -50,14 +50,11 @@ class Model:
         self.frequencies = frequencies_CS.astype(np.uint32).ravel()
         self.starts = starts_CS.astype(np.uint32).ravel()
         # Per context and slot, in one word: token << 24 | frequency << 12 | slot - start.
-        tokens = np.tile(np.arange(num_tokens), num_contexts)
         repeats = frequencies_CS.ravel()
-        slots = np.tile(np.arange(TOTAL), num_contexts)
-        self.slots = (
-            (np.repeat(tokens, repeats) << 24)
-            | (np.repeat(repeats, repeats) << PROBABILITY_BITS)
-            | (slots - np.repeat(starts_CS.ravel(), repeats))
-        ).astype(np.uint32)
+        tokens = np.tile(np.arange(num_tokens, dtype=np.uint32), num_contexts)
+        entries = (tokens << np.uint32(24)) | (self.frequencies << np.uint32(PROBABILITY_BITS))
+        self.slots = np.repeat(entries - self.starts, repeats)
+        self.slots += np.tile(np.arange(TOTAL, dtype=np.uint32), num_contexts)
 
     def bits(self, tokens: np.ndarray, contexts: np.ndarray) -> float:
         """What coding these tokens costs, raw bits not counted."""

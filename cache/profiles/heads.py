@@ -58,7 +58,7 @@ class HeadSize(BaseModel):
 def head_arrays(size: HeadSize, num_temperatures: int, vocab_size: int, context_length: int) -> tuple[ArraySpec, ...]:
     """Arrays of a head and its tail; entries past the count repeat the first one.
 
-    Entries stand in the order of the ids' ranks in the table, not of their logits.
+    A writer gives the largest logit first. A reader gets entries in the order of the ids' ranks in the table.
     """
     entries = (context_length, size.checked(vocab_size).max_entries)
     tail = (ArraySpec("tail_logsumexp", (context_length, num_temperatures), "<f2"),) if num_temperatures else ()
@@ -165,9 +165,10 @@ class HeadCoder:
     (a t_before + b t_before_that + c) >> 16, with a, b, c of `tail_predictor`.
     """
 
-    def __init__(self, tables: Mapping[str, np.ndarray], max_entries: int, num_temperatures: int) -> None:
+    def __init__(self, tables: Mapping[str, np.ndarray], size: HeadSize, num_temperatures: int) -> None:
         self._ids = IdRanks(tables["ids_by_rank"])
-        self._max_entries = max_entries
+        self._bounds = (size.min_entries, size.max_entries)
+        self._max_entries = size.max_entries
         self._num_temperatures = num_temperatures
         self._predictor = tables["tail_predictor"].astype(np.int64) if num_temperatures else np.zeros((0, 3), np.int64)
         self._gaps = -gap_grid()
@@ -179,12 +180,13 @@ class HeadCoder:
         ranks_NK = self._ids.ranks[arrays["head_ids"].reshape(-1, self._max_entries)]
         order_NK = np.argsort(np.where(kept_NK, ranks_NK, np.iinfo(np.int64).max), axis=1)
         ranks_E = np.take_along_axis(ranks_NK, order_NK, axis=1)[kept_NK]
-        logits_NK = arrays["head_logits"].reshape(-1, self._max_entries)
-        logits_E = np.take_along_axis(logits_NK, order_NK, axis=1)[kept_NK]
+        gaps_NK = gap_indices(-np.minimum(arrays["head_logits"].reshape(-1, self._max_entries), 0))
+        gaps_NK[:, 1:] = np.maximum(gaps_NK[:, 1:], 1)  # the first given is the largest, and stays the only largest
+        gaps_E = np.take_along_axis(gaps_NK, order_NK, axis=1)[kept_NK]
         sink.write("head_count", counts_N)
         RaggedIds(counts_N, ranks_E).write("head_id", sink)
         count_context_N = np.minimum(counts_N, _COUNT_CONTEXTS) - 1
-        sink.write("head_gap", gap_indices(-np.minimum(logits_E, 0)), np.repeat(count_context_N, counts_N))
+        sink.write("head_gap", gaps_E, np.repeat(count_context_N, counts_N))
         if self._num_temperatures:
             log_mass_NM = arrays["tail_logsumexp"].reshape(-1, self._num_temperatures).astype(np.float64)
             steps_NM = np.rint(log_mass_NM.clip(-TAIL_LIMIT, TAIL_LIMIT) / TAIL_STEP).astype(np.int64)
@@ -194,14 +196,15 @@ class HeadCoder:
     def read(self, source: Source, num_positions: int) -> dict[str, np.ndarray]:
         """The arrays, (N, ..)."""
         counts_N = source.read("head_count", num_positions)
-        if counts_N.max() > self._max_entries:
-            raise CacheCorruptError(f"holds a head of {counts_N.max()} entries, expected at most {self._max_entries}")
+        smallest, largest = self._bounds
+        if counts_N.min() < smallest or counts_N.max() > largest:
+            raise CacheCorruptError(
+                f"holds heads of {counts_N.min()} to {counts_N.max()} entries, expected {smallest} to {largest}"
+            )
         ragged = RaggedIds.read("head_id", source, counts_N)
         position_E, place_E = places_of(counts_N)
         count_context_N = np.minimum(counts_N, _COUNT_CONTEXTS) - 1
         gaps_E = source.read("head_gap", len(position_E), count_context_N[position_E])
-        if len(gaps_E) and gaps_E.max() >= NUM_GAPS:
-            raise CacheCorruptError(f"holds gap {gaps_E.max()}, expected gaps below {NUM_GAPS}")
         arrays = {
             "head_count": counts_N.astype(np.uint8),
             "head_ids": padded(self._ids.ids(ragged.ranks_E), counts_N, position_E, place_E, self._max_entries),
@@ -250,8 +253,11 @@ def fit_tail_predictor(log_mass_NM: np.ndarray) -> np.ndarray:
     table = np.zeros((num_temperatures, 3), "<i4")
     for place, m in enumerate(range(num_temperatures - 1, -1, -1)):
         known = [steps_NM[:, m + 1 + j] for j in range(min(place, 2))]
-        design = np.stack([*known, np.ones(len(steps_NM))], axis=1)
-        weights = np.linalg.lstsq(design, steps_NM[:, m], rcond=None)[0]
+        design = np.stack([*known, np.ones(len(steps_NM))])
+        # Sums of whole numbers below 2^53 are exact in any order, so that any machine finds the same.
+        normal = np.array([[(one * other).sum() for other in design] for one in design])
+        normal += 1e-3 * np.eye(len(design))
+        weights = np.linalg.solve(normal, np.array([(one * steps_NM[:, m]).sum() for one in design]))
         scaled = np.rint(np.clip(weights * 65536, -(2**31) + 1, 2**31 - 1)).astype("<i4")
         table[m, : len(known)], table[m, 2] = scaled[:-1], scaled[-1]
     return table

@@ -107,8 +107,10 @@ class SampledCoder:
     def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
         """See Coder."""
         unique_N = source.read("draw_unique", place.num_positions)
-        if unique_N.max() > self._draws:
-            raise CacheCorruptError(f"holds {unique_N.max()} unique ids, expected at most {self._draws}")
+        if unique_N.min() < 1 or unique_N.max() > self._draws:
+            raise CacheCorruptError(
+                f"holds {unique_N.min()} to {unique_N.max()} unique ids, expected 1 to {self._draws}"
+            )
         ragged = RaggedIds.read("draw_id", source, unique_N)
         position_E, place_E = places_of(unique_N)
         coded_E = place_E < unique_N[position_E] - 1

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from cache.arrays import ArraySpec
 from cache.coding.streams import Sink, Source
@@ -40,6 +40,14 @@ class TopKProfile(Profile):
             "the head renormalised, for teachers of which no more is known (biased, and refused above temperature 1)"
         ),
     ] = "bucket"
+
+    @model_validator(mode="after")
+    def _serves_something(self) -> "TopKProfile":
+        if self.tail == "nothing" and self.temperatures[-1] > 1:
+            raise ValueError(
+                f"tail 'nothing' serves no temperature above 1, found {list(self.temperatures)}; keep the tail's mass"
+            )
+        return self
 
     @property
     def temperature(self) -> float:
@@ -89,7 +97,7 @@ class TopKCoder:
     """Heads, and nothing else."""
 
     def __init__(self, profile: TopKProfile, tables: Mapping[str, np.ndarray]) -> None:
-        self._heads = HeadCoder(tables, profile.head.max_entries, len(tables.get("tail_predictor", ())))
+        self._heads = HeadCoder(tables, profile.head, len(tables.get("tail_predictor", ())))
 
     def write(self, arrays: Mapping[str, np.ndarray], place: Place, sink: Sink) -> None:
         """See Coder."""

@@ -100,7 +100,7 @@ class TransformCoder:
 
     def __init__(self, profile: TransformProfile, tables: Mapping[str, np.ndarray]) -> None:
         self._profile = profile
-        self._heads = HeadCoder(tables, profile.head.max_entries, len(profile.temperatures))
+        self._heads = HeadCoder(tables, profile.head, len(profile.temperatures))
 
     def write(self, arrays: Mapping[str, np.ndarray], place: Place, sink: Sink) -> None:
         """See Coder. Rounds to even multiples of a step, dithered if the profile says so."""

@@ -80,4 +80,5 @@ def online_source(config: DistillConfig, dump: DumpConfig, places: Places, devic
         teacher=teacher,
         temperature=dump.profile.temperature,
         max_train_windows=dump.max_train_windows,
+        hidden_stride=dump.hidden.stride,
     )

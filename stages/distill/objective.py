@@ -54,7 +54,7 @@ class Objective(nn.Module):
         )
         if self.hidden_mse is None:
             return values
-        error = self.hidden_mse(features.hidden, batch.hidden)
+        error = self.hidden_mse(features.hidden, batch.hidden, batch.hidden_stride)
         return LossValues(
             values.total + self._hidden_weight * error, {**values.terms, self.hidden_mse.name: error.detach()}
         )

@@ -75,6 +75,7 @@ def calibrate(config: DumpConfig, sample: Sample, request: str) -> tuple[Fitted,
             chosen=0,
         )
     temperatures = tuple(sorted(target.max_gradient_angle_deg or declared_temperatures(config.profile)))
+    check_served(config.profile, temperatures, len(sample.measure.head_VD))
     points: list[FidelityPoint] = []
     candidates: list[Fitted] = []
     for settings in search(config.profile, target, points):
@@ -93,6 +94,14 @@ def calibrate(config: DumpConfig, sample: Sample, request: str) -> tuple[Fitted,
         points=tuple(points),
         chosen=chosen,
     )
+
+
+def check_served(settings: ProfileSettings, temperatures: Iterable[float], vocab_size: int) -> None:
+    """Raise CheckpointError if the profile refuses a temperature that the target names."""
+    if isinstance(settings, SampledProfile | TopKProfile):
+        for temperature in temperatures:
+            if reason := settings.unserved(Need("forward_kl", temperature), vocab_size):
+                raise CheckpointError(f"cache.fidelity: {reason}")
 
 
 class Fitter:
@@ -173,7 +182,7 @@ class Fitter:
                 continue
             if temperature not in self._gradients:
                 self._gradients |= full_gradients(student, self._full, [temperature])
-            results[f"{temperature:g}"] = fidelity(
+            results[f"{temperature:.12g}"] = fidelity(
                 student, targets, self._full, self._gradients[temperature], temperature
             )
         return FidelityPoint(
@@ -299,7 +308,7 @@ def _meets(point: FidelityPoint, target: FidelityConfig) -> bool:
         return point.bytes_per_position <= target.bytes_per_position
     assert target.max_gradient_angle_deg is not None
     found = {float(tau): angle for tau, angle in point.angle_deg.items()}
-    return all((found.get(tau) or 0) <= angle and tau in found for tau, angle in target.max_gradient_angle_deg.items())
+    return all(found.get(float(f"{tau:.12g}"), 180.0) <= angle for tau, angle in target.max_gradient_angle_deg.items())
 
 
 def pick(points: list[FidelityPoint], target: FidelityConfig) -> int:

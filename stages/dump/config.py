@@ -9,6 +9,7 @@ from cache.profiles.heads import HeadSize
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import Temperatures, TopKProfile
+from stages.dump.hidden_config import HiddenSettings
 from stages.settings import Section, neutral
 
 
@@ -19,7 +20,7 @@ class TransformSettings(Section):
     step: Annotated[
         float,
         Field(gt=0, le=100, description="step of the coefficients, in nats of logit; larger: fewer bytes, coarser"),
-    ] = 0.3
+    ] = 0.2
     coded_above: Annotated[
         float,
         Field(ge=0, le=10, description="a coefficient is coded if its deviation is more than this many steps"),
@@ -51,6 +52,10 @@ ProfileSettings = Annotated[
 ]
 
 
+_Temperature = Annotated[float, Field(gt=0, le=1000)]
+_Degrees = Annotated[float, Field(gt=0, le=180)]
+
+
 class FidelityConfig(Section):
     """What the cache must achieve; the dump measures and picks the cheapest setting of the profile that does.
 
@@ -60,14 +65,20 @@ class FidelityConfig(Section):
     """
 
     max_gradient_angle_deg: Annotated[
-        dict[float, float] | None,
+        dict[_Temperature, _Degrees] | None,
         Field(
+            min_length=1,
             description="temperature = largest angle in degrees between the mean gradients from the cache and from the "
-            "full distribution, over 12,288 positions"
+            "full distribution, over 12,288 positions",
         ),
     ] = None
     bytes_per_position: Annotated[
-        float | None, Field(gt=0, description="bytes on disk, all in; the smallest angle within them is taken")
+        float | None,
+        Field(
+            gt=0,
+            description="bytes of targets, ids, signals and tables, not of hidden states; the smallest worst angle "
+            "within them is taken",
+        ),
     ] = None
 
     @model_validator(mode="after")
@@ -99,8 +110,9 @@ class DumpConfig(Section):
     ] = 256
     hidden_layers: Annotated[
         tuple[int, ...],
-        Field(description="blocks whose outputs are kept too, by number from 1 (0 is the embedding), as float16"),
+        Field(description="blocks whose outputs are kept too, by number from 1 (0 is the embedding); none keeps none"),
     ] = ()
+    hidden: Annotated[HiddenSettings, Field(description="how they are kept")] = HiddenSettings()
     max_train_windows: Annotated[
         int | None, Field(ge=1, description="windows of the train split that students see; none takes all")
     ] = None

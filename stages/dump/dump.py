@@ -1,9 +1,9 @@
 """Streams windows through the teacher and writes the cache; compression overlaps the teacher's forward pass."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,11 +21,14 @@ from stages.dump.calibrate import as_stored
 from stages.dump.config import DumpConfig
 from stages.dump.extract import target_arrays
 from stages.dump.forward import forward_windows
+from stages.dump.hidden import hidden_arrays
 from stages.dump.prepare import prepare
+from stages.dump.threads import torch_threads
 from stages.errors import CheckpointError
 from stages.models.folder import load_model, model_fingerprint, pick_device
 from stages.models.transformer import Transformer
 from stages.progress import Progress
+from stages.targets.hidden import HiddenTransforms
 
 _BATCHES_AHEAD = 2
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
@@ -69,10 +72,14 @@ def write_missing_shards(
     On a CPU each of `num_workers` (one per core if None) forwards batches of its own with one thread of torch: no
     barriers between cores, and bytes that do not depend on the number of cores. On an accelerator there is one worker.
     """
-    on_cpu = teacher.head_weight.device.type == "cpu"
+    device = teacher.head_weight.device
+    on_cpu = device.type == "cpu"
     workers = (num_workers or torch.get_num_threads()) if on_cpu else 1
     spec = writer.spec
-    tables = spec.target_part.own_tables(writer.tables)
+    tables = Tables(
+        target=spec.target_part.own_tables(writer.tables),
+        hidden=HiddenTransforms(spec.hidden, writer.tables, device) if spec.hidden else None,
+    )
 
     def arrays_of(split: SplitName, rows: list[int]) -> dict[str, np.ndarray]:
         return window_arrays(teacher, windows[split], split, rows, spec, tables, config.precision)
@@ -101,22 +108,19 @@ def write_missing_shards(
             pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def torch_threads(num_threads: int) -> Iterator[Callable[[], None]]:
-    """Give this thread `num_threads` threads of torch per operator, and every thread that calls what is yielded."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield lambda: torch.set_num_threads(num_threads)
-    finally:
-        torch.set_num_threads(before)
-
-
 def batches_of(shard: ShardRange, batch_windows: int) -> Iterator[list[int]]:
     """Window numbers of a shard, batch by batch; batches never cross shards, so that shards stand on their own."""
     end = shard.first_window + shard.num_windows
     for first in range(shard.first_window, end, batch_windows):
         yield list(range(first, min(first + batch_windows, end)))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the arrays of windows are made with: the profile's own tables, and the transforms of hidden states."""
+
+    target: Mapping[str, np.ndarray]
+    hidden: HiddenTransforms | None
 
 
 def window_arrays(
@@ -125,14 +129,17 @@ def window_arrays(
     split: SplitName,
     rows: list[int],
     spec: CacheSpec,
-    tables: Mapping[str, np.ndarray],
+    tables: Tables,
     precision: str,
 ) -> dict[str, np.ndarray]:
     """Every array of the cache for these windows, by name, each (P, ...) of the stored type."""
     layers = spec.hidden.layers if spec.hidden else ()
     positions, hidden, ids_PT1 = forward_windows(teacher, windows, split, rows, precision, layers)
     with torch.inference_mode():
-        arrays = target_arrays(spec.profile, tables, positions)
-    arrays |= {f"hidden_{layer}": hidden[layer].float().cpu().numpy() for layer in layers}
+        arrays = target_arrays(spec.profile, tables.target, positions)
+        if spec.hidden is not None and tables.hidden is not None:
+            input_ids_PT = positions.input_ids_N.view(len(rows), -1)
+            found = hidden_arrays(spec.hidden, tables.hidden, hidden, input_ids_PT)
+            arrays |= {name: values.cpu().numpy() for name, values in found.items()}
     arrays |= {"input_ids": ids_PT1}
     return {array.name: as_stored(arrays[array.name], array) for array in spec.arrays}

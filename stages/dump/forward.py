@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.data.tokens import TokenWindows
 from stages.dump.extract import TeacherPositions
+from stages.dump.hidden_fit import HiddenWindows
 from stages.errors import CheckpointError
 from stages.models.transformer import Transformer
 
@@ -46,6 +47,24 @@ def forward_windows(
         windows=rows,
     )
     return positions, features.hidden, ids_PT1
+
+
+def sample_hidden(
+    teacher: Transformer,
+    windows: TokenWindows,
+    split: str,
+    rows: list[int],
+    batch_windows: int,
+    precision: str,
+    layers: Collection[int],
+) -> HiddenWindows:
+    """The hidden states of many windows, forwarded in batches."""
+    batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
+    parts = [forward_windows(teacher, windows, split, batch, precision, layers) for batch in batches]
+    return HiddenWindows(
+        states={layer: torch.cat([hidden[layer].float() for _, hidden, _ in parts]) for layer in layers},
+        input_ids_PT=torch.cat([positions.input_ids_N for positions, _, _ in parts]).view(len(rows), -1),
+    )
 
 
 def sample_positions(

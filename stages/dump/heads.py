@@ -12,6 +12,9 @@ from cache.parts import SIGNAL_STEP_NATS
 from cache.profiles.heads import HeadSize
 from stages.dump.select import largest
 
+_LOWEST_SAFE_LOG_P = -80.0
+"""Below some -87 nats a float32 probability loses digits, and its square root with it."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -59,9 +62,16 @@ def adaptive_head(
     if not with_tail:
         return head
     log_masses = []
+    before = 2.0
+    underflows = float(log_p_NV.min()) < _LOWEST_SAFE_LOG_P
     for temperature in temperatures:
         power = temperatures[0] / temperature
-        if power != 1:
-            torch.mul(log_p_NV, power, out=p_NV).exp_()
-        log_masses.append(p_NV.scatter_(-1, ids_NK, 0).sum(dim=-1).log() - power * top_N1[:, 0])
+        if power == 1:
+            p_NV.scatter_(-1, ids_NK, 0)
+        elif power == before / 2 and not underflows:  # far cheaper than an exponential, and the head is zero already
+            p_NV.sqrt_()
+        else:
+            torch.mul(log_p_NV, power, out=p_NV).exp_().scatter_(-1, ids_NK, 0)
+        before = power
+        log_masses.append(p_NV.sum(dim=-1).log() - power * top_N1[:, 0])
     return {**head, "tail_logsumexp": torch.stack(log_masses, dim=1)}

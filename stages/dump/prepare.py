@@ -4,24 +4,30 @@ A dump that is resumed finds the tables on disk, made from the same things, and 
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from cache import CacheCorruptError, CacheSpec, HiddenSpec, SplitName, SplitSpec
 from cache.calibration import Calibration
 from cache.hashing import fingerprint_of
 from cache.layout import TABLES_NAME, default_windows_per_chunk
+from cache.profiles.plain_topk import PlainTopKProfile
 from cache.spec import AnyProfile, describe
-from cache.tables import load_calibration, tables_image
+from cache.tables import load_calibration, load_tables, tables_image
 from stages.data.tokenized import TokenizedCorpus
 from stages.data.tokens import TokenWindows
-from stages.dump.calibrate import Fitted, Sample, calibrate
+from stages.dump.calibrate import Sample, calibrate
 from stages.dump.config import DumpConfig
 from stages.dump.extract import TeacherPositions
 from stages.dump.forward import sample_positions
+from stages.dump.hidden_calibrate import calibrate_hidden
+from stages.dump.threads import torch_threads
 from stages.errors import CheckpointError
 from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
 from stages.models.transformer import Transformer
@@ -56,42 +62,63 @@ def prepare(
             "splits": {name: split.fingerprint for name, split in splits.items()},
         }
     )
-    found = _calibration_on_disk(folder)
-    if found is not None and found.request == request:
-        profile = _ANY_PROFILE.validate_python(found.profile)
-        image = (folder / TABLES_NAME).read_bytes()
-        return Prepared(cache_spec(config, corpus, teacher, teacher_fingerprint, profile, image), image)
+    if isinstance(config.profile, PlainTopKProfile) and not config.hidden_layers:
+        return Prepared(cache_spec(config, corpus, teacher_fingerprint, config.profile, None, None), None)
+    if found := _prepared_on_disk(folder, request, partial(cache_spec, config, corpus, teacher_fingerprint)):
+        return found
     total = sum(split.num_windows for split in splits.values()) * corpus.context_length
-    sample = calibration_sample(config, teacher, windows, splits["train"].num_windows, total)
-    fitted, calibration = calibrate(config, sample, request)
-    return with_tables(config, corpus, teacher, teacher_fingerprint, fitted, calibration)
+    # One thread on a CPU, so that the tables do not depend on the number of cores.
+    with torch_threads(1 if teacher.head_weight.device.type == "cpu" else torch.get_num_threads()):
+        sample = calibration_sample(config, teacher, windows, splits["train"].num_windows, total)
+        fitted, calibration = calibrate(config, sample, request)
+        tables = {f"target.{name}": table for name, table in fitted.tables.items()}
+        hidden_spec = None
+        if config.hidden_layers:
+            fitted_hidden, points = calibrate_hidden(config, teacher, windows, sample)
+            hidden_spec = fitted_hidden.spec
+            tables |= fitted_hidden.tables
+            calibration = calibration.model_copy(
+                update={"hidden": hidden_spec.model_dump(mode="json"), "hidden_points": points}
+            )
+    return with_tables(config, corpus, teacher_fingerprint, fitted.profile, hidden_spec, tables, calibration)
 
 
 _ANY_PROFILE: TypeAdapter[AnyProfile] = TypeAdapter(AnyProfile)
 
 
-def _calibration_on_disk(folder: Path) -> Calibration | None:
+def _prepared_on_disk(
+    folder: Path, request: str, spec_of: Callable[[AnyProfile, HiddenSpec | None, bytes | None], CacheSpec]
+) -> Prepared | None:
+    """What an earlier dump of the same request prepared; None if there is none, or it is damaged: it is made again."""
     try:
-        return load_calibration(folder)
-    except CacheCorruptError:
-        return None  # made again; shards that need exactly the lost one are refused then
+        found = load_calibration(folder)
+        if found is None or found.request != request:
+            return None
+        profile = _ANY_PROFILE.validate_python(found.profile)
+        hidden = None if found.hidden is None else HiddenSpec.model_validate(found.hidden)
+        image = (folder / TABLES_NAME).read_bytes()
+        spec = spec_of(profile, hidden, image)
+        load_tables(folder, spec)
+    except (CacheCorruptError, ValidationError):
+        return None
+    return Prepared(spec, image)
 
 
 def with_tables(
     config: DumpConfig,
     corpus: TokenizedCorpus,
-    teacher: Transformer,
     teacher_fingerprint: str,
-    fitted: Fitted,
+    profile: AnyProfile,
+    hidden: HiddenSpec | None,
+    tables: dict[str, np.ndarray],
     calibration: Calibration,
 ) -> Prepared:
-    """The spec of a cache with a fitted profile."""
-    if not fitted.tables:
-        return Prepared(cache_spec(config, corpus, teacher, teacher_fingerprint, fitted.profile, None), None)
-    draft = cache_spec(config, corpus, teacher, teacher_fingerprint, fitted.profile, b"")
-    tables = {f"target.{name}": table for name, table in fitted.tables.items()}
+    """The spec of a cache with everything resolved; `tables` are those of all parts, `<part>.<name>`."""
+    if not tables:
+        return Prepared(cache_spec(config, corpus, teacher_fingerprint, profile, hidden, None), None)
+    draft = cache_spec(config, corpus, teacher_fingerprint, profile, hidden, b"")
     image = tables_image(draft.tables, tables, calibration)
-    return Prepared(cache_spec(config, corpus, teacher, teacher_fingerprint, fitted.profile, image), image)
+    return Prepared(cache_spec(config, corpus, teacher_fingerprint, profile, hidden, image), image)
 
 
 def calibration_sample(
@@ -150,9 +177,9 @@ def split_specs(config: DumpConfig, corpus: TokenizedCorpus) -> dict[SplitName, 
 def cache_spec(
     config: DumpConfig,
     corpus: TokenizedCorpus,
-    teacher: Transformer,
     teacher_fingerprint: str,
     profile: AnyProfile,
+    hidden: HiddenSpec | None,
     tables: bytes | None,
 ) -> CacheSpec:
     """What the cache will declare, for the bytes of its tables."""
@@ -164,9 +191,7 @@ def cache_spec(
             end_of_text_id=corpus.end_of_text_id,
             context_length=corpus.context_length,
             profile=profile,
-            hidden=HiddenSpec(layers=config.hidden_layers, width=teacher.config.width)
-            if config.hidden_layers
-            else None,
+            hidden=hidden,
             splits=split_specs(config, corpus),
             windows_per_chunk=per_chunk,
             windows_per_shard=chunks_per_shard * per_chunk,

@@ -52,6 +52,7 @@ class LogitTransform:
         amplitude_S = (self.deviation_D[kept_S].square() + self.spread_D[kept_S].square()).sqrt().clamp(min=1e-6)
         basis_scale_S = settings.step / _BASIS_UNITS_PER_STEP / amplitude_S
         limit = np.iinfo(np.int16).max
+        basis_scale_S = torch.maximum(basis_scale_S, self.basis_DV[kept_S].abs().amax(dim=1) / limit)
         basis_SV = (self.basis_DV[kept_S] / basis_scale_S[:, None]).round().clamp(-limit, limit)
         table_VS = (self.table_VD[:, kept_S] * (TABLE_UNITS_PER_STEP / settings.step)).round().clamp(-limit, limit)
         profile = TransformProfile(

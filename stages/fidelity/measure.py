@@ -85,7 +85,7 @@ def mean_divergence(targets: Targets, full: Targets, temperature: float, num_pos
             return None
         log_p_NV = exact.log_probs(temperature)
         total += float((log_p_NV.exp() * (log_p_NV - cached.log_probs(temperature))).sum(dim=-1).double().sum())
-    return total / num_positions
+    return total / num_positions if math.isfinite(total) else None
 
 
 def fidelity(student: FeaturePairs, targets: Targets, full: Targets, full_VD: Tensor, temperature: float) -> Fidelity:

@@ -74,27 +74,55 @@ class ForwardKL:
         """Head entries one by one, all other ids as one bucket; entries of log-probability -inf are not there.
 
         The gradient in u is q - p on the head and q (1 - p_tail / q_tail) outside: a multiple of q per position, put
-        right on the head.
+        right on the head, unless the student's tail is small.
         """
         log_q_NV = student.log_q(self.temperature)
         is_there_NK = torch.isfinite(log_p_NK)
         log_q_NK = log_q_NV.gather(-1, ids_NK)
-        log_q_tail_N = _log_mass_outside(log_q_NV, ids_NK, torch.where(is_there_NK, log_q_NK.exp(), 0.0).sum(dim=-1))
+        q_NK = torch.where(is_there_NK, log_q_NK.exp(), 0.0)
+        is_small_N = q_NK.sum(dim=-1) > _LARGEST_HEAD_MASS
+        log_q_tail_N = _log_mass_outside(log_q_NV, ids_NK, q_NK, is_small_N)
         p_NK, p_tail_N = log_p_NK.exp(), log_p_tail_N.exp()
         head_N = torch.where(is_there_NK, p_NK * (log_p_NK - log_q_NK), 0.0).sum(dim=-1)
         tail_N = torch.where(p_tail_N > 0, p_tail_N * (log_p_tail_N - log_q_tail_N), 0.0)
         if student.wants_gradient:
-            share_N1 = 1 - (log_p_tail_N - log_q_tail_N).exp()[:, None]
+            log_ratio_N = torch.where(p_tail_N > 0, log_p_tail_N - log_q_tail_N, -torch.inf)
+            share_N1 = torch.where(is_small_N, 0.0, 1 - log_ratio_N.exp())[:, None]
             student.add_softmax(self.temperature, share_N1 * scale)
-            q_NK = torch.where(is_there_NK, log_q_NK.exp(), 0.0)
-            student.add_at(ids_NK, (q_NK * (1 - share_N1) - p_NK) * scale)
+            head_NK = torch.where(is_small_N[:, None], 0.0, q_NK * (1 - share_N1) - p_NK)
+            student.add_at(ids_NK, head_NK * scale)
+            if is_small_N.any():
+                self._add_small_tails(student, ids_NK, q_NK - p_NK, is_there_NK, log_ratio_N, is_small_N, scale)
         return head_N + tail_N
 
+    def _add_small_tails(
+        self,
+        student: StudentChunk,
+        ids_NK: Tensor,
+        head_NK: Tensor,
+        is_there_NK: Tensor,
+        log_ratio_N: Tensor,
+        is_small_N: Tensor,
+        scale: float,
+    ) -> None:
+        """The gradient where the student's tail is small: a multiple of q put right on the head would cancel digits.
 
-def _log_mass_outside(log_q_NV: Tensor, ids_NK: Tensor, mass_inside_N: Tensor) -> Tensor:
+        `head_NK` is q - p; log_ratio_N is log(p_tail / q_tail).
+        """
+        log_q_NV = student.log_q(self.temperature)
+        tail_NV = log_q_NV[is_small_N].exp()
+        tail_NV -= (log_q_NV[is_small_N] + log_ratio_N[is_small_N, None]).exp()
+        # Entries that are not there repeat the first one's id: they must write the first one's value.
+        there_NK = torch.where(is_there_NK, head_NK, head_NK[:, :1])[is_small_N]
+        tail_NV.scatter_(-1, ids_NK[is_small_N], there_NK)
+        gradient_NV = torch.zeros_like(log_q_NV)
+        gradient_NV[is_small_N] = tail_NV.mul_(scale)
+        student.add(gradient_NV)
+
+
+def _log_mass_outside(log_q_NV: Tensor, ids_NK: Tensor, q_NK: Tensor, is_small_N: Tensor) -> Tensor:
     """log of the sum of q over all ids not in `ids_NK`, (N,); a small one is summed over those ids themselves."""
-    outside_N = torch.log1p(-mass_inside_N.clamp(max=_LARGEST_HEAD_MASS))
-    is_small_N = mass_inside_N > _LARGEST_HEAD_MASS
+    outside_N = torch.log1p(-q_NK.sum(dim=-1).clamp(max=_LARGEST_HEAD_MASS))
     if is_small_N.any():
         tail_NV = log_q_NV[is_small_N].scatter_(-1, ids_NK[is_small_N], -torch.inf)
         outside_N[is_small_N] = tail_NV.logsumexp(dim=-1)

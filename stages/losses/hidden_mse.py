@@ -26,11 +26,14 @@ class HiddenMSE(nn.Module):
             {str(layer): nn.Parameter(torch.eye(teacher_width, student_width)) for layer in self.layers}
         )
 
-    def forward(self, student: dict[int, Tensor], teacher: dict[int, Tensor]) -> Tensor:
-        """Scalar loss of student[l] (B, T, D) against teacher[m] (B, T, E) for every mapped pair l = m."""
+    def forward(self, student: dict[int, Tensor], teacher: dict[int, Tensor], stride: int = 1) -> Tensor:
+        """Scalar loss of student[l] (B, T, D) against teacher[m] (B, T', E) for every mapped pair l = m.
+
+        With a stride, the teacher is known at positions 0, stride, 2 stride, .., and only these are compared.
+        """
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             errors = []
             for layer, mapped in self.layers.items():
-                projected = F.linear(student[layer].float(), self.projections[str(layer)])
+                projected = F.linear(student[layer][:, ::stride].float(), self.projections[str(layer)])
                 errors.append((projected - teacher[mapped].float()).square().mean())
             return torch.stack(errors).mean()

@@ -11,6 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_LOWEST_LOG_MASS = -1e3
+"""Stands for no mass at all where a sum over the vocabulary would meet 0 times infinity."""
+
 
 @dataclass(frozen=True)
 class HeadTarget:
@@ -56,7 +59,7 @@ class SpreadTarget:
         head_NK, tail_N = self.head.log_probs(temperature)
         assert tail_N is not None, "a head without a tail is not spread"
         num_outside_N = self.vocab_size - torch.isfinite(head_NK).sum(dim=-1)
-        each_N = tail_N - num_outside_N.clamp(min=1).log()
+        each_N = (tail_N - num_outside_N.clamp(min=1).log()).clamp(min=_LOWEST_LOG_MASS)
         spread_NV = each_N[:, None].repeat(1, self.vocab_size)
         return spread_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK))
 
@@ -107,6 +110,7 @@ class RescaledTarget:
         declared = self.head.temperatures
         exact_NM = self.head.tail_logsumexp_NM
         assert exact_NM is not None, "a transform cache always holds the tail's mass"
+        exact_NM = exact_NM.clamp(min=_LOWEST_LOG_MASS)
         if temperature in declared:
             return exact_NM[:, declared.index(temperature)]
         if len(declared) == 1:
@@ -120,7 +124,7 @@ class RescaledTarget:
         log_mass_N = (tail_NV / temperature).logsumexp(dim=-1)
         for m, share in zip(nodes, shares, strict=True):
             log_mass_N = log_mass_N + share * (exact_NM[:, m] - (tail_NV / declared[m]).logsumexp(dim=-1))
-        return log_mass_N
+        return log_mass_N.nan_to_num(nan=_LOWEST_LOG_MASS)  # no id outside the head
 
     def top1(self) -> Tensor:
         """The most likely id, (N,)."""

@@ -29,8 +29,12 @@ class OnlineSource:
         teacher: Transformer | None = None,
         temperature: float = 1.0,
         max_train_windows: int | None = None,
+        hidden_stride: int = 1,
     ) -> None:
-        """`temperature` is what a loss or metric uses that names none; targets serve any."""
+        """`temperature` is what a loss or metric uses that names none; targets serve any.
+
+        `hidden_stride`: hidden states are given at every so many positions, as a cache would hold them.
+        """
         self._corpus = load_corpus(data_folder)
         self._device = device
         self._teacher = teacher.to(device).eval() if teacher else None
@@ -42,6 +46,7 @@ class OnlineSource:
         self.end_of_text_id = self._corpus.end_of_text_id
         self.context_length = self._corpus.context_length
         self.temperature = temperature
+        self._hidden_stride = hidden_stride
         self.teacher_width = teacher.config.width if teacher else None
         self.tokenizer_path = data_folder / TOKENIZER_NAME
 
@@ -71,4 +76,5 @@ class OnlineSource:
         with torch.no_grad():
             features = self._teacher(input_ids_BT, signals.hidden_layers)
         targets = ComputedTargets(features.final_BTD.flatten(0, 1), self._teacher.head_weight.detach())
-        return TargetBatch(input_ids_BT, ids_BT1[:, 1:], targets, features.hidden)
+        hidden = {layer: states[:, :: self._hidden_stride] for layer, states in features.hidden.items()}
+        return TargetBatch(input_ids_BT, ids_BT1[:, 1:], targets, hidden, self._hidden_stride)

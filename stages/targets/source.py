@@ -40,13 +40,15 @@ class TargetBatch:
     """Windows and what is known of the teacher there.
 
     input_ids_BT, labels_BT: int64, labels are the next ids. targets: of the B * T positions in row-major order, None
-    if not asked for. hidden: the teacher's hidden states, (B, T, D) by layer.
+    if not asked for. hidden: the teacher's hidden states at positions 0, hidden_stride, 2 hidden_stride, .. of each
+    window, (B, T', D) by layer.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     targets: Targets | None
     hidden: dict[int, Tensor]
+    hidden_stride: int = 1
 
 
 class TargetSource(Protocol):

@@ -73,7 +73,7 @@ def test_cached_and_online_students_are_told_apart(copied_run: Path) -> None:
         ("tokenize", "data.source={kind='text', paths=['nowhere']}", "found no file there"),
         ("teacher", "teacher.training.device=gpu", "device 'gpu': cannot be used here"),
         ("dump-logits", "cache.hidden_layers=[9]", "found [9], but the teacher has 2 blocks"),
-        ("distill", "distill.temperature=4", "temperature 4 is asked for"),
+        ("distill", "distill.hidden.layers={2=0}", "hidden states of layers [0] are asked for"),
         ("distill", "distill.hidden.layers={1=9}", "found teacher layers [9], but the teacher has 2 blocks"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_refused_start_does_not_stand_in_the_way_of_the_right_one(
     needed = {"tokenize": (), "teacher": ("data",), "dump-logits": ("data", "teacher")}
     for folder in needed.get(command, ("data", "teacher", "cache")):
         shutil.copytree(finished_run / folder, tmp_path / folder)
-    targets = ("--targets", "online") if "layers={" in bad else ("--targets", "cached") if command == "distill" else ()
+    targets = ("--targets", "online") if "1=9" in bad else ("--targets", "cached") if command == "distill" else ()
     outcome = on(tmp_path, command, "--set", bad, *targets)
     assert outcome.code == 1
     assert message in outcome.stderr
@@ -279,13 +279,13 @@ def test_evaluate_agrees_with_the_summary_and_knows_the_teacher(copied_run: Path
     assert list(metrics) == ["teacher", "student", "no-teacher"]
     summary = json.loads((copied_run / "students" / "student" / "summary.json").read_text())
     assert metrics["student"] == summary["validation"]
-    assert metrics["teacher"]["kl_to_teacher_nats"] == pytest.approx(0, abs=1e-4)
+    assert metrics["teacher"]["kl_to_teacher_nats"] == pytest.approx(0, abs=2e-3)
     assert metrics["teacher"]["top1_agreement"] == 1
     assert json.loads((copied_run / "evaluation.json").read_text()) == metrics
     shutil.rmtree(copied_run / "cache")
     online = json.loads(on(copied_run, "evaluate", "student", "--json").stdout)["student"]
     assert online["perplexity"] == pytest.approx(metrics["student"]["perplexity"], rel=1e-5)
-    assert online["kl_to_teacher_nats"] >= metrics["student"]["kl_to_teacher_nats"]
+    assert online["kl_to_teacher_nats"] == pytest.approx(metrics["student"]["kl_to_teacher_nats"], abs=2e-3)
     folder = str(copied_run / "students" / "student")
     assert json.loads(on(copied_run, "evaluate", folder, "--json").stdout)[folder] == online
     assert "nobody: found no model in" in on(copied_run, "evaluate", "nobody").stderr
@@ -298,7 +298,7 @@ def test_cache_info_reports_bytes_that_add_up(finished_run: Path) -> None:
     per_dataset = [value for name, value in info["bytes_per_position"].items() if name != "on disk"]
     assert 0 < sum(per_dataset) < info["bytes_per_position"]["on disk"]
     text = tristill("cache", "info", *CONFIG, "--run-dir", str(finished_run)).stdout
-    assert "topk" in text
+    assert "kind transform, step 0.1" in text
     assert "hidden_2" in text
 
 
@@ -315,4 +315,4 @@ def test_help_is_there_for_every_command() -> None:
     outcome = tristill("--help")
     assert outcome.code == 0
     assert "tristill run --until distill" in outcome.stdout
-    assert (ROOT / "docs" / "cli.md").read_text().count("Usage: tristill") == 10
+    assert (ROOT / "docs" / "cli.md").read_text().count("Usage: tristill") == 13

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache import CacheMismatchError, CacheWriter, PlainTopKProfile, open_cache
+from cache import CacheMismatchError, CacheWriter, HiddenSpec, PlainTopKProfile, open_cache
 from stages.data.config import DataConfig
 from stages.data.tokenize import tokenize_corpus
 from stages.data.tokenized import load_corpus, split_windows
@@ -119,9 +119,9 @@ def test_bytes_do_not_depend_on_workers_or_on_what_was_there_before(run: Path, t
     dump_logits(config, run / "data", run / "teacher", tmp_path / "whole")
     teacher = load_model(run / "teacher").eval()
     fingerprint = model_fingerprint(run / "teacher")
-    spec = cache_spec(
-        config, load_corpus(run / "data"), teacher, fingerprint, PlainTopKProfile(top_k=5, logit_dtype="float32"), None
-    )
+    hidden = HiddenSpec(layers=config.hidden_layers, width=SHAPE.width)
+    profile = PlainTopKProfile(top_k=5, logit_dtype="float32")
+    spec = cache_spec(config, load_corpus(run / "data"), fingerprint, profile, hidden, None)
     tokenizer = (run / "data" / "tokenizer.json").read_bytes()
     writer = CacheWriter(tmp_path / "other", spec, tokenizer)
     windows = {split: split_windows(run / "data", split) for split in spec.splits}

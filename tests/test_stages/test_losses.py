@@ -190,7 +190,7 @@ def naive(
     """alpha CE + (1 - alpha) tau^2 KL over the whole [positions, V] at once."""
     logits = final @ head.T
     ce = torch.nn.functional.cross_entropy(logits, labels)
-    target = targets.chunk(slice(None))
+    target = targets.chunk(slice(None), torch.float64)
     assert isinstance(target, LogitsTarget)
     log_p = target.log_probs(tau).double()
     kl = (log_p.exp() * (log_p - torch.log_softmax(logits / tau, -1))).sum(-1).mean()

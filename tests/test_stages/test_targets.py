@@ -100,7 +100,12 @@ def slope(tau: float, logits_NV: torch.Tensor, target: Target) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**31), st.sampled_from([(1.0,), (0.5, 1.0, 3.0)]), st.integers(1, 5), st.integers(5, 40))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([(1.0,), (0.5, 1.0, 3.0), (1.0, 2.0, 4.0, 5.0)]),
+    st.integers(1, 5),
+    st.integers(5, 40),
+)
 def test_adaptive_heads_hold_the_likely_entries_and_the_exact_mass_of_the_rest(
     seed: int, temperatures: tuple[float, ...], smallest: int, largest: int
 ) -> None:
@@ -382,3 +387,47 @@ def test_targets_do_not_depend_on_how_they_are_cut(sample: Sample, settings_of: 
 
 def profile_kind(profile: AnyProfile) -> str:
     return profile.kind
+
+
+@pytest.mark.parametrize("spike", [5.0, 12.0, 20.0, 40.0])
+def test_bucket_gradients_keep_their_digits_however_sure_the_student_is(spike: float) -> None:
+    """Against float64 and a dense formula, relative to the largest entry of every position."""
+    teacher = torch.randn(16, 40, generator=generator(30))
+    student = torch.randn(16, 40, generator=generator(31))
+    student[:, 3] += spike
+    ids = torch.cat([torch.full((16, 1), 3), teacher[:, 4:].topk(2).indices + 4, torch.full((16, 1), 3)], dim=1)
+    logits = teacher.gather(1, ids)
+    logits[:, 3] = -math.inf  # an entry that is not there repeats the first id
+    tail = teacher.scatter(1, ids, -math.inf).logsumexp(-1)
+    target = HeadTarget(ids, logits, tail[:, None], (1.0,))
+    p, q = torch.softmax(teacher.double(), -1), torch.softmax(student.double(), -1)
+    outside = torch.ones(16, 40, dtype=torch.bool).scatter(1, ids, 0)
+    p_tail, q_tail = ((x * outside).sum(-1, keepdim=True) for x in (p, q))
+    expected = torch.where(outside, q * (1 - p_tail / q_tail), q - p)
+    error = (slope(1.0, student, target) - expected).abs().amax(-1)
+    assert float((error / expected.abs().amax(-1)).max()) < 2e-4
+
+
+def test_no_mass_outside_the_head_is_no_trouble() -> None:
+    """A tail of nothing: K = V, or all of it below what floats hold."""
+    teacher, student = torch.randn(5, 6, generator=generator(32)), torch.randn(5, 6, generator=generator(33))
+    ids = torch.arange(6).expand(5, 6)
+    empty = torch.full((5, 2), -math.inf)
+    head = HeadTarget(ids, teacher - teacher.amax(-1, keepdim=True), empty, (1.0, 2.0))
+    exact = LogitsTarget(teacher)
+    for target in (head, SpreadTarget(head, 6), RescaledTarget(torch.zeros(5, 6), head)):
+        for tau in (1.0, 2.0) if target is head or isinstance(target, SpreadTarget) else (0.7, 1.0, 1.5, 2.0):
+            torch.testing.assert_close(value(tau, student, target), value(tau, student, exact), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(slope(tau, student, target), slope(tau, student, exact), rtol=1e-4, atol=1e-5)
+    few = HeadTarget(ids[:, :2], teacher[:, :2] - teacher[:, :2].amax(-1, keepdim=True), empty, (1.0, 2.0))
+    for few_target in (few, SpreadTarget(few, 6), RescaledTarget(torch.zeros(5, 6), few)):
+        assert value(1.0, student, few_target).isfinite().all()
+        assert slope(1.0, student, few_target).isfinite().all()
+
+
+def test_angles_and_ratios_are_those_of_the_gradients() -> None:
+    one = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    angle, ratio = compare(2 * one, one)
+    assert (angle, ratio) == pytest.approx((0, 2))
+    angle, ratio = compare(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), one)
+    assert (angle, ratio) == pytest.approx((45, math.sqrt(2)))

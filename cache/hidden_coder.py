@@ -1,0 +1,74 @@
+"""Codes the coefficients of hidden states (docs/format.md, section 6).
+
+A position's *activity*, one of a few classes, is coded first; every coefficient then has a model per class, since a
+position that is hard to predict in one coefficient is hard in all. It saves 2 to 4% at 5% relative error.
+
+Shapes: N kept positions of a chunk, R coefficients of a position.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cache.coding.integers import num_tokens, unzigzag, zigzag
+from cache.coding.streams import Sink, Source
+from cache.errors import CacheCorruptError, CacheRequestError
+from cache.profiles.profile import Place
+
+LARGEST_COEFFICIENT = 2047
+
+
+def coefficient_models(rank: int, num_activities: int) -> dict[str, tuple[int, int]]:
+    """Contexts and tokens of the models of a layer."""
+    return {
+        "activity": (1, num_activities),
+        "coefficient": (rank * num_activities, num_tokens(2 * LARGEST_COEFFICIENT)),
+    }
+
+
+class HiddenCoder:
+    """Activities of all positions; then the coefficients, one after the other, each for all positions."""
+
+    def __init__(
+        self, name: str, rank: int, kept_per_window: int, num_activities: int, tables: Mapping[str, np.ndarray]
+    ) -> None:
+        """`name` is that of the array of coefficients. A layer's tables hold `activity_edges`, ascending."""
+        self._name = name
+        self._rank = rank
+        self._kept_per_window = kept_per_window
+        self._num_activities = num_activities
+        self._edges = tables["activity_edges"]
+
+    def write(self, arrays: Mapping[str, np.ndarray], place: Place, sink: Sink) -> None:
+        """See Coder. The activity of a position is the number of edges that its sum of |q| reaches."""
+        del place
+        coefficients_NR = arrays[self._name].reshape(-1, self._rank).astype(np.int64)
+        largest = int(np.abs(coefficients_NR).max(initial=0))
+        if largest > LARGEST_COEFFICIENT:
+            raise CacheRequestError(
+                f"{self._name}: found a coefficient of {largest} steps, expected at most {LARGEST_COEFFICIENT}; clip "
+                "it, or choose a larger step"
+            )
+        activity_N = np.searchsorted(self._edges, np.abs(coefficients_NR).sum(axis=1), side="right")
+        sink.write("activity", activity_N)
+        for r in range(self._rank):
+            sink.write("coefficient", zigzag(coefficients_NR[:, r]), activity_N + self._num_activities * r)
+
+    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+        """See Coder."""
+        count = place.num_windows * self._kept_per_window
+        activity_N = source.read("activity", count)
+        coefficients_RN = np.empty((self._rank, count), np.int16)
+        for r in range(self._rank):
+            coefficients_RN[r] = unzigzag(source.read("coefficient", count, activity_N + self._num_activities * r))
+        if np.abs(coefficients_RN).max() > LARGEST_COEFFICIENT:
+            raise CacheCorruptError(f"holds a coefficient beyond {LARGEST_COEFFICIENT} steps")
+        shape = (place.num_windows, self._kept_per_window, self._rank)
+        return {self._name: np.ascontiguousarray(coefficients_RN.T).reshape(shape)}
+
+
+def activity_edges(coefficients_NR: np.ndarray, num_activities: int) -> np.ndarray:
+    """Edges that put about equally many of these positions into every class, int32 ascending."""
+    sums_N = np.abs(coefficients_NR.astype(np.int64)).sum(axis=1)
+    edges: np.ndarray = np.quantile(sums_N, np.arange(1, num_activities) / num_activities).round().astype("<i4")
+    return edges

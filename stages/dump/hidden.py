@@ -1,0 +1,64 @@
+"""From the teacher's hidden states to what a cache stores of them (docs/format.md, section 6).
+
+Shapes: P windows, T positions, T' kept positions, N = P T', D width, R coded coefficients.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cache.hidden import HiddenSpec, Int8Hidden, TransformHidden
+from cache.hidden_coder import LARGEST_COEFFICIENT
+from stages.dump.extract import eight_bits
+from stages.targets.hidden import HiddenTransforms, LayerTransform
+
+DEAD_ZONE_STEPS = 0.6
+"""Below this a coefficient is rounded to zero: 2 of 60 bytes less at equal relative error than with 0.5."""
+
+
+def hidden_arrays(
+    hidden: HiddenSpec, transforms: HiddenTransforms, states: Mapping[int, Tensor], input_ids_PT: Tensor
+) -> dict[str, Tensor]:
+    """The arrays of all layers by name, from states (P, T, D) by layer; computed in float32."""
+    kept = {layer: states[layer][:, :: hidden.stride].float() for layer in hidden.layers}
+    if isinstance(hidden.coding, TransformHidden):
+        return _coefficients(hidden, transforms, kept, input_ids_PT[:, :: hidden.stride])
+    arrays = {}
+    for layer, values in kept.items():
+        projection = transforms.projections[layer]
+        reduced = values if projection is None else projection.reduced(values)
+        if isinstance(hidden.coding, Int8Hidden):
+            in_8_bits = eight_bits(reduced.flatten(0, 1))
+            shape = reduced.shape
+            arrays[f"hidden_{layer}"] = in_8_bits["final"].view(shape)
+            arrays[f"hidden_{layer}_scale"] = in_8_bits["final_scale"].view(shape[:2])
+        else:
+            arrays[f"hidden_{layer}"] = reduced
+    return arrays
+
+
+def _coefficients(
+    hidden: HiddenSpec, transforms: HiddenTransforms, kept: Mapping[int, Tensor], ids_PT: Tensor
+) -> dict[str, Tensor]:
+    """Layer after layer, each predicted from what a reader will have of the one before."""
+    arrays = {}
+    before_ND: Tensor | None = None
+    for layer in hidden.layers:
+        transform = transforms.layers[layer]
+        coefficients_NR = coefficients(transform, kept[layer].flatten(0, 1), ids_PT.flatten(), before_ND)
+        before_ND = transform.residual(coefficients_NR, before_ND)
+        arrays[f"hidden_{layer}"] = coefficients_NR.view(*ids_PT.shape, transform.rank)
+    return arrays
+
+
+def coefficients(transform: LayerTransform, states_ND: Tensor, ids_N: Tensor, before_ND: Tensor | None) -> Tensor:
+    """Rounded coefficients of one layer, (N, R) int16; `before_ND` is the residual of the layer before."""
+    wanted_ND = transform.wanted(states_ND, ids_N) - transform.predicted(before_ND, len(states_ND))
+    return dead_zone_rounded(wanted_ND[:, : transform.rank])
+
+
+def dead_zone_rounded(values: Tensor) -> Tensor:
+    """To the nearest integer, but zero below 0.6; int16, at most 2047 in size."""
+    rounded = torch.where(values.abs() < DEAD_ZONE_STEPS, 0.0, values.round())
+    return rounded.clamp(-LARGEST_COEFFICIENT, LARGEST_COEFFICIENT).to(torch.int16)

@@ -1,0 +1,43 @@
+"""Before the first shard: how hidden states are kept, fitted and measured on the windows of a calibration."""
+
+from cache.calibration import HiddenPoint
+from stages.data.tokens import TokenWindows
+from stages.dump.calibrate import Sample
+from stages.dump.config import DumpConfig
+from stages.dump.forward import sample_hidden
+from stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
+from stages.fidelity.measure import near_student
+from stages.models.transformer import Transformer
+from stages.progress import say
+
+
+def calibrate_hidden(
+    config: DumpConfig, teacher: Transformer, windows: TokenWindows, sample: Sample
+) -> tuple[FittedHidden, tuple[HiddenPoint, ...]]:
+    """The hidden states of config.hidden_layers as config.hidden keeps them, and what that costs, layer by layer."""
+    found = hidden_sample(config, teacher, windows, sample)
+    fitted = fit_hidden(config.hidden, found)
+    points = measure_hidden(fitted, found)
+    for point in points:
+        say(
+            f"calibration: hidden states of layer {point.layer}: {point.bytes_per_position:.1f} bytes/position, "
+            f"relative error {point.relative_error:.3g}, gradient off by {point.angle_deg:.1f} degrees"
+        )
+    return fitted, points
+
+
+def hidden_sample(config: DumpConfig, teacher: Transformer, windows: TokenWindows, sample: Sample) -> HiddenSample:
+    """Hidden states in the windows of the sample, which are forwarded again: only some dumps keep them."""
+
+    def states_of(model: Transformer, rows: list[int]) -> HiddenWindows:
+        return sample_hidden(
+            model, windows, "train", rows, config.batch_windows, config.precision, config.hidden_layers
+        )
+
+    return HiddenSample(
+        fit=states_of(teacher, sample.fit.windows),
+        measure=states_of(teacher, sample.measure.windows),
+        student=states_of(near_student(teacher), sample.measure.windows),
+        embedding_VD=teacher.model.embed_tokens.weight.detach(),
+        total_positions=sample.total_positions,
+    )

@@ -1,0 +1,40 @@
+"""Settings of how hidden states are kept."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cache.hidden import Float16Hidden, Int8Hidden
+from stages.settings import Section
+
+
+class TransformHiddenSettings(Section):
+    """Transform coded to a relative error; steps, bases and tables come from the calibration."""
+
+    kind: Annotated[Literal["transform"], Field(description="name of the coding")] = "transform"
+    relative_error: Annotated[
+        float,
+        Field(gt=0, le=1, description="mean of |stored - true| / |true| over positions that are held out, per layer"),
+    ] = 0.05
+    delta: Annotated[
+        bool,
+        Field(
+            description="predict each layer from the one before in cache.hidden_layers: smaller, but a student that "
+            "reads a layer decodes those before it too"
+        ),
+    ] = True
+
+
+class HiddenSettings(Section):
+    """How the layers of cache.hidden_layers are kept."""
+
+    coding: Annotated[
+        Float16Hidden | Int8Hidden | TransformHiddenSettings,
+        Field(discriminator="kind", description="how the values of a position are stored"),
+    ] = Float16Hidden()
+    stride: Annotated[
+        int,
+        Field(
+            ge=1, description="of every window, positions 0, stride, 2 stride, .. are kept, and the loss compares those"
+        ),
+    ] = 1
