@@ -65,7 +65,7 @@ class ForwardKL:
         value_N = log_p_NV.sub_(student.log_q(self.temperature)).mul_(p_NV).sum(dim=-1)
         if student.wants_gradient:
             student.add_softmax(self.temperature, scale)
-            student.add(p_NV.mul_(-scale))
+            student.add(p_NV, -scale)
         return value_N
 
     def _bucket(
@@ -116,8 +116,8 @@ class ForwardKL:
         there_NK = torch.where(is_there_NK, head_NK, head_NK[:, :1])[is_small_N]
         tail_NV.scatter_(-1, ids_NK[is_small_N], there_NK)
         gradient_NV = torch.zeros_like(log_q_NV)
-        gradient_NV[is_small_N] = tail_NV.mul_(scale)
-        student.add(gradient_NV)
+        gradient_NV[is_small_N] = tail_NV
+        student.add(gradient_NV, scale)
 
 
 def _log_mass_outside(log_q_NV: Tensor, ids_NK: Tensor, q_NK: Tensor, is_small_N: Tensor) -> Tensor:

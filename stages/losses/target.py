@@ -88,25 +88,31 @@ class LogitsTarget:
 class RescaledTarget:
     """Approximate logits of the whole vocabulary, corrected by a head that is exact and a tail of exact mass.
 
-    logits_NV: float32 at temperature 1, known up to a constant per position. head: as HeadTarget, its tail exact at
-    the declared temperatures. Between them the correction of the tail's log-mass is interpolated in 1 / tau, beyond
-    them the nearest one is taken: the correction is small, so that its interpolation errs little (docs/methods.md).
+    tail_NV: float32 at temperature 1, -inf at the ids of the head, known up to a constant c per position. head: as
+    HeadTarget, its tail exact at the declared temperatures. The correction of the tail's log-mass is c / tau and
+    something small: at other temperatures it is taken as linear in 1 / tau through the two nearest declared ones, or as
+    c / tau if there is one (docs/methods.md).
     """
 
-    logits_NV: Tensor
+    tail_NV: Tensor
     head: HeadTarget
+
+    @classmethod
+    def of(cls, logits_NV: Tensor, head: HeadTarget) -> "RescaledTarget":
+        """From logits of the whole vocabulary, which are overwritten."""
+        return cls(logits_NV.scatter_(-1, head.head_ids_NK, -math.inf), head)
 
     def log_probs(self, temperature: float) -> Tensor:
         """Of the whole vocabulary, (N, V)."""
         head_NK = self.head.head_logits_NK * (self.head.temperatures[0] / temperature)
-        tail_NV = self.logits_NV.scatter(-1, self.head.head_ids_NK, -math.inf)
-        exact_N = self._tail_logsumexp(tail_NV, temperature)
+        exact_N = self._tail_logsumexp(temperature)
         log_normalizer_N = torch.logaddexp(head_NK.logsumexp(dim=-1), exact_N)
-        log_probs_NV = torch.log_softmax(tail_NV if temperature == 1 else tail_NV.div_(temperature), dim=-1)
+        scaled_NV = self.tail_NV if temperature == 1 else self.tail_NV / temperature
+        log_probs_NV = torch.log_softmax(scaled_NV, dim=-1)
         log_probs_NV += (exact_N - log_normalizer_N)[:, None]
         return log_probs_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK - log_normalizer_N[:, None]))
 
-    def _tail_logsumexp(self, tail_NV: Tensor, temperature: float) -> Tensor:
+    def _tail_logsumexp(self, temperature: float) -> Tensor:
         declared = self.head.temperatures
         exact_NM = self.head.tail_logsumexp_NM
         assert exact_NM is not None, "a transform cache always holds the tail's mass"
@@ -121,9 +127,9 @@ class RescaledTarget:
             left, right = (1 / declared[m] for m in nodes)
             share = (1 / temperature - left) / (right - left)
             shares = [1 - share, share]
-        log_mass_N = (tail_NV / temperature).logsumexp(dim=-1)
+        log_mass_N = (self.tail_NV / temperature).logsumexp(dim=-1)
         for m, share in zip(nodes, shares, strict=True):
-            log_mass_N = log_mass_N + share * (exact_NM[:, m] - (tail_NV / declared[m]).logsumexp(dim=-1))
+            log_mass_N = log_mass_N + share * (exact_NM[:, m] - (self.tail_NV / declared[m]).logsumexp(dim=-1))
         return log_mass_N.nan_to_num(nan=_LOWEST_LOG_MASS)  # no id outside the head
 
     def top1(self) -> Tensor:

@@ -160,4 +160,4 @@ class Transformed:
     def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> RescaledTarget:
         """The logits of some rows."""
         logits_NV = self.basis.logits(self.arrays["coefficients"][rows], self.input_ids_N[rows], dtype)
-        return RescaledTarget(logits_NV, counted_head(self.arrays, rows, self.profile.temperatures))
+        return RescaledTarget.of(logits_NV, counted_head(self.arrays, rows, self.profile.temperatures))

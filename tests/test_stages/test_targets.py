@@ -415,12 +415,12 @@ def test_no_mass_outside_the_head_is_no_trouble() -> None:
     empty = torch.full((5, 2), -math.inf)
     head = HeadTarget(ids, teacher - teacher.amax(-1, keepdim=True), empty, (1.0, 2.0))
     exact = LogitsTarget(teacher)
-    for target in (head, SpreadTarget(head, 6), RescaledTarget(torch.zeros(5, 6), head)):
+    for target in (head, SpreadTarget(head, 6), RescaledTarget.of(torch.zeros(5, 6), head)):
         for tau in (1.0, 2.0) if target is head or isinstance(target, SpreadTarget) else (0.7, 1.0, 1.5, 2.0):
             torch.testing.assert_close(value(tau, student, target), value(tau, student, exact), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(slope(tau, student, target), slope(tau, student, exact), rtol=1e-4, atol=1e-5)
     few = HeadTarget(ids[:, :2], teacher[:, :2] - teacher[:, :2].amax(-1, keepdim=True), empty, (1.0, 2.0))
-    for few_target in (few, SpreadTarget(few, 6), RescaledTarget(torch.zeros(5, 6), few)):
+    for few_target in (few, SpreadTarget(few, 6), RescaledTarget.of(torch.zeros(5, 6), few)):
         assert value(1.0, student, few_target).isfinite().all()
         assert slope(1.0, student, few_target).isfinite().all()
 
