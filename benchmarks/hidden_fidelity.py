@@ -3,10 +3,10 @@
     python -m benchmarks.hidden_fidelity [--config configs/demo.toml] [--run-dir runs/demo] [--layers 1 2]
 
 Needs the data, teacher and cache of a run. Tables and steps are fitted on windows of the train split, as a dump does,
-and everything is measured on the validation split; the student is the teacher with 15% noise. Bytes are those of a
-cache's chunks, and tables spread over the run's cache, per layer and position of the text, also of positions that a
-stride leaves out. Speed is that of one core, from the compressed chunks of all layers to float32 states, the best of
-three. Writes benchmarks/results/hidden_fidelity.json.
+and everything is measured on 48 windows of the validation split; the student is the teacher with 15% noise. Bytes are
+those of a cache's chunks, and tables spread over the run's cache, per layer and position of the text, also of positions
+that a stride leaves out. Speed is that of one core, from the compressed chunks of all layers to float32 states, the
+best of three. Writes benchmarks/results/hidden_fidelity.json.
 """
 
 import argparse

@@ -55,7 +55,7 @@ def target_arrays(
 ) -> dict[str, np.ndarray]:
     """The profile's arrays and the two signals, (P, T, ..) each; `tables` are the profile's own.
 
-    Logits exist for about a million elements at a time, in float32.
+    Logits exist for about half a million elements at a time, in float32.
     """
     extract = extractor(profile, tables, positions)
     parts = []

@@ -17,7 +17,7 @@ from stages.losses.student import StudentChunk
 from stages.losses.target import Targets
 from stages.losses.term import LossValues, WeightedTerm
 
-_CHUNK_ELEMENTS = 2**20
+_CHUNK_ELEMENTS = 2**19
 _SMALLEST_CHUNK_ROWS = 256
 
 ChunkTerms = Callable[[StudentChunk, slice, torch.dtype], Tensor]
@@ -48,7 +48,7 @@ def chunked_head_loss(
 
 
 def chunks(num_rows: int, vocab_size: int) -> list[slice]:
-    """Slices of rows whose logits have about a million elements each, to stay in a processor's cache.
+    """Slices of rows whose logits have about half a million elements each, to stay in a processor's cache.
 
     At least 256 rows, since every chunk reads the whole output matrix.
     """
