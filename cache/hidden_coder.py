@@ -42,17 +42,17 @@ class HiddenCoder:
     def write(self, arrays: Mapping[str, np.ndarray], place: Place, sink: Sink) -> None:
         """See Coder. The activity of a position is the number of edges that its sum of |q| reaches."""
         del place
-        coefficients_NR = arrays[self._name].reshape(-1, self._rank).astype(np.int64)
-        largest = int(np.abs(coefficients_NR).max(initial=0))
+        coefficients_RN = arrays[self._name].reshape(-1, self._rank).T.astype(np.int64, order="C")
+        largest = int(np.abs(coefficients_RN).max(initial=0))
         if largest > LARGEST_COEFFICIENT:
             raise CacheRequestError(
                 f"{self._name}: found a coefficient of {largest} steps, expected at most {LARGEST_COEFFICIENT}; clip "
                 "it, or choose a larger step"
             )
-        activity_N = np.searchsorted(self._edges, np.abs(coefficients_NR).sum(axis=1), side="right")
+        activity_N = np.searchsorted(self._edges, np.abs(coefficients_RN).sum(axis=0), side="right")
         sink.write("activity", activity_N)
         for r in range(self._rank):
-            sink.write("coefficient", zigzag(coefficients_NR[:, r]), activity_N + self._num_activities * r)
+            sink.write("coefficient", zigzag(coefficients_RN[r]), activity_N + self._num_activities * r)
 
     def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
         """See Coder."""
