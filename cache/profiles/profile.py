@@ -3,6 +3,7 @@
 Shapes: P windows, T positions of a window, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -46,7 +47,7 @@ class Place:
         }
 
 
-class Profile(BaseModel):
+class Profile(BaseModel, ABC):
     """Base of all profiles. A profile without `models` stores its arrays as they are.
 
     Each has a `temperature`, tau_dump: stored logits are divided by it, and draws, entropies and probabilities of
@@ -57,13 +58,13 @@ class Profile(BaseModel):
 
     since_version: ClassVar[int] = 2
 
+    @abstractmethod
     def arrays(self, vocab_size: int, context_length: int) -> tuple[ArraySpec, ...]:
         """What a writer is given and a reader gives back, per window."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unserved(self, need: Need, vocab_size: int) -> str | None:
         """Why a loss cannot have from what is stored what it needs; None when it can."""
-        raise NotImplementedError
 
     def tables(self, vocab_size: int) -> tuple[ArraySpec, ...]:
         """Arrays that are stored once for the whole cache, other than the models."""
