@@ -24,7 +24,8 @@ from pipeline.results import text_table
 from stages.distill.objective import Objective
 from stages.models.transformer import Transformer
 from stages.targets.cached import CachedSource
-from stages.targets.source import Signals, TargetBatch, endless_batches
+from stages.targets.source import TargetBatch, endless_batches
+from stages.training.loop import StepInfo
 from stages.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "distill_speed.json"
@@ -41,9 +42,8 @@ class Runner:
         student.initialize(torch.Generator().manual_seed(0))
         self._objective = Objective(student, settings, self._source)
         self._optimizer = make_optimizer(self._objective, settings.training)
-        signals = Signals(targets=with_teacher)
         self._batches: Iterator[TargetBatch] = endless_batches(
-            self._source, settings.training.batch_windows, signals, seed=0
+            self._source, settings.training.batch_windows, self._objective.signals, seed=0
         )(0)
         self._bfloat16 = settings.training.precision == "bfloat16"
 
@@ -53,7 +53,7 @@ class Runner:
         for _ in range(steps):
             batch = next(self._batches)
             with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
-                values = self._objective(batch)
+                values = self._objective(batch, StepInfo(0))
             values.total.backward()
             nn.utils.clip_grad_norm_(self._objective.parameters(), 1.0)
             self._optimizer.step()

@@ -25,6 +25,10 @@ BASIS_UNIT = 2.0**-15
 NUM_ACTIVITIES = 4
 
 
+HiddenOutput = Literal["residual", "attention", "mlp", "qkv"]
+"""Of a block: the residual stream after it, what its attention or MLP adds, or queries, keys and values in a row."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -82,25 +86,38 @@ HiddenCoding = Annotated[Float16Hidden | Int8Hidden | TransformHidden, Field(dis
 
 
 class HiddenSpec(_Strict):
-    """Hidden states that are stored: outputs of the residual stream after each listed block.
+    """Hidden states that are stored: one kind of output of each listed block.
 
-    stride: of every window, positions 0, stride, 2 stride, .. are kept.
+    width: of one state; with qkv that of queries, keys and values together, and query_width that of queries. stride:
+    of every window, positions 0, stride, 2 stride, .. are kept.
     """
 
     layers: Annotated[tuple[int, ...], Field(min_length=1)]
     width: Annotated[int, Field(ge=1)]
     stride: Annotated[int, Field(ge=1)] = 1
     coding: HiddenCoding = Float16Hidden()
+    output: HiddenOutput = "residual"
+    query_width: Annotated[int | None, Field(ge=1)] = None
 
     @model_serializer(mode="wrap")
     def _without_what_version_1_meant(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        return fields if not self.is_of_version_1 else {name: fields[name] for name in ("layers", "width")}
+        if self.is_of_version_1:
+            return {name: fields[name] for name in ("layers", "width")}
+        if self.output == "residual":
+            del fields["output"]  # as caches were written before there were others
+        if self.query_width is None:
+            del fields["query_width"]
+        return fields
 
     @model_validator(mode="after")
     def _layers_are_distinct(self) -> Self:
         if len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
             raise ValueError(f"hidden layers must be distinct and not negative, found {list(self.layers)}")
+        if 0 in self.layers and self.output != "residual":
+            raise ValueError(f"layer 0 is the embedding and has no output {self.output!r}; layers count from 1")
+        if (self.query_width is not None) != (self.output == "qkv") or (self.query_width or 0) > self.width:
+            raise ValueError(f"found query_width {self.query_width} with output {self.output!r} and width {self.width}")
         return self
 
     @model_validator(mode="after")
@@ -118,7 +135,7 @@ class HiddenSpec(_Strict):
     @property
     def is_of_version_1(self) -> bool:
         """Whether format version 1 can hold it."""
-        return self.stride == 1 and self.coding == Float16Hidden()
+        return self.stride == 1 and self.coding == Float16Hidden() and self.output == "residual"
 
     @property
     def has_scales(self) -> bool:

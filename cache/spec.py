@@ -1,6 +1,8 @@
 """The spec: everything needed to decode a cache, repeated in the manifest and in every shard (docs/format.md)."""
 
 import json
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,7 +18,7 @@ from pydantic import (
 from cache.arrays import LARGEST_VOCAB_SIZE, ArraySpec, Dataset, ids_dtype
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
 from cache.hashing import canonical_json
-from cache.hidden import HiddenSpec
+from cache.hidden import HiddenOutput, HiddenSpec
 from cache.parts import Part
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
@@ -188,19 +190,31 @@ class CacheSpec(_Strict):
         """What is stored once for the whole cache."""
         return tuple(table for part in self.parts for table in part.stored_tables)
 
-    def unserved(self, need: Need | None, hidden_layers: tuple[int, ...]) -> list[str]:
-        """Reasons why a student that needs these signals cannot be trained from this cache; empty when it can.
+    def unserved(
+        self,
+        needs: Iterable[Need],
+        hidden: Mapping[HiddenOutput, tuple[int, ...]] = MappingProxyType({}),
+        *,
+        signals: bool = False,
+    ) -> list[str]:
+        """Reasons why a student that needs all of this cannot be trained from this cache; empty when it can.
 
-        `need` None means that the teacher's distribution is not needed.
+        needs: of the teacher's distribution. hidden: layers of hidden states, by output. signals: whether entropy and
+        probability of the label are needed.
         """
-        reasons = (
-            None if need is None else self.profile.unserved(need, self.vocab_size),
-            self._unheld(hidden_layers),
-        )
-        return [reason for reason in reasons if reason]
+        reasons = [self.profile.unserved(need, self.vocab_size) for need in needs]
+        reasons += [self._unheld(layers, output) for output, layers in hidden.items()]
+        if signals and self.format_version == 1:
+            reasons.append("the teacher's entropies are asked for, which caches of format version 1 do not hold")
+        return list(dict.fromkeys(reason for reason in reasons if reason))
 
-    def _unheld(self, layers: tuple[int, ...]) -> str | None:
+    def _unheld(self, layers: tuple[int, ...], output: HiddenOutput | None = None) -> str | None:
         held = self.hidden.layers if self.hidden else ()
+        if layers and output and self.hidden and self.hidden.output != output:
+            return (
+                f"hidden states of kind {output!r} are asked for, but the cache holds those of kind "
+                f"{self.hidden.output!r}; dump another one with cache.hidden.output = {output!r}"
+            )
         missing = [layer for layer in layers if layer not in held]
         if not missing:
             return None

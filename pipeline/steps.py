@@ -306,8 +306,7 @@ class Distill(Step):
         except CacheError:
             recorded = self.provenance()
             return str(recorded.settings["distill"]["targets"]) if recorded else "online"
-        need = self.config.distill.need(spec.profile.temperature)
-        return "online" if spec.unserved(need, self.config.distill.teacher_layers) else "cached"
+        return "online" if self.config.distill.unserved_by(spec, self.config.student_shape.layers) else "cached"
 
     def build(self) -> str:
         """Train, evaluate and save the student."""
@@ -324,7 +323,8 @@ class Distill(Step):
             tokenizer_fingerprint=tokens.tokenizer_fingerprint(),
         )
         device = pick_device(self.config.distill.training.device)
-        source = choose_source(self.config.distill, self.config.cache, places, device)
+        depth = self.config.student_shape.layers
+        source = choose_source(self.config.distill, self.config.cache, depth, places, device)
         summary = distill(
             self.config.distill,
             self.config.student,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cache.arrays import ArraySpec
+from cache.profiles.head_needs import whole_distribution
 from cache.profiles.profile import Need, Profile
 
 
@@ -30,6 +31,7 @@ class DenseProfile(Profile):
         """`output_matrix` (V, D)."""
         return (ArraySpec("output_matrix", (vocab_size, self.width), "<f4"),)
 
-    def unserved(self, need: Need, vocab_size: int) -> None:
-        """Everything is served."""
-        del need, vocab_size
+    def unserved(self, need: Need, vocab_size: int) -> str | None:
+        """Everything is served, and there is no tail to treat."""
+        del vocab_size
+        return None if need.tail is None else whole_distribution(need.tail, "this dense cache")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cache.arrays import ArraySpec, ids_dtype
 from cache.errors import CacheRequestError
+from cache.profiles.head_needs import unserved_by_head
 from cache.profiles.profile import Need, Profile
 
 
@@ -49,10 +50,7 @@ class PlainTopKProfile(Profile):
 
     def unserved(self, need: Need, vocab_size: int) -> str | None:
         """tau_dump only, unless the head is the whole vocabulary."""
-        if need.temperature == self.temperature or self.top_k == vocab_size:
+        if self.top_k == vocab_size:
             return None
-        return (
-            f"temperature {need.temperature:g} is asked for, but this plain_topk cache is exact at "
-            f"{self.temperature:g} only: the mass outside its {self.top_k} largest of {vocab_size} logits was summed "
-            "at that temperature"
-        )
+        about = f"its {self.top_k} largest of {vocab_size} logits"
+        return unserved_by_head(need, "plain_topk", (self.temperature,), "bucket", about)

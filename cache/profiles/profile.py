@@ -6,7 +6,7 @@ Shapes: P windows, T positions of a window, V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -18,12 +18,33 @@ NUM_LANES = 1024
 """Lanes of the entropy coder; their states take 4 bytes each in every chunk."""
 
 
+TailTreatment = Literal["bucket", "renormalise", "zero", "uniform", "sampled"]
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a loss asks of the teacher's distribution."""
+    """What a loss asks of the teacher's distribution.
+
+    until: where the temperature goes during training, through everything between; None if it stays. tail: how the loss
+    takes what lies outside the head; None for what the profile knows best.
+    """
 
     divergence: str
     temperature: float
+    until: float | None = None
+    tail: TailTreatment | None = None
+
+    @property
+    def temperatures(self) -> str:
+        """In words."""
+        if self.until is None:
+            return f"temperature {self.temperature:g}"
+        return f"every temperature between {self.temperature:g} and {self.until:g}"
+
+    @property
+    def highest(self) -> float:
+        """The highest temperature."""
+        return max(self.temperature, self.until or self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +115,4 @@ class Coder(Protocol):
         ...
 
 
-__all__ = ["NUM_LANES", "Coder", "Need", "Place", "Profile", "Sink", "Source"]
+__all__ = ["NUM_LANES", "Coder", "Need", "Place", "Profile", "Sink", "Source", "TailTreatment"]

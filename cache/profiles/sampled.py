@@ -73,10 +73,12 @@ class SampledProfile(Profile):
                 f"{need.divergence} is asked for, but this cache holds draws, whose shares are unbiased for losses "
                 "that are linear in p, which is forward KL alone; use forward KL, or a cache with profile transform"
             )
-        if need.temperature == self.temperature:
+        if need.tail not in {None, "sampled"}:
+            return f"tail {need.tail!r} is asked for, but this cache holds draws and no head; leave distill.tail out"
+        if need.temperature == self.temperature and need.until is None:
             return None
         return (
-            f"temperature {need.temperature:g} is asked for, but this sampled cache holds draws at "
+            f"{need.temperatures} is asked for, but this sampled cache holds draws at "
             f"{self.temperature:g}: the shares of draws at one temperature say nothing unbiased about another; dump "
             "with cache.profile.temperature set to it, or use profile transform"
         )

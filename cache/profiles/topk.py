@@ -9,8 +9,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cache.arrays import ArraySpec
 from cache.coding.streams import Sink, Source
+from cache.profiles.head_needs import unserved_by_head
 from cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
-from cache.profiles.profile import Coder, Need, Place, Profile
+from cache.profiles.profile import Coder, Need, Place, Profile, TailTreatment
 
 
 def temperatures_in_order(temperatures: tuple[float, ...]) -> tuple[float, ...]:
@@ -77,20 +78,10 @@ class TopKProfile(Profile):
 
     def unserved(self, need: Need, vocab_size: int) -> str | None:
         """Declared temperatures only; without a tail, none above 1."""
-        if self.tail == "nothing" and need.temperature > 1:
-            return (
-                f"temperature {need.temperature:g} is asked for, but this topk cache knows nothing of its tail: a "
-                "renormalised head above temperature 1 teaches a distribution that the teacher does not have, and "
-                "ruins students; use temperature 1, or a cache with profile transform"
-            )
-        if need.temperature in self.temperatures:
-            return None
-        declared = ", ".join(f"{temperature:g}" for temperature in self.temperatures)
-        return (
-            f"temperature {need.temperature:g} is asked for, but this topk cache is exact at {declared} only: the "
-            f"mass outside its head of at most {self.head.max_entries} of {vocab_size} logits was summed at those; add "
-            "it to cache.profile.temperatures, or use profile transform"
-        )
+        declared = () if self.tail == "nothing" else self.temperatures
+        own: TailTreatment = "renormalise" if self.tail == "nothing" else self.tail
+        about = f"its head of at most {self.head.max_entries} of {vocab_size} logits"
+        return unserved_by_head(need, "topk", declared, own, about)
 
 
 class TopKCoder:

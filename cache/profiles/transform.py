@@ -20,6 +20,7 @@ from cache.coding.integers import num_tokens, unzigzag, zigzag
 from cache.coding.streams import Sink, Source
 from cache.errors import CacheCorruptError
 from cache.profiles.dither import LEVELS, dither_bytes, dither_of
+from cache.profiles.head_needs import unserved_by_head
 from cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
 from cache.profiles.profile import Coder, Need, Place, Profile
 from cache.profiles.topk import Temperatures
@@ -90,9 +91,15 @@ class TransformProfile(Profile):
         """A TransformCoder of this profile."""
         return partial(TransformCoder, self)
 
-    def unserved(self, need: Need, vocab_size: int) -> None:
-        """Everything is served: exact tail masses at the declared temperatures, interpolated ones between them."""
-        del need, vocab_size
+    def unserved(self, need: Need, vocab_size: int) -> str | None:
+        """Everything is served: exact tail masses at the declared temperatures, interpolated ones between them.
+
+        A loss that wants a tail treated otherwise has the head alone.
+        """
+        if need.tail is None:
+            return None
+        about = f"its head of at most {self.head.max_entries} of {vocab_size} logits"
+        return unserved_by_head(need, "transform", self.temperatures, need.tail, about)
 
 
 class TransformCoder:

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from cache import CacheMismatchError, CacheMissingError, open_cache
+from cache.hidden import HiddenOutput
+from cache.profiles.head_needs import whole_distribution
 from stages.distill.config import DistillConfig
 from stages.dump.config import DumpConfig
 from stages.errors import TargetsError
@@ -27,20 +30,22 @@ class Places:
     tokenizer_fingerprint: str | None = None
 
 
-def choose_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> TargetSource:
+def choose_source(
+    config: DistillConfig, dump: DumpConfig, student_depth: int, places: Places, device: torch.device
+) -> TargetSource:
     """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not."""
     if config.targets == "online":
-        return online_source(config, dump, places, device)
+        return online_source(config, dump, student_depth, places, device)
     try:
-        return cached_source(config, places, device)
+        return cached_source(config, student_depth, places, device)
     except (CacheMissingError, TargetsError) as exc:
         if config.targets == "cached":
             raise
         say(f"targets: online, since the cache does not serve: {exc}")
-        return online_source(config, dump, places, device)
+        return online_source(config, dump, student_depth, places, device)
 
 
-def cached_source(config: DistillConfig, places: Places, device: torch.device) -> CachedSource:
+def cached_source(config: DistillConfig, student_depth: int, places: Places, device: torch.device) -> CachedSource:
     """The cache, checked to be of the expected teacher and tokenizer and to hold what the losses need."""
     cache = open_cache(places.cache)
     for what, found, expected in (
@@ -52,8 +57,7 @@ def cached_source(config: DistillConfig, places: Places, device: torch.device) -
                 f"{places.cache}: the cache was made by another {what}: found fingerprint {found}, expected {expected} "
                 "of this run; point cache.dir at the cache of this run, or run `tristill dump-logits --force`"
             )
-    need = config.need(cache.spec.profile.temperature)
-    if reasons := cache.spec.unserved(need, config.teacher_layers):
+    if reasons := config.unserved_by(cache.spec, student_depth):
         raise TargetsError(
             f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or forward "
             "the teacher online"
@@ -61,7 +65,9 @@ def cached_source(config: DistillConfig, places: Places, device: torch.device) -
     return CachedSource(cache, device)
 
 
-def online_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
+def online_source(
+    config: DistillConfig, dump: DumpConfig, student_depth: int, places: Places, device: torch.device
+) -> OnlineSource:
     """The teacher, loaded and frozen, over the windows that a dump would hold."""
     for folder, name, command in ((places.teacher, CONFIG_NAME, "teacher"), (places.data, "data.json", "tokenize")):
         if not (folder / name).is_file():
@@ -69,11 +75,19 @@ def online_source(config: DistillConfig, dump: DumpConfig, places: Places, devic
                 f"{folder}: online targets need it, and {name} is not there; run `tristill {command}`, or dump a cache "
                 "that serves the losses"
             )
-    teacher = load_model(places.teacher)
-    if beyond := [layer for layer in config.teacher_layers if layer > teacher.config.layers]:
+    if config.tail is not None and config.needs_targets:
+        raise TargetsError(f"distill.tail: {whole_distribution(config.tail, 'a teacher that is forwarded online')}")
+    if config.curriculum is not None:
         raise TargetsError(
-            f"distill.hidden.layers: found teacher layers {beyond}, but the teacher has {teacher.config.layers} blocks"
+            "distill.curriculum: needs the teacher's entropies of all windows beforehand, which a cache holds; "
+            "dump one, or leave the curriculum out"
         )
+    teacher = load_model(places.teacher)
+    depth = teacher.config.layers
+    every = tuple(range(1, depth + 1))
+    wanted = config.hidden_layers(student_depth, dict.fromkeys(get_args(HiddenOutput), every))
+    if beyond := sorted({layer for layers in wanted.values() for layer in layers if layer > depth}):
+        raise TargetsError(f"distill: found teacher layers {beyond} to compare, but the teacher has {depth} blocks")
     return OnlineSource(
         places.data,
         device,

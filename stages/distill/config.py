@@ -1,10 +1,15 @@
 """Settings of the student and its distillation."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from cache.hidden import HiddenOutput
+from cache.spec import CacheSpec
 from stages.losses.config import LossConfig
+from stages.losses.hidden_config import resolved_layers
+from stages.losses.selection_config import CurriculumConfig, OnlineConfig
 from stages.models.config import ModelConfig
 from stages.quantize.config import QuantizeConfig
 from stages.settings import Section, neutral
@@ -31,4 +36,36 @@ class DistillConfig(LossConfig):
             "cached: from the cache or not at all; online: forward the teacher; auto: cached if it serves, else online"
         ),
     ] = "auto"
+    online: Annotated[OnlineConfig, Field(description="what online targets come from")] = OnlineConfig()
+    curriculum: Annotated[
+        CurriculumConfig | None, Field(description="windows from easy to hard; none takes all from the start")
+    ] = None
     training: Annotated[TrainingConfig, Field(description="how the student is trained")]
+
+    @model_validator(mode="after")
+    def _moving_teachers_are_online(self) -> Self:
+        if (self.online.co_train or self.online.ema is not None) and self.targets != "online":
+            raise ValueError("a teacher that is trained beside the student is no cache: set targets = 'online'")
+        return self
+
+    def hidden_layers(
+        self, student_depth: int, known: Mapping[HiddenOutput, tuple[int, ...]]
+    ) -> dict[HiddenOutput, tuple[int, ...]]:
+        """The teacher's layers whose states are compared, ascending, by output; `known` are those that there are."""
+        wanted: dict[HiddenOutput, tuple[int, ...]] = {}
+        if self.hidden is not None and self.hidden.weight > 0:
+            found = resolved_layers(self.hidden.layers, student_depth, known.get(self.hidden.output, ()))
+            wanted[self.hidden.output] = tuple(sorted(set(found.values())))
+        if self.relations is not None and self.relations.weight > 0:
+            found = resolved_layers(self.relations.layers, student_depth, known.get("qkv", ()))
+            wanted["qkv"] = tuple(sorted(set(found.values())))
+        return wanted
+
+    def unserved_by(self, spec: CacheSpec, student_depth: int) -> list[str]:
+        """Reasons why a student of so many blocks cannot be trained from a cache; empty when it can."""
+        known = {spec.hidden.output: spec.hidden.layers} if spec.hidden else {}
+        return spec.unserved(
+            self.needs(spec.profile.temperature),
+            self.hidden_layers(student_depth, known),
+            signals=self.needs_entropy or self.curriculum is not None,
+        )

@@ -15,7 +15,7 @@ from stages.evaluate.metrics import ValidationMetrics
 from stages.models.config import ModelConfig
 from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, read_tensors, save_model
 from stages.models.transformer import Transformer
-from stages.targets.source import Signals, TargetSource, endless_batches
+from stages.targets.source import TargetSource, endless_batches
 from stages.training.loop import Training, TrainingSummary
 
 
@@ -62,15 +62,16 @@ def distill(
     if student_config.init == "teacher":
         _start_from_teacher(student, teacher_folder)
     objective = Objective(student, config, source).to(device)
-    signals = Signals(targets=config.alpha < 1, hidden_layers=config.teacher_layers)
     training = Training(
         folder.name,
         objective,
         objective.forward,
-        endless_batches(source, config.training.batch_windows, signals, config.training.seed),
+        endless_batches(source, config.training.batch_windows, objective.signals, config.training.seed),
         config.training.batch_windows * source.context_length,
         config.training,
         folder,
+        learning_rates=objective.learning_rates,
+        after_step=objective.after_step,
     )
     trained = training.run()
     save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id)

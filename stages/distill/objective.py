@@ -1,60 +1,188 @@
-"""The student and its loss as one trainable module."""
+"""The student and its loss as one trainable module.
 
-from torch import nn
+Shapes: B batch, T positions, N = B T, D width.
+"""
 
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cache.hidden import HiddenOutput
+from stages.distill.balance import Balance, FaintTerms
 from stages.distill.config import DistillConfig
+from stages.distill.scheduled_terms import ScheduledTerms
 from stages.errors import TargetsError
 from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.hidden_mse import HiddenMSE
+from stages.losses.hidden import HiddenLoss
+from stages.losses.hidden_config import LayerMap, resolved_layers
+from stages.losses.mining import hardest
+from stages.losses.relations import RelationLoss, Widths
+from stages.losses.target import SelectedTargets, Targets
 from stages.losses.term import LossValues, WeightedTerm
-from stages.models.transformer import Transformer
-from stages.targets.source import TargetBatch, TargetSource
+from stages.models.transformer import State, Transformer
+from stages.targets.source import Signals, TargetBatch, TargetSource
+from stages.training.loop import StepInfo
 
 
-def weighted_terms(alpha: float, temperature: float) -> list[WeightedTerm]:
-    """alpha * CE + (1 - alpha) * tau^2 * KL(p_tau || q_tau), without the terms of weight zero.
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a batch that count, and by how much in terms that need the teacher (None: all alike)."""
 
-    Hinton et al. 2015 (arXiv 1503.02531), section 2. Multiplying by tau^2 keeps the KL term's gradient, which falls as
-    1 / tau^2, at the scale of the cross-entropy's.
-    """
-    terms = []
-    if alpha > 0:
-        terms.append(WeightedTerm(alpha, CrossEntropy()))
-    if alpha < 1:
-        terms.append(WeightedTerm((1 - alpha) * temperature**2, ForwardKL(temperature)))
-    return terms
+    final_ND: Tensor
+    head_VD: Tensor
+    labels_N: Tensor
+    targets: Targets | None
+    weights_N: Tensor | None
+
+    def kept(self, kept_M: Tensor) -> "Positions":
+        """Some of them."""
+        return Positions(
+            self.final_ND[kept_M],
+            self.head_VD,
+            self.labels_N[kept_M],
+            None if self.targets is None else SelectedTargets(self.targets, kept_M),
+            None if self.weights_N is None else self.weights_N[kept_M],
+        )
 
 
 class Objective(nn.Module):
-    """Holds the student and, for the loss on hidden states, its projections; all of them are trained."""
+    """Holds the student and what is trained or remembered beside it: projections, adaptive temperatures, balance."""
 
     def __init__(self, student: Transformer, config: DistillConfig, source: TargetSource) -> None:
         super().__init__()
         self.student = student
-        self._terms = weighted_terms(config.alpha, config.temperature or source.temperature)
-        self.hidden_mse: HiddenMSE | None = None
-        if config.hidden is not None and config.layer_map:
-            if beyond := [layer for layer in config.layer_map if not 0 <= layer <= student.config.layers]:
+        self._config = config
+        self._mining_temperature = source.temperature
+        self.terms = ScheduledTerms(config, config.training.steps, source.temperature)
+        state_losses: list[tuple[HiddenLoss | RelationLoss, float]] = []
+        if config.hidden is not None and config.hidden.weight > 0:
+            layers = _layers("hidden", config.hidden.layers, student, source, config.hidden.output)
+            width = source.state_width(config.hidden.output)
+            hidden = HiddenLoss(config.hidden, layers, student.config.width, width)
+            state_losses.append((hidden, config.hidden.weight))
+        if config.relations is not None and config.relations.weight > 0:
+            layers = _layers("relations", config.relations.layers, student, source, "qkv")
+            own = Widths(student.config.width, student.config.num_kv_heads * student.config.head_width)
+            theirs = Widths.of(source.state_width("qkv"), source.query_width)
+            if odd := [width for width in (*own, *theirs) if width % config.relations.heads]:
                 raise TargetsError(
-                    f"distill.hidden.layers: found student layers {beyond}, but the student has "
-                    f"{student.config.layers} blocks"
+                    f"distill.relations.heads: found {config.relations.heads}, expected a divisor of every width of "
+                    f"queries, keys and values, of which {odd[0]} is none"
                 )
-            assert source.teacher_width is not None, "a source is chosen for the signals that the losses need"
-            self.hidden_mse = HiddenMSE(config.layer_map, student.config.width, source.teacher_width)
-            self._hidden_weight = config.hidden.weight
+            relations = RelationLoss(config.relations, layers, own, theirs)
+            state_losses.append((relations, config.relations.weight))
+        self._state_losses = tuple(state_losses)
+        self.state_losses = nn.ModuleList(loss for loss, _ in state_losses)  # so that projections are trained
+        labels = [*self.terms.labels, *(loss.name for loss, _ in state_losses)]
+        self.balance = Balance(config.balance, labels) if config.balance else None
+        self._faint = FaintTerms()
 
-    def forward(self, batch: TargetBatch) -> LossValues:
+    @property
+    def signals(self) -> Signals:
+        """What is wanted of the teacher."""
+        return Signals(
+            targets=self._config.needs_targets,
+            tail=self._config.tail,
+            entropy=self._config.needs_entropy,
+            states=tuple(sorted({state for loss, _ in self._state_losses for state in loss.pairs.values()})),
+        )
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Peaks of parameters that have one of their own, by the start of their names."""
+        own = self._config.hidden.projection_learning_rate if self._config.hidden else None
+        return {} if own is None else {"state_losses.": own}
+
+    def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
         """The weighted total and every term of a batch."""
-        features = self.student(batch.input_ids_BT, self.hidden_mse.layers if self.hidden_mse else ())
-        final_ND = features.final_BTD.flatten(0, 1)
-        values = chunked_head_loss(
-            final_ND, self.student.head_weight, batch.labels_BT.flatten(), batch.targets, self._terms
+        states = [state for loss, _ in self._state_losses for state in loss.pairs]
+        features = self.student(batch.input_ids_BT, states)
+        positions = self._positions(features.final_BTD.flatten(0, 1), batch)
+        plain = self.terms.at(info.step)
+        weighted = [WeightedTerm(term.weight * self._factor(term.name), term.term, term.name) for term in plain]
+        values = _head_loss(positions, weighted)
+        total, found = values.total, dict(values.terms)
+        for loss, weight in self._state_losses:
+            value = loss(features.hidden, batch.hidden, batch.hidden_stride)
+            total = total + weight * self._factor(loss.name) * value
+            found[loss.name] = value.detach()
+        is_due = self.balance is not None and self.training and self.balance.is_due(info.step)
+        if not (info.is_logged or is_due):
+            return LossValues(total, found)
+        weights = {term.name: term.weight for term in plain}
+        weights |= {loss.name: weight for loss, weight in self._state_losses}
+        norms = self._gradient_norms(positions, plain, features.hidden, batch)
+        telemetry = self._telemetry(info, found, weights, norms)
+        if self.balance is not None and is_due:
+            self.balance.observe(weights, norms)
+        return LossValues(total, found, telemetry if info.is_logged else {})
+
+    def after_step(self, values: LossValues) -> None:
+        """Let adaptive temperatures see the step that is done."""
+        self.terms.observe(values.terms)
+
+    def _factor(self, label: str) -> float:
+        return 1.0 if self.balance is None else self.balance.factor(label)
+
+    def _positions(self, final_ND: Tensor, batch: TargetBatch) -> Positions:
+        labels_N, weights_N = batch.labels_BT.flatten(), None
+        if self._config.entropy_weights is not None and batch.entropy_BT is not None:
+            weights_N = (1 + batch.entropy_BT.flatten()) ** self._config.entropy_weights.power
+            weights_N = weights_N / weights_N.mean()
+        positions = Positions(final_ND, self.student.head_weight, labels_N, batch.targets, weights_N)
+        mining = self._config.mining
+        if mining is None:
+            return positions
+        tau = self._mining_temperature
+        return positions.kept(hardest(final_ND, self.student.head_weight, labels_N, batch.targets, mining, tau))
+
+    def _gradient_norms(
+        self, positions: Positions, terms: list[WeightedTerm], hidden: dict[State, Tensor], batch: TargetBatch
+    ) -> dict[str, float]:
+        """Norm of every term's gradient at weight one: at the output head's input, or in the states it compares."""
+        norms = {}
+        with torch.enable_grad():
+            for term in terms:
+                final_ND = positions.final_ND.detach().requires_grad_()
+                apart = replace(positions, final_ND=final_ND, head_VD=positions.head_VD.detach())
+                alone = _head_loss(apart, [WeightedTerm(1.0, term.term)])
+                norms[term.name] = float(torch.autograd.grad(alone.total, final_ND)[0].norm())
+            for loss, _ in self._state_losses:
+                states = {state: hidden[state].detach().requires_grad_() for state in loss.pairs}
+                value = loss(states, batch.hidden, batch.hidden_stride)
+                gradients = torch.autograd.grad(value, list(states.values()))
+                norms[loss.name] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        return norms
+
+    def _telemetry(
+        self, info: StepInfo, values: dict[str, Tensor], weights: dict[str, float], norms: dict[str, float]
+    ) -> dict[str, dict[str, float]]:
+        """What is logged of every term beside its value. Weights have tau^2 and balance in them."""
+        weights = {label: weight * self._factor(label) for label, weight in weights.items()}
+        weighted_norms = {label: weights[label] * norm for label, norm in norms.items()}
+        self._faint.look(weighted_norms)
+        total = sum(weighted_norms.values())
+        return {
+            "weights": weights,
+            "weighted": {label: weights[label] * float(values[label]) for label in weights},
+            "gradient_share": {label: norm / total if total else 0.0 for label, norm in weighted_norms.items()},
+            "temperatures": self.terms.temperatures(info.step),
+        }
+
+
+def _layers(
+    where: str, layers: LayerMap, student: Transformer, source: TargetSource, output: HiddenOutput
+) -> dict[int, int]:
+    found = resolved_layers(layers, student.config.layers, source.known_layers(output))
+    if beyond := [layer for layer in found if not 0 <= layer <= student.config.layers]:
+        raise TargetsError(
+            f"distill.{where}.layers: found student layers {beyond}, but the student has {student.config.layers} blocks"
         )
-        if self.hidden_mse is None:
-            return values
-        error = self.hidden_mse(features.hidden, batch.hidden, batch.hidden_stride)
-        return LossValues(
-            values.total + self._hidden_weight * error, {**values.terms, self.hidden_mse.name: error.detach()}
-        )
+    return found
+
+
+def _head_loss(positions: Positions, terms: list[WeightedTerm]) -> LossValues:
+    return chunked_head_loss(
+        positions.final_ND, positions.head_VD, positions.labels_N, positions.targets, terms, positions.weights_N
+    )

@@ -130,3 +130,9 @@ class DumpConfig(Section):
         if len(set(layers)) != len(layers) or any(layer < 0 for layer in layers):
             raise ValueError("layers must be distinct and not negative")
         return tuple(sorted(layers))
+
+    @model_validator(mode="after")
+    def _the_embedding_is_a_residual(self) -> "DumpConfig":
+        if 0 in self.hidden_layers and self.hidden.output != "residual":
+            raise ValueError(f"hidden_layers: layer 0 is the embedding and has no output {self.hidden.output!r}")
+        return self

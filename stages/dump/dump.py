@@ -26,7 +26,7 @@ from stages.dump.prepare import prepare
 from stages.dump.threads import torch_threads
 from stages.errors import CheckpointError
 from stages.models.folder import load_model, model_fingerprint, pick_device
-from stages.models.transformer import Transformer
+from stages.models.transformer import State, Transformer
 from stages.progress import Progress
 from stages.targets.hidden import HiddenTransforms
 
@@ -133,8 +133,8 @@ def window_arrays(
     precision: str,
 ) -> dict[str, np.ndarray]:
     """Every array of the cache for these windows, by name, each (P, ...) of the stored type."""
-    layers = spec.hidden.layers if spec.hidden else ()
-    positions, hidden, ids_PT1 = forward_windows(teacher, windows, split, rows, precision, layers)
+    wanted = [State(spec.hidden.output, layer) for layer in spec.hidden.layers] if spec.hidden else []
+    positions, hidden, ids_PT1 = forward_windows(teacher, windows, split, rows, precision, wanted)
     with torch.inference_mode():
         arrays = target_arrays(spec.profile, tables.target, positions)
         if spec.hidden is not None and tables.hidden is not None:

@@ -13,7 +13,7 @@ from stages.data.tokens import TokenWindows
 from stages.dump.extract import TeacherPositions
 from stages.dump.hidden_fit import HiddenWindows
 from stages.errors import CheckpointError
-from stages.models.transformer import Transformer
+from stages.models.transformer import State, Transformer
 
 
 @torch.inference_mode()
@@ -23,9 +23,9 @@ def forward_windows(
     split: str,
     rows: list[int],
     precision: str,
-    hidden_layers: Collection[int] = (),
+    states: Collection[State] = (),
 ) -> tuple[TeacherPositions, dict[int, Tensor], np.ndarray]:
-    """The teacher at the positions of these windows, its hidden states (P, T, D) by layer, the windows' ids (P, T + 1).
+    """The teacher at the positions of these windows, its states (P, T, D) by layer, the windows' ids (P, T + 1).
 
     With precision bfloat16, matrix products run under autocast, that of the output head too.
     """
@@ -33,7 +33,7 @@ def forward_windows(
     ids_PT1 = windows.read(rows)
     ids = torch.from_numpy(ids_PT1.astype(np.int64)).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        features = teacher(ids[:, :-1], hidden_layers)
+        features = teacher(ids[:, :-1], states)
     final_ND = features.final_BTD.flatten(0, 1).float()
     if not torch.isfinite(final_ND).all():
         raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
@@ -46,7 +46,7 @@ def forward_windows(
         split=split,
         windows=rows,
     )
-    return positions, features.hidden, ids_PT1
+    return positions, {state.layer: found for state, found in features.hidden.items()}, ids_PT1
 
 
 def sample_hidden(
@@ -56,13 +56,13 @@ def sample_hidden(
     rows: list[int],
     batch_windows: int,
     precision: str,
-    layers: Collection[int],
+    wanted: Collection[State],
 ) -> HiddenWindows:
     """The hidden states of many windows, forwarded in batches."""
     batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
-    parts = [forward_windows(teacher, windows, split, batch, precision, layers) for batch in batches]
+    parts = [forward_windows(teacher, windows, split, batch, precision, wanted) for batch in batches]
     return HiddenWindows(
-        states={layer: torch.cat([hidden[layer].float() for _, hidden, _ in parts]) for layer in layers},
+        states={layer: torch.cat([hidden[layer].float() for _, hidden, _ in parts]) for _, layer in wanted},
         input_ids_PT=torch.cat([positions.input_ids_N for positions, _, _ in parts]).view(len(rows), -1),
     )
 

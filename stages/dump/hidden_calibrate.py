@@ -7,7 +7,7 @@ from stages.dump.config import DumpConfig
 from stages.dump.forward import sample_hidden
 from stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
 from stages.fidelity.measure import near_student
-from stages.models.transformer import Transformer
+from stages.models.transformer import State, Transformer
 from stages.progress import say
 
 
@@ -30,9 +30,8 @@ def hidden_sample(config: DumpConfig, teacher: Transformer, windows: TokenWindow
     """Hidden states in the windows of the sample, which are forwarded again: only some dumps keep them."""
 
     def states_of(model: Transformer, rows: list[int]) -> HiddenWindows:
-        return sample_hidden(
-            model, windows, "train", rows, config.batch_windows, config.precision, config.hidden_layers
-        )
+        wanted = [State(config.hidden.output, layer) for layer in config.hidden_layers]
+        return sample_hidden(model, windows, "train", rows, config.batch_windows, config.precision, wanted)
 
     return HiddenSample(
         fit=states_of(teacher, sample.fit.windows),
@@ -40,4 +39,5 @@ def hidden_sample(config: DumpConfig, teacher: Transformer, windows: TokenWindow
         student=states_of(near_student(teacher), sample.measure.windows),
         embedding_VD=teacher.model.embed_tokens.weight.detach(),
         total_positions=sample.total_positions,
+        query_width=teacher.config.width,
     )

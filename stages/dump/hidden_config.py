@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cache.hidden import Float16Hidden, Int8Hidden
+from cache.hidden import Float16Hidden, HiddenOutput, Int8Hidden
 from stages.settings import Section
 
 
@@ -26,8 +26,15 @@ class TransformHiddenSettings(Section):
 
 
 class HiddenSettings(Section):
-    """How the layers of cache.hidden_layers are kept."""
+    """What of the layers of cache.hidden_layers is kept, and how."""
 
+    output: Annotated[
+        HiddenOutput,
+        Field(
+            description="of each block: the residual stream after it, what its attention or its MLP adds, or queries, "
+            "keys and values, for distill.relations"
+        ),
+    ] = "residual"
     coding: Annotated[
         Float16Hidden | Int8Hidden | TransformHiddenSettings,
         Field(discriminator="kind", description="how the values of a position are stored"),

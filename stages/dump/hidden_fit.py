@@ -12,7 +12,7 @@ from torch import Tensor
 from cache.arrays import compressed_bytes
 from cache.calibration import HiddenPoint
 from cache.coding.streams import Histograms
-from cache.hidden import NUM_ACTIVITIES, CodedLayer, HiddenSpec, Reduction, TransformHidden
+from cache.hidden import NUM_ACTIVITIES, CodedLayer, HiddenCoding, HiddenSpec, Reduction, TransformHidden
 from cache.hidden_coder import activity_edges
 from cache.layout import default_windows_per_chunk
 from cache.parts import Part, PartCoder
@@ -50,6 +50,7 @@ class HiddenSample:
     student: HiddenWindows
     embedding_VD: Tensor
     total_positions: int
+    query_width: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -82,7 +83,20 @@ def fit_hidden(settings: HiddenSettings, sample: HiddenSample) -> FittedHidden:
         assert coding.reduction is not None, "there are no layers otherwise"
         for name, table in _reduction_tables(coding.reduction, sample.fit.positions(layer, 1)[0]).items():
             tables[f"hidden_{layer}.{name}"] = table.cpu().numpy()
-    return FittedHidden(HiddenSpec(layers=layers, width=width, stride=settings.stride, coding=coding), tables)
+    return FittedHidden(_spec(settings, sample, layers, width, coding), tables)
+
+
+def _spec(
+    settings: HiddenSettings, sample: HiddenSample, layers: tuple[int, ...], width: int, coding: HiddenCoding
+) -> HiddenSpec:
+    return HiddenSpec(
+        layers=layers,
+        width=width,
+        stride=settings.stride,
+        coding=coding,
+        output=settings.output,
+        query_width=sample.query_width if settings.output == "qkv" else None,
+    )
 
 
 def _reduction_tables(reduction: Reduction, states_ND: Tensor) -> dict[str, Tensor]:
@@ -124,7 +138,7 @@ def _fit_transforms(
         coded.append(found)
         tables |= {f"hidden_{layer}.{name}": table for name, table in own.items()}
     resolved = TransformHidden(delta=coding.delta, coded=tuple(coded))
-    spec = HiddenSpec(layers=layers, width=width, stride=settings.stride, coding=resolved)
+    spec = _spec(settings, sample, layers, width, resolved)
     stored = {name: table.cpu().numpy() for name, table in tables.items()}
     for layer in layers:
         stored |= _models(spec.part(layer, sample.vocab_size, 1), coefficients[layer].cpu().numpy())

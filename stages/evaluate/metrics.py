@@ -9,10 +9,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from stages.losses.cells import AnyHeadTarget
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.forward_kl import ForwardKL
 from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget, FullTarget, HeadTarget, Target
+from stages.losses.target import DrawnTarget, FullTarget, Target
 
 
 class ValidationMetrics(BaseModel):
@@ -83,13 +84,13 @@ class MetricSums:
         )
 
 
-def acceptance(logits_NV: Tensor, target: HeadTarget | FullTarget, temperature: float) -> Tensor:
+def acceptance(logits_NV: Tensor, target: AnyHeadTarget | FullTarget, temperature: float) -> Tensor:
     """sum_i min(p_i, q_i) at each position, (N,): how often speculative decoding keeps a token that q drafts for p.
 
     Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.5. A tail counts as one bucket, which makes this an upper bound.
     """
     q_NV = torch.softmax(logits_NV / temperature, dim=-1)
-    if not isinstance(target, HeadTarget):
+    if not isinstance(target, AnyHeadTarget):
         return torch.minimum(target.log_probs(temperature).exp(), q_NV).sum(dim=-1)
     head_log_probs_NK, tail_log_prob_N = target.log_probs(temperature)
     q_NK = q_NV.gather(-1, target.head_ids_NK).masked_fill_(head_log_probs_NK.isneginf(), 0)

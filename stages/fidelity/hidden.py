@@ -14,8 +14,8 @@ from stages.fidelity.measure import compare
 class HiddenFidelity:
     """relative_error: mean over positions of |stored - true| / |true|.
 
-    angle_deg, norm_ratio: of the mean gradients, from stored and from true states, of HiddenMSE in its projection,
-    where that is the identity.
+    angle_deg, norm_ratio: of the mean gradients, from stored and from true states, of the mean squared error in its
+    projection, where that is the identity.
     """
 
     relative_error: float

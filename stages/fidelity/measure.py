@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.losses.chunked_head import chunks
 from stages.losses.forward_kl import ForwardKL
 from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget, HeadTarget, Targets
+from stages.losses.target import FullTarget, Targets
 from stages.models.transformer import Transformer
 
 NOISE_SHARE = 0.15
@@ -80,8 +80,8 @@ def mean_divergence(targets: Targets, full: Targets, temperature: float, num_pos
     for part in _parts(num_positions):
         cached = targets.chunk(part)
         exact = full.chunk(part)
-        assert not isinstance(exact, HeadTarget | DrawnTarget), "full targets know every id"
-        if isinstance(cached, HeadTarget | DrawnTarget):
+        assert isinstance(exact, FullTarget), "full targets know every id"
+        if not isinstance(cached, FullTarget):
             return None
         log_p_NV = exact.log_probs(temperature)
         total += float((log_p_NV.exp() * (log_p_NV - cached.log_probs(temperature))).sum(dim=-1).double().sum())

@@ -24,27 +24,47 @@ ChunkTerms = Callable[[StudentChunk, slice, torch.dtype], Tensor]
 
 
 def chunked_head_loss(
-    final_ND: Tensor, head_VD: Tensor, labels_N: Tensor, targets: Targets | None, terms: Sequence[WeightedTerm]
+    final_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    targets: Targets | None,
+    terms: Sequence[WeightedTerm],
+    position_weights_N: Tensor | None = None,
 ) -> LossValues:
     """Sum of weight_j * mean over positions of term_j, and each mean; differentiable in `final_ND` and `head_VD`.
 
-    Logits are final @ head^T in the autocast type if autocast is on, else in their own; so are the products that
-    rebuild the teacher's. Terms are computed in float32.
+    position_weights_N: by which positions count in the terms that need the teacher; None if all count alike. Logits
+    are final @ head^T in the autocast type if autocast is on, else in their own; so are the products that rebuild the
+    teacher's. Terms are computed in float32.
     """
     needs_teacher = any(weighted.term.needs_teacher for weighted in terms)
     num_positions = len(labels_N)
 
     def means_of_chunk(student: StudentChunk, rows: slice, dtype: torch.dtype) -> Tensor:
         target = targets.chunk(rows, dtype) if targets is not None and needs_teacher else None
-        sums = [
-            weighted.term.per_position(student, labels_N[rows], target, weighted.weight / num_positions).sum()
-            for weighted in terms
-        ]
+        weights_N1 = None if position_weights_N is None else position_weights_N[rows, None]
+        sums = []
+        for weighted in terms:
+            each = weighted.weight / num_positions
+            if weights_N1 is None or not weighted.term.needs_teacher:
+                sums.append(weighted.term.per_position(student, labels_N[rows], target, each).sum())
+            else:
+                value_N = weighted.term.per_position(student, labels_N[rows], target, each * weights_N1)
+                sums.append((value_N * weights_N1[:, 0]).sum())
         return torch.stack(sums) / num_positions
 
     weights_J = torch.tensor([weighted.weight for weighted in terms], device=final_ND.device)
     total, means_J = _ChunkedHead.apply(final_ND, head_VD, weights_J, means_of_chunk)  # type: ignore[no-untyped-call]
-    return LossValues(total, {weighted.term.name: mean for weighted, mean in zip(terms, means_J, strict=True)})
+    return LossValues(total, {weighted.name: mean for weighted, mean in zip(terms, means_J, strict=True)})
+
+
+def chunk_logits(final_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, torch.dtype]:
+    """(logits_NV, the type they were computed in): the autocast type if autocast is on; given in float32 at least."""
+    kind = final_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else final_ND.dtype
+    with torch.autocast(kind, enabled=False):
+        logits_NV = final_ND.to(dtype) @ head_VD.to(dtype).T
+    return logits_NV if dtype == torch.float64 else logits_NV.float(), dtype
 
 
 def chunks(num_rows: int, vocab_size: int) -> list[slice]:

@@ -1,50 +1,123 @@
 """Settings of the student's loss."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from cache.profiles.profile import Need
+from cache.profiles.profile import Need, TailTreatment
+from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
+from stages.losses.schedule import Schedule, StepSchedule, values_of
+from stages.losses.selection_config import BalanceConfig, EntropyWeights, MiningConfig
+from stages.losses.terms_config import (
+    AnyTerm,
+    AtTemperature,
+    CrossEntropySettings,
+    ForwardKLSettings,
+    Temperature,
+    positive_temperature,
+)
 from stages.settings import Section
 
-
-class HiddenLossConfig(Section):
-    """Mean squared error between hidden states of student and teacher, through learned projections."""
-
-    weight: Annotated[
-        float, Field(ge=0, description="weight of the term beside the loss on distributions; 0 is off")
-    ] = 1.0
-    layers: Annotated[
-        dict[int, int],
-        Field(
-            min_length=1,
-            description="student layer = teacher layer, as numbers of blocks from 1 (0 is the embedding); the cache "
-            "must hold the teacher's (cache.hidden_layers)",
-        ),
-    ]
+_DEFAULT_ALPHA = 0.5
 
 
 class LossConfig(Section):
-    """alpha * CE + (1 - alpha) * tau^2 * KL(p_tau || q_tau), and hidden states if configured (docs/methods.md)."""
+    """A sum of terms on distributions, and losses on hidden states if configured (docs/methods.md).
+
+    alpha and temperature are short for alpha * CE + (1 - alpha) * tau^2 * KL(p_tau || q_tau).
+    """
 
     alpha: Annotated[
-        float, Field(ge=0, le=1, description="share of cross-entropy on the labels; 1 trains without a teacher")
-    ] = 0.5
+        Annotated[float, Field(ge=0, le=1)] | Annotated[Schedule, Field(discriminator="kind")] | None,
+        Field(
+            description="share of cross-entropy on the labels, a number or a schedule; 1 trains without a teacher; "
+            "none is 0.5, or what `losses` says"
+        ),
+    ] = None
     temperature: Annotated[
-        float | None, Field(gt=0, le=1000, description="tau of the KL term; none takes the temperature of the dump")
+        Temperature | None,
+        Field(description="tau of the KL term, a number or a schedule; none takes the temperature of the dump"),
+    ] = None
+    losses: Annotated[
+        tuple[AnyTerm, ...] | None,
+        Field(min_length=1, description="the terms, instead of alpha and temperature; none takes those"),
+    ] = None
+    tail: Annotated[
+        TailTreatment | None,
+        Field(description="what is taken for the tail outside a cached head; none for what the cache knows best"),
     ] = None
     hidden: Annotated[HiddenLossConfig | None, Field(description="loss on hidden states; none is off")] = None
+    relations: Annotated[RelationsConfig | None, Field(description="loss on attention relations; none is off")] = None
+    mining: Annotated[MiningConfig | None, Field(description="which positions of a batch count; none: all")] = None
+    entropy_weights: Annotated[EntropyWeights | None, Field(description="how much each counts; none: alike")] = None
+    balance: Annotated[BalanceConfig | None, Field(description="weights by gradient norms; none: as given")] = None
 
-    def need(self, dump_temperature: float) -> Need | None:
-        """What is needed of the teacher's distribution; None if nothing is."""
-        return None if self.alpha == 1 else Need("forward_kl", self.temperature or dump_temperature)
+    _positive = field_validator("temperature")(positive_temperature)
+
+    @model_validator(mode="after")
+    def _terms_are_said_once(self) -> Self:
+        if self.losses is None:
+            return self
+        if self.alpha is not None or self.temperature is not None:
+            raise ValueError("give either losses, or alpha and temperature, which are short for two of them")
+        if all(max(values_of(term.weight)) == 0 for term in self.losses):
+            raise ValueError("losses: every weight is 0; give at least one term a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _alpha_stays_a_share(self) -> Self:
+        if self.alpha is not None and max(values_of(self.alpha)) > 1:
+            raise ValueError("alpha must stay between 0 and 1")
+        return self
 
     @property
-    def layer_map(self) -> dict[int, int]:
-        """Student layer to teacher layer, for the hidden states that the loss compares."""
-        return self.hidden.layers if self.hidden is not None and self.hidden.weight > 0 else {}
+    def label_share(self) -> float | Schedule:
+        """alpha, of the shorthand."""
+        return _DEFAULT_ALPHA if self.alpha is None else self.alpha
 
     @property
-    def teacher_layers(self) -> tuple[int, ...]:
-        """The teacher's hidden layers that the loss needs, ascending."""
-        return tuple(sorted(set(self.layer_map.values())))
+    def terms(self) -> tuple[AnyTerm, ...]:
+        """The terms on distributions, those of weight zero left out. Of the shorthand, weights are alpha's business."""
+        if self.losses is not None:
+            return tuple(term for term in self.losses if max(values_of(term.weight)) > 0)
+        shares = values_of(self.label_share)
+        terms: list[AnyTerm] = []
+        if max(shares) > 0:
+            terms.append(CrossEntropySettings(kind="cross_entropy"))
+        if min(shares) < 1:
+            terms.append(ForwardKLSettings(kind="forward_kl", temperature=self.temperature))
+        return tuple(terms)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether anything looks at the teacher's distribution."""
+        return any(term.needs_teacher for term in self.terms) or self.mines_by_divergence
+
+    @property
+    def mines_by_divergence(self) -> bool:
+        """Whether hard examples are those far from the teacher."""
+        return self.mining is not None and self.mining.by == "divergence"
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the teacher's entropy is needed at every position."""
+        return self.entropy_weights is not None and self.needs_targets
+
+    def needs(self, dump_temperature: float) -> tuple[Need, ...]:
+        """What is needed of the teacher's distribution; empty if nothing is."""
+        return tuple(self._needs(dump_temperature))
+
+    def _needs(self, dump_temperature: float) -> Iterator[Need]:
+        for term in self.terms:
+            if not term.needs_teacher:
+                continue
+            setting = term.temperature if isinstance(term, AtTemperature) else None
+            setting = dump_temperature if setting is None else setting
+            values = values_of(setting)
+            if isinstance(setting, StepSchedule) or min(values) == max(values):
+                yield from (Need(term.divergence, value, None, self.tail) for value in values)
+            else:
+                yield Need(term.divergence, values[0], values[1], self.tail)
+        if self.mines_by_divergence:
+            yield Need("forward_kl", dump_temperature, None, self.tail)

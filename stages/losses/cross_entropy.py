@@ -1,7 +1,9 @@
 """Cross-entropy on the labels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from stages.losses.student import StudentChunk
@@ -12,20 +14,20 @@ from stages.losses.target import Target
 class CrossEntropy:
     """-log q(label), q = softmax(logits), in nats; the gradient is q - 1 at the label, q elsewhere."""
 
-    name: str = "cross_entropy"
-    needs_teacher: bool = False
+    name: ClassVar[str] = "cross_entropy"
+    needs_teacher: ClassVar[bool] = False
 
     def per_position(
         self,
         student: StudentChunk,
         labels_N: Tensor,
         target: Target | None,  # noqa: ARG002
-        weight: float = 1,
+        weight: float | Tensor = 1.0,
     ) -> Tensor:
         """See DistributionTerm."""
         labels_N1 = labels_N[:, None]
         value_N1 = -student.log_q(1.0).gather(-1, labels_N1)
         if student.wants_gradient:
             student.add_softmax(1.0, weight)
-            student.add_at(labels_N1, value_N1.new_full(labels_N1.shape, -weight))
+            student.add_at(labels_N1, torch.ones_like(value_N1) * -weight)
         return value_N1[:, 0]

@@ -46,6 +46,47 @@ class HeadTarget:
         """The most likely id, (N,)."""
         return self.head_ids_NK.gather(-1, self.head_logits_NK.argmax(dim=-1, keepdim=True))[:, 0]
 
+    def largest(self, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """(ids_NK, log_probs_NK) of the `count` largest entries, or as many as there are; -inf where there is none."""
+        del temperature
+        found = self.head_logits_NK.topk(min(count, self.head_logits_NK.shape[1]), dim=-1)
+        return self.head_ids_NK.gather(-1, found.indices), found.values
+
+
+@dataclass(frozen=True)
+class RenormalisedTarget:
+    """A HeadTarget of which the head alone counts: its probabilities divided by their sum. Biased."""
+
+    head: HeadTarget
+
+    @property
+    def head_ids_NK(self) -> Tensor:  # noqa: N802 - as in HeadTarget
+        """The head's ids."""
+        return self.head.head_ids_NK
+
+    def log_probs(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """(head_log_probs_NK, tail_log_prob_N): the head sums to one, the tail is -inf."""
+        logits_NK = self.head.head_logits_NK * (self.head.temperatures[0] / temperature)
+        return torch.log_softmax(logits_NK, dim=-1), logits_NK.new_full((len(logits_NK),), -math.inf)
+
+    def top1(self) -> Tensor:
+        """The most likely id, (N,)."""
+        return self.head.top1()
+
+    def largest(self, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See HeadTarget; up to a constant per position."""
+        return self.head.largest(count, temperature)
+
+
+@dataclass(frozen=True)
+class PartialTarget(RenormalisedTarget):
+    """A HeadTarget whose head keeps its probabilities while the tail is taken for zero: they sum to less than one."""
+
+    def log_probs(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """(head_log_probs_NK, tail_log_prob_N): the tail is -inf."""
+        log_probs_NK, _ = self.head.log_probs(temperature)
+        return log_probs_NK, log_probs_NK.new_full((len(log_probs_NK),), -math.inf)
+
 
 @dataclass(frozen=True)
 class SpreadTarget:
@@ -61,11 +102,15 @@ class SpreadTarget:
         num_outside_N = self.vocab_size - torch.isfinite(head_NK).sum(dim=-1)
         each_N = (tail_N - num_outside_N.clamp(min=1).log()).clamp(min=_LOWEST_LOG_MASS)
         spread_NV = each_N[:, None].repeat(1, self.vocab_size)
-        return spread_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK))
+        return spread_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK, torch.isfinite(head_NK)))
 
     def top1(self) -> Tensor:
         """The most likely id, (N,)."""
         return self.head.top1()
+
+    def largest(self, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See HeadTarget: the tail has no order."""
+        return self.head.largest(count, temperature)
 
 
 @dataclass(frozen=True)
@@ -82,6 +127,11 @@ class LogitsTarget:
     def top1(self) -> Tensor:
         """The most likely id, (N,)."""
         return self.logits_NV.argmax(dim=-1)
+
+    def largest(self, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See HeadTarget; log-probabilities up to a constant per position."""
+        found = self.logits_NV.topk(min(count, self.logits_NV.shape[1]), dim=-1)
+        return found.indices, found.values / temperature
 
 
 @dataclass(frozen=True)
@@ -110,7 +160,8 @@ class RescaledTarget:
         scaled_NV = self.tail_NV if temperature == 1 else self.tail_NV / temperature
         log_probs_NV = torch.log_softmax(scaled_NV, dim=-1)
         log_probs_NV += (exact_N - log_normalizer_N)[:, None]
-        return log_probs_NV.scatter_(-1, self.head.head_ids_NK, filled(head_NK - log_normalizer_N[:, None]))
+        head_NK = filled(head_NK - log_normalizer_N[:, None], torch.isfinite(head_NK))
+        return log_probs_NV.scatter_(-1, self.head.head_ids_NK, head_NK)
 
     def _tail_logsumexp(self, temperature: float) -> Tensor:
         declared = self.head.temperatures
@@ -136,6 +187,11 @@ class RescaledTarget:
         """The most likely id, (N,)."""
         return self.head.top1()
 
+    def largest(self, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """See HeadTarget: of the whole vocabulary."""
+        found = self.log_probs(temperature).topk(min(count, self.tail_NV.shape[1]), dim=-1)
+        return found.indices, found.values
+
 
 @dataclass(frozen=True)
 class DrawnTarget:
@@ -152,13 +208,15 @@ class DrawnTarget:
 
 
 FullTarget = SpreadTarget | LogitsTarget | RescaledTarget
-Target = HeadTarget | FullTarget | DrawnTarget
+Target = HeadTarget | RenormalisedTarget | PartialTarget | FullTarget | DrawnTarget
+Rows = slice | Tensor
+"""Which positions: consecutive ones, or any by number."""
 
 
 class Targets(Protocol):
     """Targets of all positions of a batch, handed out in chunks so that [positions, V] is never whole in memory."""
 
-    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> Target:
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Target:
         """The targets of some positions, on the device of the student; large products are computed in `dtype`."""
         ...
 
@@ -170,11 +228,23 @@ class ComputedTargets:
     final_ND: Tensor
     head_VD: Tensor
 
-    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> LogitsTarget:
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> LogitsTarget:
         """Full-vocabulary logits of some rows."""
         return LogitsTarget((self.final_ND[rows].to(dtype) @ self.head_VD.to(dtype).T).float())
 
 
-def filled(head_NK: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class SelectedTargets:
+    """Targets of some of the positions."""
+
+    targets: Targets
+    positions_M: Tensor
+
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Target:
+        """The targets of some of them."""
+        return self.targets.chunk(self.positions_M[rows], dtype)
+
+
+def filled(head_NK: Tensor, is_there_NK: Tensor) -> Tensor:
     """Head values in which entries that are not there repeat the value of the row's first id, as their ids do."""
-    return torch.where(torch.isfinite(head_NK), head_NK, head_NK[:, :1])
+    return torch.where(is_there_NK, head_NK, head_NK[:, :1])

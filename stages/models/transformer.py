@@ -9,11 +9,13 @@ Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a 
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
+from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
 from stages.models.linear import make_linear
 from stages.quantize.config import QuantizeConfig
@@ -21,16 +23,23 @@ from stages.quantize.config import QuantizeConfig
 _INITIAL_STD = 0.02
 
 
+class State(NamedTuple):
+    """A hidden state by name: which output of which block, by number from 1; residual 0 is the embedding."""
+
+    output: HiddenOutput
+    layer: int
+
+
 @dataclass(frozen=True)
 class Features:
     """What a forward pass gives.
 
-    final_BTD: input of the output head, after the last norm. hidden: the residual stream after the blocks asked for,
-    by number from 1; 0 is the embedding; each (B, T, D).
+    final_BTD: input of the output head, after the last norm. hidden: the states asked for, (B, T, D) each, but qkv,
+    which is queries, keys and values before rotation, (B, T, D + 2 G E).
     """
 
     final_BTD: Tensor
-    hidden: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[State, Tensor] = field(default_factory=dict)
 
 
 class Transformer(nn.Module):
@@ -51,9 +60,9 @@ class Transformer(nn.Module):
         """The output matrix, (V, D)."""
         return self.lm_head.weight
 
-    def forward(self, input_ids_BT: Tensor, hidden_layers: Collection[int] = ()) -> Features:
+    def forward(self, input_ids_BT: Tensor, states: Collection[State] = ()) -> Features:
         """Features of every position."""
-        features: Features = self.model(input_ids_BT, hidden_layers)
+        features: Features = self.model(input_ids_BT, states)
         return features
 
     def logits(self, input_ids_BT: Tensor) -> Tensor:
@@ -82,15 +91,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, quantize) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, input_ids_BT: Tensor, hidden_layers: Collection[int]) -> Features:
+    def forward(self, input_ids_BT: Tensor, states: Collection[State]) -> Features:
         """Features of every position."""
         x_BTD = self.embed_tokens(input_ids_BT)
         rotation = rotary_angles(input_ids_BT.shape[1], self.config.head_width, self.config.rope_theta, x_BTD.device)
-        hidden = {0: x_BTD} if 0 in hidden_layers else {}
+        hidden = {State("residual", 0): x_BTD} if State("residual", 0) in states else {}
         for number, block in enumerate(self.layers, start=1):
-            x_BTD = block(x_BTD, rotation)
-            if number in hidden_layers:
-                hidden[number] = x_BTD
+            x_BTD, outputs = block(x_BTD, rotation, {state.output for state in states if state.layer == number})
+            hidden |= {State(output, number): value for output, value in outputs.items()}
         return Features(self.norm(x_BTD), hidden)
 
 
@@ -104,11 +112,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config, quantize)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """The residual stream after this block."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation)
-        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        return out_BTD
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], wanted: Collection[HiddenOutput]
+    ) -> tuple[Tensor, dict[HiddenOutput, Tensor]]:
+        """The residual stream after this block, and the outputs that are wanted."""
+        attention_BTD, projections = self.self_attn(self.input_layernorm(x_BTD), rotation)
+        x_BTD = x_BTD + attention_BTD
+        mlp_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BTD = x_BTD + mlp_BTD
+        found: dict[HiddenOutput, Tensor] = {"residual": x_BTD, "attention": attention_BTD, "mlp": mlp_BTD}
+        if "qkv" in wanted:
+            found["qkv"] = torch.cat(projections, dim=-1)
+        return x_BTD, {output: found[output] for output in wanted}
 
 
 class Attention(nn.Module):
@@ -124,12 +139,11 @@ class Attention(nn.Module):
         self.o_proj = make_linear(config.width, config.width, quantize)
         self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """What attention adds to the residual stream."""
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What attention adds to the residual stream; and queries, keys and values before rotation, (B, T, ..)."""
         batch, positions, _ = x_BTD.shape
-        q_BHTE = self._split_heads(self.q_proj(x_BTD))
-        k_BGTE = self._split_heads(self.k_proj(x_BTD))
-        v_BGTE = self._split_heads(self.v_proj(x_BTD))
+        projections = [self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
+        q_BHTE, k_BGTE, v_BGTE = (self._split_heads(projected) for projected in projections)
         mixed_BHTE = F.scaled_dot_product_attention(
             rotate(q_BHTE, rotation),
             rotate(k_BGTE, rotation),
@@ -138,8 +152,7 @@ class Attention(nn.Module):
             enable_gqa=self.config.num_kv_heads != self.config.heads,
         )
         mixed_BTD = mixed_BHTE.transpose(1, 2).reshape(batch, positions, -1)
-        out_BTD: Tensor = self.o_proj(self.attn_sub_norm(mixed_BTD))
-        return out_BTD
+        return self.o_proj(self.attn_sub_norm(mixed_BTD)), projections
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.config.head_width).transpose(1, 2)

@@ -6,10 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Cache, SplitName, WindowBatch
+from cache import Cache, HiddenSpec, SplitName, WindowBatch
+from cache.hidden import HiddenOutput
+from cache.profiles.profile import TailTreatment
+from stages.models.transformer import State
 from stages.targets.hidden import HiddenStates
 from stages.targets.source import Epoch, Signals, TargetBatch
-from stages.targets.stored import make_targets
+from stages.targets.stored import MakeTargets, make_targets
 
 
 class CachedSource:
@@ -24,12 +27,38 @@ class CachedSource:
         self.end_of_text_id = cache.spec.end_of_text_id
         self.context_length = cache.spec.context_length
         self.temperature = cache.spec.profile.temperature
-        self.teacher_width = cache.spec.hidden.width if cache.spec.hidden else None
         self.tokenizer_path = cache.tokenizer_path
-        own_tables = cache.spec.target_part.own_tables(cache.tables)
         self._hidden = HiddenStates(cache.spec.hidden, cache.tables, device) if cache.spec.hidden else None
         self._hidden_stride = cache.spec.hidden.stride if cache.spec.hidden else 1
-        self._targets_of = make_targets(cache.spec.profile, own_tables, self.vocab_size, device)
+        self._makers: dict[TailTreatment | None, MakeTargets] = {}
+
+    def state_width(self, output: HiddenOutput) -> int:
+        """Width of the states that the cache holds."""
+        del output
+        return self._held.width
+
+    @property
+    def query_width(self) -> int:
+        """Width of the teacher's queries."""
+        assert self._held.query_width is not None, "states of kind qkv know it"
+        return self._held.query_width
+
+    def known_layers(self, output: HiddenOutput) -> tuple[int, ...]:
+        """The layers that the cache holds of this kind."""
+        hidden = self._cache.spec.hidden
+        return hidden.layers if hidden and hidden.output == output else ()
+
+    @property
+    def _held(self) -> HiddenSpec:
+        assert self._cache.spec.hidden is not None, "a source is chosen for the signals that the losses need"
+        return self._cache.spec.hidden
+
+    def _targets_of(self, tail: TailTreatment | None) -> MakeTargets:
+        if tail not in self._makers:
+            spec = self._cache.spec
+            tables = spec.target_part.own_tables(self._cache.tables)
+            self._makers[tail] = make_targets(spec.profile, tables, self.vocab_size, self._device, tail)
+        return self._makers[tail]
 
     def num_windows(self, split: SplitName) -> int:
         """Windows in a split."""
@@ -42,6 +71,7 @@ class CachedSource:
     def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
         """See TargetSource."""
         hidden = self._cache.spec.hidden
+        layers = tuple(state.layer for state in signals.states)
         for batch in self._cache.stream(
             split,
             batch_windows,
@@ -50,23 +80,26 @@ class CachedSource:
             first_batch=epoch.first_batch,
             drop_last=epoch.seed is not None,
             targets=signals.targets,
-            hidden_layers=hidden.layers_to_read(signals.hidden_layers) if hidden else signals.hidden_layers,
+            hidden_layers=hidden.layers_to_read(layers) if hidden else layers,
         ):
-            yield self._to_tensors(batch, signals.hidden_layers)
+            yield self._to_tensors(batch, signals)
 
-    def _to_tensors(self, batch: WindowBatch, hidden_layers: tuple[int, ...]) -> TargetBatch:
+    def _to_tensors(self, batch: WindowBatch, signals: Signals) -> TargetBatch:
         ids_BT1 = self._tensor(batch.input_ids).to(torch.int64)
         targets = None
         if batch.target:
             arrays = {**batch.target, **batch.signals}
             flat = {name: self._tensor(array).flatten(0, 1) for name, array in arrays.items()}
-            targets = self._targets_of(flat, ids_BT1[:, :-1].flatten())
+            targets = self._targets_of(signals.tail)(flat, ids_BT1[:, :-1].flatten())
+        entropy_BT = self._tensor(batch.signals["teacher_entropy"]) if signals.entropy else None
         hidden = {}
-        if self._hidden is not None and hidden_layers:
+        if self._hidden is not None and signals.states:
             stored = {layer: self._tensor(array) for layer, array in batch.hidden.items()}
             scales = {layer: self._tensor(array) for layer, array in batch.hidden_scale.items()}
-            hidden = self._hidden.states(stored, scales, ids_BT1[:, :-1], hidden_layers)
-        return TargetBatch(ids_BT1[:, :-1], ids_BT1[:, 1:], targets, hidden, self._hidden_stride)
+            layers = tuple(state.layer for state in signals.states)
+            found = self._hidden.states(stored, scales, ids_BT1[:, :-1], layers)
+            hidden = {State(self._held.output, layer): states for layer, states in found.items()}
+        return TargetBatch(ids_BT1[:, :-1], ids_BT1[:, 1:], targets, hidden, self._hidden_stride, entropy_BT)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

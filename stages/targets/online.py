@@ -5,13 +5,18 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from cache.hidden import HiddenOutput
 from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
 from cache.order import WindowOrder
+from cache.parts import SIGNAL_STEP_NATS
 from cache.spec import SplitName
 from stages.data.tokenized import load_corpus
 from stages.data.tokens import TokenWindows
+from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
+from stages.models.config import ModelConfig
 from stages.models.transformer import Transformer
 from stages.targets.source import Epoch, Signals, TargetBatch
 
@@ -47,8 +52,27 @@ class OnlineSource:
         self.context_length = self._corpus.context_length
         self.temperature = temperature
         self._hidden_stride = hidden_stride
-        self.teacher_width = teacher.config.width if teacher else None
         self.tokenizer_path = data_folder / TOKENIZER_NAME
+
+    def state_width(self, output: HiddenOutput) -> int:
+        """Width of the teacher's states of this kind."""
+        shape = self._shape
+        return shape.width + (2 * shape.num_kv_heads * shape.head_width if output == "qkv" else 0)
+
+    @property
+    def query_width(self) -> int:
+        """Width of the teacher's queries."""
+        return self._shape.width
+
+    def known_layers(self, output: HiddenOutput) -> tuple[int, ...]:
+        """All blocks of the teacher."""
+        del output
+        return tuple(range(1, self._shape.layers + 1))
+
+    @property
+    def _shape(self) -> ModelConfig:
+        assert self._teacher is not None, "a source is chosen for the signals that the losses need"
+        return self._teacher.config
 
     def num_windows(self, split: SplitName) -> int:
         """Windows in a split."""
@@ -74,7 +98,17 @@ class OnlineSource:
         if self._teacher is None or signals == Signals():
             return TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {})
         with torch.no_grad():
-            features = self._teacher(input_ids_BT, signals.hidden_layers)
+            features = self._teacher(input_ids_BT, signals.states)
         targets = ComputedTargets(features.final_BTD.flatten(0, 1), self._teacher.head_weight.detach())
-        hidden = {layer: states[:, :: self._hidden_stride] for layer, states in features.hidden.items()}
-        return TargetBatch(input_ids_BT, ids_BT1[:, 1:], targets, hidden, self._hidden_stride)
+        hidden = {state: found[:, :: self._hidden_stride] for state, found in features.hidden.items()}
+        entropy_BT = self._entropy(targets).view_as(input_ids_BT) if signals.entropy else None
+        return TargetBatch(input_ids_BT, ids_BT1[:, 1:], targets, hidden, self._hidden_stride, entropy_BT)
+
+    def _entropy(self, targets: ComputedTargets) -> Tensor:
+        """As a cache would hold it, (N,)."""
+        parts = []
+        for rows in chunks(len(targets.final_ND), self.vocab_size):
+            log_p_NV = targets.chunk(rows).log_probs(self.temperature)
+            entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=-1)
+            parts.append((entropy_N / SIGNAL_STEP_NATS).round() * SIGNAL_STEP_NATS)
+        return torch.cat(parts)

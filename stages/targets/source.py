@@ -10,17 +10,25 @@ from typing import Protocol
 
 from torch import Tensor
 
+from cache.hidden import HiddenOutput
+from cache.profiles.profile import TailTreatment
 from cache.spec import SplitName
 from stages.errors import CorpusError
 from stages.losses.target import Targets
+from stages.models.transformer import State
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What is wanted of the teacher: targets on its distribution, and hidden states of some layers."""
+    """What is wanted of the teacher: targets on its distribution, its entropy, and hidden states.
+
+    tail: what is taken for the tail of a cached head; None for what the cache knows best.
+    """
 
     targets: bool = False
-    hidden_layers: tuple[int, ...] = ()
+    tail: TailTreatment | None = None
+    entropy: bool = False
+    states: tuple[State, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,16 @@ class TargetBatch:
 
     input_ids_BT, labels_BT: int64, labels are the next ids. targets: of the B * T positions in row-major order, None
     if not asked for. hidden: the teacher's hidden states at positions 0, hidden_stride, 2 hidden_stride, .. of each
-    window, (B, T', D) by layer.
+    window, (B, T', D). entropy_BT: the teacher's, in nats at the temperature of the dump, to 1/8 nat, None if not
+    asked for.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     targets: Targets | None
-    hidden: dict[int, Tensor]
+    hidden: dict[State, Tensor]
     hidden_stride: int = 1
+    entropy_BT: Tensor | None = None
 
 
 class TargetSource(Protocol):
@@ -62,8 +72,20 @@ class TargetSource(Protocol):
     end_of_text_id: int
     context_length: int
     temperature: float
-    teacher_width: int | None
     tokenizer_path: Path
+
+    def state_width(self, output: HiddenOutput) -> int:
+        """Width of the teacher's states of this kind."""
+        ...
+
+    @property
+    def query_width(self) -> int:
+        """Width of the teacher's queries, within states of kind qkv."""
+        ...
+
+    def known_layers(self, output: HiddenOutput) -> tuple[int, ...]:
+        """The teacher's layers of which there are states of this kind."""
+        ...
 
     def num_windows(self, split: SplitName) -> int:
         """Windows in a split."""

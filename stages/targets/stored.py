@@ -13,38 +13,61 @@ from torch import Tensor
 
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.profile import TailTreatment
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import TopKProfile
 from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
 from cache.spec import AnyProfile
-from stages.losses.target import ComputedTargets, DrawnTarget, HeadTarget, RescaledTarget, SpreadTarget, Targets
+from stages.losses.target import (
+    ComputedTargets,
+    DrawnTarget,
+    HeadTarget,
+    PartialTarget,
+    RenormalisedTarget,
+    RescaledTarget,
+    Rows,
+    SpreadTarget,
+    Target,
+    Targets,
+)
 
 Arrays = Mapping[str, Tensor]
 MakeTargets = Callable[[Arrays, Tensor], Targets]
 
 
 def make_targets(
-    profile: AnyProfile, tables: Mapping[str, np.ndarray], vocab_size: int, device: torch.device
+    profile: AnyProfile,
+    tables: Mapping[str, np.ndarray],
+    vocab_size: int,
+    device: torch.device,
+    tail: TailTreatment | None = None,
 ) -> MakeTargets:
     """What turns a batch's arrays (N, ..) and its input ids (N,) into Targets, on `device`.
 
-    `tables` are the profile's own.
+    `tables` are the profile's own. `tail`: what is taken for the tail of a head, None for what the profile knows best;
+    the profile was asked whether it serves that.
     """
-    own = {name: torch.from_numpy(table.copy()).to(device) for name, table in tables.items() if name in _NEEDED_TABLES}
+    arrays_of_tables = {
+        name: torch.from_numpy(table.copy()).to(device) for name, table in tables.items() if name in _NEEDED_TABLES
+    }
     match profile:
         case PlainTopKProfile():
             has_tail = profile.top_k < vocab_size
-            return lambda arrays, _: PlainHeads(arrays, has_tail, profile.temperature)
+            plain_tail = (tail or "bucket") if has_tail else None
+            return lambda arrays, _: PlainHeads(arrays, plain_tail, profile.temperature, vocab_size)
         case TopKProfile():
-            return lambda arrays, _: Heads(arrays, profile, vocab_size)
+            own: TailTreatment = "renormalise" if profile.tail == "nothing" else profile.tail
+            return lambda arrays, _: Heads(arrays, profile.temperatures, tail or own, vocab_size)
         case SampledProfile():
             return lambda arrays, _: Draws(arrays, profile)
+        case TransformProfile() if tail is not None:
+            return lambda arrays, _: Heads(arrays, profile.temperatures, tail, vocab_size)
         case TransformProfile():
-            basis = TransformBasis.of(profile, own)
+            basis = TransformBasis.of(profile, arrays_of_tables)
             return lambda arrays, ids_N: Transformed(arrays, ids_N, profile, basis)
         case DenseProfile():
             return lambda arrays, _: ComputedTargets(
-                arrays["final"].float() * arrays["final_scale"].float()[:, None], own["output_matrix"]
+                arrays["final"].float() * arrays["final_scale"].float()[:, None], arrays_of_tables["output_matrix"]
             )
 
 
@@ -54,23 +77,38 @@ _NEEDED_TABLES = {"mean", "basis", "basis_scale", "table", "output_matrix"}
 
 @dataclass(frozen=True)
 class PlainHeads:
-    """Of `plain_topk`: every entry counts."""
+    """Of `plain_topk`: every entry counts. tail: None where the head is the whole vocabulary."""
 
     arrays: Arrays
-    has_tail: bool
+    tail: TailTreatment | None
     temperature: float
+    vocab_size: int
 
-    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> HeadTarget:  # noqa: ARG002
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Target:  # noqa: ARG002
         """Rows as float32 and int64; no tail when the head is the whole vocabulary."""
-        return HeadTarget(
+        head = HeadTarget(
             self.arrays["head_ids"][rows].to(torch.int64),
             self.arrays["head_logits"][rows].float(),
-            self.arrays["tail_logsumexp"][rows, None].float() if self.has_tail else None,
+            self.arrays["tail_logsumexp"][rows, None].float() if self.tail else None,
             (self.temperature,),
         )
+        return treated(head, self.tail, self.vocab_size) if self.tail else head
 
 
-def counted_head(arrays: Arrays, rows: slice, temperatures: tuple[float, ...]) -> HeadTarget:
+def treated(head: HeadTarget, tail: TailTreatment, vocab_size: int) -> Target:
+    """A head, with its tail taken for what `tail` says (docs/methods.md)."""
+    match tail:
+        case "renormalise":
+            return RenormalisedTarget(head)
+        case "zero":
+            return PartialTarget(head)
+        case "uniform":
+            return SpreadTarget(head, vocab_size)
+        case _:
+            return head
+
+
+def counted_head(arrays: Arrays, rows: Rows, temperatures: tuple[float, ...]) -> HeadTarget:
     """A head of which only the first `head_count` entries are there."""
     logits_NK = arrays["head_logits"][rows].float()
     is_there_NK = torch.arange(logits_NK.shape[1], device=logits_NK.device) < arrays["head_count"][rows, None]
@@ -85,16 +123,16 @@ def counted_head(arrays: Arrays, rows: slice, temperatures: tuple[float, ...]) -
 
 @dataclass(frozen=True)
 class Heads:
-    """Of `topk`."""
+    """Of `topk`, and of `transform` where its head alone is asked for."""
 
     arrays: Arrays
-    profile: TopKProfile
+    temperatures: tuple[float, ...]
+    tail: TailTreatment
     vocab_size: int
 
-    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> HeadTarget | SpreadTarget:  # noqa: ARG002
-        """The head of some rows, with its tail as the profile says."""
-        head = counted_head(self.arrays, rows, self.profile.temperatures)
-        return SpreadTarget(head, self.vocab_size) if self.profile.tail == "uniform" else head
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Target:  # noqa: ARG002
+        """The head of some rows, with its tail."""
+        return treated(counted_head(self.arrays, rows, self.temperatures), self.tail, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -104,7 +142,7 @@ class Draws:
     arrays: Arrays
     profile: SampledProfile
 
-    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> DrawnTarget:  # noqa: ARG002
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> DrawnTarget:  # noqa: ARG002
         """The draws of some rows."""
         return DrawnTarget(
             self.arrays["draw_ids"][rows].to(torch.int64),
@@ -157,7 +195,7 @@ class Transformed:
     profile: TransformProfile
     basis: TransformBasis
 
-    def chunk(self, rows: slice, dtype: torch.dtype = torch.float32) -> RescaledTarget:
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> RescaledTarget:
         """The logits of some rows."""
         logits_NV = self.basis.logits(self.arrays["coefficients"][rows], self.input_ids_N[rows], dtype)
         return RescaledTarget.of(logits_NV, counted_head(self.arrays, rows, self.profile.temperatures))

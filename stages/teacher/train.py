@@ -17,7 +17,7 @@ from stages.models.transformer import Transformer
 from stages.targets.online import OnlineSource
 from stages.targets.source import Signals, TargetBatch, endless_batches
 from stages.teacher.config import TeacherConfig
-from stages.training.loop import Training, TrainingSummary
+from stages.training.loop import StepInfo, Training, TrainingSummary
 
 
 class TeacherSummary(BaseModel):
@@ -40,7 +40,7 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     model.to(device)
     terms = [WeightedTerm(1.0, CrossEntropy())]
 
-    def compute_loss(batch: TargetBatch) -> LossValues:
+    def compute_loss(batch: TargetBatch, info: StepInfo) -> LossValues:  # noqa: ARG001
         final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
         return chunked_head_loss(final_ND, model.head_weight, batch.labels_BT.flatten(), None, terms)
 

@@ -90,8 +90,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once, tied ones under their first name."""
-    return {name: parameter.detach().contiguous() for name, parameter in module.named_parameters()}
+    """Every parameter once, tied ones under their first name; and every buffer."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,8 +1,11 @@
 """The one training loop: teacher and student differ in the module, the loss and where batches come from."""
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,6 +24,18 @@ from stages.training.optimizer import make_optimizer
 from stages.training.schedule import learning_rate
 
 Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """step: counted from 0. is_logged: whether the loss may take time to say more of itself than its value."""
+
+    step: int
+    is_logged: bool = False
+
+
+def _nothing(values: LossValues) -> None:
+    """What is done after a step unless something is asked for."""
 
 
 class TrainingSummary(BaseModel):
@@ -43,13 +58,19 @@ class Training(Generic[Batch]):
         self,
         label: str,
         module: nn.Module,
-        compute_loss: Callable[[Batch], LossValues],
+        compute_loss: Callable[[Batch, StepInfo], LossValues],
         batches: Callable[[int], Iterator[Batch]],
         positions_per_batch: int,
         config: TrainingConfig,
         folder: Path,
+        learning_rates: Mapping[str, float] = MappingProxyType({}),
+        after_step: Callable[[LossValues], None] = _nothing,
     ) -> None:
-        """`batches(n)` yields the endless sequence of batches from its n-th on, a pure function of n and the config."""
+        """`batches(n)` yields the endless sequence of batches from its n-th on, a pure function of n and the config.
+
+        learning_rates: peaks of parameters whose names start so; the others take the config's. after_step: called
+        with the mean values of a step once it is done; what it changes must lie in the module.
+        """
         self._label = label
         self._module = module
         self._compute_loss = compute_loss
@@ -57,6 +78,8 @@ class Training(Generic[Batch]):
         self._positions_per_step = positions_per_batch * config.accumulation
         self._config = config
         self._folder = folder
+        self._learning_rates = learning_rates
+        self._after_step = after_step
         self._device_type = next(module.parameters()).device.type
 
     def run(self) -> TrainingSummary:
@@ -65,7 +88,7 @@ class Training(Generic[Batch]):
         Ctrl-C saves a checkpoint, then raises KeyboardInterrupt. A loss that is not finite raises StageError.
         """
         config = self._config
-        optimizer = make_optimizer(self._module, config)
+        optimizer = make_optimizer(self._module, config, self._learning_rates)
         self._folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self._folder / "checkpoints"
         start = load_checkpoint(checkpoints, self._module, optimizer)
@@ -77,15 +100,16 @@ class Training(Generic[Batch]):
         self._module.train()
         with Progress(self._label, total, "positions", done) as progress, deferred_interrupt() as interrupt:
             for step in range(start.step, config.steps):
-                values, grad_norm = self._step(optimizer, batches, step)
                 is_last = step + 1 == config.steps
+                is_logged = (step + 1) % config.log_every == 0 or step == 0 or is_last
+                values, grad_norm = self._step(optimizer, batches, StepInfo(step, is_logged))
                 is_stopped = interrupt.is_set  # read once: it may change while we save
                 is_saved = is_stopped or ((step + 1) % config.checkpoint_every == 0 and not is_last)
-                if (step + 1) % config.log_every == 0 or step == 0 or is_last or is_saved:
+                if is_logged or is_saved:
                     self._require_finite(step + 1, float(values.total), float(grad_norm))
-                if (step + 1) % config.log_every == 0 or step == 0 or is_last:
+                if is_logged:
                     terms = {name: float(value) for name, value in values.terms.items()}
-                    log.append(self._record(step + 1, float(values.total), terms, float(grad_norm), progress))
+                    log.append(self._record(step + 1, values, terms, float(grad_norm), progress))
                 progress.advance(self._positions_per_step, ", ".join(f"{k} {v:.3f}" for k, v in terms.items()))
                 if is_saved:
                     state = TrainingState(
@@ -109,24 +133,26 @@ class Training(Generic[Batch]):
         clear_checkpoints(self._folder / "checkpoints")
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], step: int
+        self, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], info: StepInfo
     ) -> tuple[LossValues, torch.Tensor]:
         """One optimizer step; the values are means over its batches, which are all of one size."""
         config = self._config
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config, info.step) * group["peak_ratio"]
         parts = []
         for _ in range(config.accumulation):
             batch = next(batches)  # outside autocast: an online teacher keeps its own precision
             with torch.autocast(self._device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                values = self._compute_loss(batch)
+                values = self._compute_loss(batch, info)
             (values.total / config.accumulation).backward()  # type: ignore[no-untyped-call]
-            parts.append(LossValues(values.total.detach(), values.terms))
+            parts.append(LossValues(values.total.detach(), values.terms, values.telemetry))
         limit = math.inf if config.grad_clip is None else config.grad_clip
         grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), limit)
         optimizer.step()
         optimizer.zero_grad()
-        return _mean(parts), grad_norm
+        mean = _mean(parts)
+        self._after_step(mean)
+        return mean, grad_norm
 
     def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -136,13 +162,14 @@ class Training(Generic[Batch]):
             )
 
     def _record(
-        self, step: int, loss: float, terms: dict[str, float], grad_norm: float, progress: Progress
+        self, step: int, values: LossValues, terms: dict[str, float], grad_norm: float, progress: Progress
     ) -> dict[str, Any]:
         return {
             "step": step,
             "positions": step * self._positions_per_step,
-            "loss": loss,
+            "loss": float(values.total),
             "terms": terms,
+            **values.telemetry,
             "learning_rate": learning_rate(self._config, step - 1),
             "grad_norm": grad_norm,
             "positions_per_s": progress.units_per_s,
@@ -151,4 +178,8 @@ class Training(Generic[Batch]):
 
 def _mean(parts: list[LossValues]) -> LossValues:
     terms = {name: torch.stack([part.terms[name] for part in parts]).mean() for name in parts[0].terms}
-    return LossValues(torch.stack([part.total for part in parts]).mean(), terms)
+    telemetry = {
+        what: {name: statistics.fmean(part.telemetry[what][name] for part in parts) for name in values}
+        for what, values in parts[0].telemetry.items()
+    }
+    return LossValues(torch.stack([part.total for part in parts]).mean(), terms, telemetry)

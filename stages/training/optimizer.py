@@ -1,23 +1,34 @@
 """AdamW over a module's named parameters."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
 from stages.training.config import TrainingConfig
 
 
-def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    module: nn.Module, config: TrainingConfig, learning_rates: Mapping[str, float] = MappingProxyType({})
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and none on vectors (norms).
 
-    Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization (arXiv 1711.05101).
+    learning_rates: peaks of parameters whose names start so. A group's `peak_ratio` is its peak over the config's; the
+    schedule is the same for all. Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization (arXiv 1711.05101).
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            own = [rate for prefix, rate in learning_rates.items() if name.startswith(prefix)]
+            peak_ratio = own[0] / config.learning_rate if own else 1.0
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((decay, peak_ratio), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": decay, "peak_ratio": ratio}
+            for (decay, ratio), parameters in groups.items()
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=True,

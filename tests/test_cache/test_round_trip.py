@@ -124,11 +124,11 @@ def test_reader_refuses_what_is_not_there(small_cache: Cache) -> None:
 
 def test_a_profile_says_which_temperatures_it_serves() -> None:
     spec = make_spec()
-    assert spec.unserved(Need("forward_kl", 2.0), (1,)) == []
-    assert spec.unserved(None, ()) == []
-    (reason,) = spec.unserved(Need("forward_kl", 1.0), ())
+    assert spec.unserved([Need("forward_kl", 2.0)], {"residual": (1,)}) == []
+    assert spec.unserved([]) == []
+    (reason,) = spec.unserved([Need("forward_kl", 1.0)])
     assert "temperature 1 is asked for, but this plain_topk cache is exact at 2 only" in reason
-    assert make_spec(profile=PlainTopKProfile(top_k=300)).unserved(Need("forward_kl", 7.5), ()) == []
+    assert make_spec(profile=PlainTopKProfile(top_k=300)).unserved([Need("forward_kl", 7.5)]) == []
 
 
 def test_spec_refuses_what_cannot_be_stored() -> None:

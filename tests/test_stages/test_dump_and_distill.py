@@ -23,6 +23,7 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.models.config import ModelConfig
 from stages.models.folder import load_model, model_fingerprint
+from stages.models.transformer import State
 from stages.progress import Progress
 from stages.quantize.config import QuantizeConfig
 from stages.targets.cached import CachedSource
@@ -79,7 +80,7 @@ def student_of(
     run: Path, cache: Path, folder: Path, config: DistillConfig, dump: DumpConfig, student: StudentConfig | None = None
 ) -> tuple[StudentSummary, list[dict[str, object]]]:
     folder.mkdir()
-    source = choose_source(config, dump, places(run, cache), CPU)
+    source = choose_source(config, dump, SHAPE.layers, places(run, cache), CPU)
     student = student or StudentConfig()
     summary = distill(
         config, student, student.model or SHAPE, source, CPU, folder, run / "teacher", EvaluateConfig(), {"cache": "x"}
@@ -99,7 +100,7 @@ def test_the_cache_holds_what_the_teacher_says(run: Path, tmp_path: Path) -> Non
             np.testing.assert_array_equal(found.input_ids, windows.read([index]))
             ids = torch.from_numpy(found.input_ids.astype(np.int64))
             with torch.no_grad():
-                features = teacher(ids[:, :-1], (0, 2))
+                features = teacher(ids[:, :-1], [State("residual", layer) for layer in (0, 2)])
                 z = features.final_BTD @ teacher.head_weight.T
             p = torch.softmax(z.double() / tau, dim=-1)
             head = torch.from_numpy(found.target["head_ids"].astype(np.int64))
@@ -110,7 +111,7 @@ def test_the_cache_holds_what_the_teacher_says(run: Path, tmp_path: Path) -> Non
             log_z = torch.logaddexp(torch.from_numpy(found.target["head_logits"]).double().logsumexp(-1), tail)
             torch.testing.assert_close((tail - log_z).exp(), p.scatter(-1, head, 0).sum(-1), rtol=1e-4, atol=1e-7)
             for layer in (0, 2):
-                expected = features.hidden[layer].half().numpy()
+                expected = features.hidden[State("residual", layer)].half().numpy()
                 np.testing.assert_allclose(found.hidden[layer], expected, rtol=2e-3, atol=1e-3)
 
 
@@ -230,23 +231,27 @@ def test_what_the_cache_cannot_serve_is_refused_or_goes_online_with_the_reason(
     dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
     where = places(run, tmp_path / "cache")
     with pytest.raises(TargetsError, match=message):
-        choose_source(distill_config(targets="cached", **changes), dump_config(), where, CPU)
+        choose_source(distill_config(targets="cached", **changes), dump_config(), SHAPE.layers, where, CPU)
     capsys.readouterr()
-    source = choose_source(distill_config(targets="auto", **changes), dump_config(), where, CPU)
+    source = choose_source(distill_config(targets="auto", **changes), dump_config(), SHAPE.layers, where, CPU)
     assert source.kind == "online"
     assert "targets: online, since the cache does not serve:" in capsys.readouterr().err
     with pytest.raises(
         TargetsError, match=r"online targets need it, and config.json is not there; run `tristill teach"
     ):
         choose_source(
-            distill_config(targets="auto", **changes), dump_config(), places(tmp_path / "gone", tmp_path / "cache"), CPU
+            distill_config(targets="auto", **changes),
+            dump_config(),
+            SHAPE.layers,
+            places(tmp_path / "gone", tmp_path / "cache"),
+            CPU,
         )
 
 
 def test_labels_alone_need_no_target_of_any_temperature(run: Path, tmp_path: Path) -> None:
     dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
     config = distill_config(targets="cached", alpha=1.0, temperature=9.0)
-    assert choose_source(config, dump_config(), places(run, tmp_path / "cache"), CPU).kind == "cached"
+    assert choose_source(config, dump_config(), SHAPE.layers, places(run, tmp_path / "cache"), CPU).kind == "cached"
 
 
 @pytest.mark.parametrize("what", ["teacher", "tokenizer"])
@@ -255,7 +260,7 @@ def test_a_cache_of_another_teacher_or_tokenizer_is_refused(run: Path, tmp_path:
     where = Places(tmp_path / "cache", run / "data", run / "teacher", **{f"{what}_fingerprint": "0" * 64})
     for targets in ("cached", "auto"):
         with pytest.raises(CacheMismatchError, match=f"the cache was made by another {what}: found fingerprint .*000"):
-            choose_source(distill_config(targets=targets), dump_config(), where, CPU)
+            choose_source(distill_config(targets=targets), dump_config(), SHAPE.layers, where, CPU)
 
 
 def test_a_dump_refuses_a_teacher_of_another_vocabulary_and_layers_it_has_not(run: Path, tmp_path: Path) -> None:

@@ -26,9 +26,11 @@ from stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fi
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
 from stages.fidelity.hidden import hidden_fidelity
-from stages.losses.hidden_mse import HiddenMSE
+from stages.losses.hidden import HiddenLoss
+from stages.losses.hidden_config import HiddenLossConfig
 from stages.models.config import ModelConfig
 from stages.models.folder import load_model
+from stages.models.transformer import State
 from stages.targets.cached import CachedSource
 from stages.targets.hidden import HiddenStates, HiddenTransforms
 from stages.targets.source import Epoch, Signals
@@ -223,8 +225,9 @@ def test_the_angle_is_that_of_the_losses_gradient() -> None:
     student, true, stored = (torch.randn(50, 7, generator=generator(n)) for n in range(3))
     gradients = []
     for teacher in (stored, true):
-        loss = HiddenMSE({1: 1}, 7, 7)
-        loss({1: student[None]}, {1: teacher[None]}).backward()
+        loss = HiddenLoss(HiddenLossConfig(layers={1: 1}, projection="always"), {1: 1}, 7, 7)
+        state = State("residual", 1)
+        loss({state: student[None]}, {state: teacher[None]}).backward()
         gradients.append(loss.projections["1"].grad.flatten().double())
     cosine = gradients[0] @ gradients[1] / gradients[0].norm() / gradients[1].norm()
     found = hidden_fidelity(student, true, stored)
@@ -238,9 +241,10 @@ def test_the_angle_is_that_of_the_losses_gradient() -> None:
 def test_with_a_stride_the_loss_compares_the_kept_positions_alone() -> None:
     student = torch.randn(2, 7, 5, generator=generator(0))
     teacher = torch.randn(2, 7, 5, generator=generator(1))
-    loss = HiddenMSE({1: 3}, 5, 5)
+    loss = HiddenLoss(HiddenLossConfig(layers={1: 3}), {1: 3}, 5, 5)
+    own, theirs = State("residual", 1), State("residual", 3)
     expected = np.mean([(student[b, t] - teacher[b, t]).square().mean().item() for b in (0, 1) for t in (0, 3, 6)])
-    assert float(loss({1: student}, {3: teacher[:, ::3]}, stride=3).detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(loss({own: student}, {theirs: teacher[:, ::3]}, stride=3)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_refusals_say_what_to_do() -> None:
@@ -309,7 +313,7 @@ def test_cached_and_online_hidden_losses_agree(run: Path, tmp_path: Path, coding
             {"training": training, "targets": targets, "alpha": 1.0, "hidden": {"weight": 0.5, "layers": {"1": 2}}}
         )
         places = Places(cache=tmp_path / "cache", data=home / "data", teacher=home / "teacher")
-        source = choose_source(config, dump, places, CPU)
+        source = choose_source(config, dump, SHAPE.layers, places, CPU)
         (tmp_path / targets).mkdir()
         distill(config, StudentConfig(), SHAPE, source, CPU, tmp_path / targets, run / "teacher", EvaluateConfig(), {})
         log = [json.loads(line) for line in (tmp_path / targets / "metrics.jsonl").read_text().splitlines()]
@@ -326,13 +330,14 @@ def test_a_source_gives_the_layers_asked_for_as_the_teacher_has_them(
     dump = dump_config({"coding": {"kind": "transform", "relative_error": 0.01}, "stride": 2})
     dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
     source = CachedSource(open_cache(tmp_path / "cache"), CPU)
-    batch = next(source.batches("train", 300, Signals(hidden_layers=layers), Epoch()))
-    assert tuple(batch.hidden) == layers
+    states = tuple(State("residual", layer) for layer in layers)
+    batch = next(source.batches("train", 300, Signals(states=states), Epoch()))
+    assert tuple(batch.hidden) == states
     assert batch.hidden_stride == 2
     ids = torch.from_numpy(split_windows(run / "data", "train").read(list(range(300))).astype(np.int64))
     with torch.no_grad():
-        expected = load_model(run / "teacher").eval()(ids[:, :-1], layers).hidden
-    for layer in layers:
+        expected = load_model(run / "teacher").eval()(ids[:, :-1], states).hidden
+    for layer in states:
         true, found = expected[layer][:, ::2], batch.hidden[layer]
         assert found.shape == true.shape
         assert float(((found - true).norm(dim=-1) / true.norm(dim=-1)).mean()) < 0.02

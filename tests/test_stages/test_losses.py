@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stages.losses.chunked_head
-from stages.distill.objective import weighted_terms
+from stages.distill.scheduled_terms import ScheduledTerms
 from stages.dump.select import largest
 from stages.dump.topk import topk_target
 from stages.losses.chunked_head import chunked_head_loss, chunks
+from stages.losses.config import LossConfig
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.forward_kl import ForwardKL
-from stages.losses.hidden_mse import HiddenMSE
 from stages.losses.student import StudentChunk
 from stages.losses.target import ComputedTargets, HeadTarget, LogitsTarget, Target, Targets
 from stages.losses.term import DistributionTerm, WeightedTerm
@@ -42,7 +42,8 @@ def reference_bucket_kl(student: list[float], teacher: list[float], top_k: int, 
 
 
 def stored(teacher_NV: torch.Tensor, top_k: int, tau: float) -> PlainHeads:
-    return PlainHeads(topk_target(teacher_NV.clone(), top_k, tau), top_k < teacher_NV.shape[1], tau)
+    vocab = teacher_NV.shape[1]
+    return PlainHeads(topk_target(teacher_NV.clone(), top_k, tau), "bucket" if top_k < vocab else None, tau, vocab)
 
 
 def exact(target: PlainHeads) -> HeadTarget:
@@ -184,6 +185,10 @@ def test_stored_head_and_tail_are_the_distribution(seed: int, tau: float, top_k:
         torch.testing.assert_close(head_log_probs.exp().sum(-1) + tail_log_prob.exp(), torch.ones(5).double())
 
 
+def weighted_terms(alpha: float, tau: float) -> list[WeightedTerm]:
+    return ScheduledTerms(LossConfig(alpha=alpha, temperature=tau), 1, 1.0).at(0)
+
+
 def naive(
     final: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, targets: Targets, alpha: float, tau: float
 ) -> torch.Tensor:
@@ -263,16 +268,3 @@ def test_bfloat16_autocast_stays_close_to_float32() -> None:
     values.total.backward()
     torch.testing.assert_close(values.total, exact_values.total, rtol=5e-3, atol=0)
     assert float((bf16.grad - f32.grad).norm() / f32.grad.norm()) < 2e-2
-
-
-def test_hidden_mse_is_the_mean_square_through_the_projection() -> None:
-    loss = HiddenMSE({1: 2, 3: 4}, student_width=4, teacher_width=6)
-    student = {layer: normal(layer, 2, 5, 4).float() for layer in (1, 3)}
-    teacher = {layer: normal(layer, 2, 5, 6).float() for layer in (2, 4)}
-    errors = [student[a] @ loss.projections[str(a)].detach().T - teacher[b] for a, b in ((1, 2), (3, 4))]
-    expected = float(sum((error**2).mean() for error in errors) / 2)
-    assert loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
-    same = HiddenMSE({1: 2}, student_width=6, teacher_width=6)
-    assert same({1: teacher[2]}, teacher).item() == 0
-    loss(student, teacher).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.parameters())

@@ -79,7 +79,7 @@ def test_acceptance_on_a_bucket_is_the_upper_bound_of_the_definition() -> None:
     whole = acceptance(student, LogitsTarget(teacher), 1.0)
     for top_k in (1, 4, 11, 12):
         arrays = topk_target(teacher.clone(), top_k, 1.0)
-        target = PlainHeads(arrays, top_k < 12, 1.0).chunk(slice(None))
+        target = PlainHeads(arrays, "bucket" if top_k < 12 else None, 1.0, 12).chunk(slice(None))
         partial = acceptance(student, target, 1.0)
         assert (partial >= whole - 1e-6).all()
         assert torch.equal(target.top1(), teacher.argmax(-1))

@@ -17,7 +17,7 @@ from stages.errors import CheckpointError, CorpusError, StageError
 from stages.losses.term import LossValues
 from stages.targets.source import Epoch, Signals, endless_batches
 from stages.training.config import TrainingConfig
-from stages.training.loop import Training
+from stages.training.loop import StepInfo, Training
 from stages.training.optimizer import make_optimizer
 from stages.training.schedule import learning_rate
 
@@ -52,7 +52,7 @@ def training(
 ) -> Training[torch.Tensor]:
     seen = 0
 
-    def loss(batch: torch.Tensor) -> LossValues:
+    def loss(batch: torch.Tensor, info: StepInfo) -> LossValues:
         nonlocal seen
         seen += 1
         if stop_at is not None and seen > stop_at:
@@ -228,7 +228,7 @@ def test_autocast_covers_the_loss_and_not_the_source_of_targets(tmp_path: Path, 
             seen["batches"].add(torch.is_autocast_enabled("cpu"))
             yield batch
 
-    def loss(batch: torch.Tensor) -> LossValues:
+    def loss(batch: torch.Tensor, info: StepInfo) -> LossValues:
         seen["loss"].add(torch.is_autocast_enabled("cpu"))
         value = module(batch).float().square().mean()
         return LossValues(value, {"square": value.detach()})

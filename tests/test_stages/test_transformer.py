@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stages.errors import CheckpointError
 from stages.models.config import ModelConfig
 from stages.models.folder import load_model, model_fingerprint, save_model
-from stages.models.transformer import Transformer
+from stages.models.transformer import State, Transformer
 from stages.quantize.absmean import absmean_quantize
 from stages.quantize.config import QuantizeConfig
 
@@ -47,9 +47,12 @@ def test_transformers_loads_the_folder_and_gives_the_same_logits(tmp_path: Path,
     with torch.no_grad():
         expected = theirs(ids, output_hidden_states=True)
         torch.testing.assert_close(model.logits(ids), expected.logits, rtol=1e-4, atol=1e-5)
-        hidden = model(ids, range(len(model.model.layers) + 1)).hidden
+        states = [State("residual", layer) for layer in range(len(model.model.layers) + 1)]
+        hidden = model(ids, states).hidden
     for layer in range(len(model.model.layers)):  # theirs gives the last one after the final norm
-        torch.testing.assert_close(hidden[layer], expected.hidden_states[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            hidden[State("residual", layer)], expected.hidden_states[layer], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", SHAPES)

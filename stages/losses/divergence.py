@@ -1,0 +1,42 @@
+"""The base of all divergences between the teacher's distribution and the student's.
+
+Shapes: N positions, C cells.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from stages.losses.cells import Cells
+from stages.losses.student import StudentChunk
+from stages.losses.target import DrawnTarget, Target
+
+
+@dataclass(frozen=True)
+class Divergence(ABC):
+    """A sum over cells of a function of log p and log q at one temperature, in nats; see DistributionTerm."""
+
+    temperature: float
+    name: ClassVar[str]
+    needs_teacher: ClassVar[bool] = True
+
+    def per_position(
+        self, student: StudentChunk, labels_N: Tensor, target: Target | None, weight: float | Tensor = 1.0
+    ) -> Tensor:
+        """See DistributionTerm."""
+        assert target is not None, "a source is chosen for the signals that the losses need"
+        assert not isinstance(target, DrawnTarget), "draws serve forward KL only; others were refused"
+        cells = Cells.of(student, target, self.temperature)
+        value_N, slope_NC = self.compare(cells, labels_N)
+        if student.wants_gradient:
+            cells.add_gradient(slope_NC, weight)
+        return value_N
+
+    @abstractmethod
+    def compare(self, cells: Cells, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(value_N, slope_NC): the divergence, and its derivative in each log q, all of them taken as independent.
+
+        The student's probabilities sum to one, so a multiple of q added to the slope changes no gradient.
+        """
