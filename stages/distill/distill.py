@@ -20,7 +20,11 @@ from stages.training.loop import Training, TrainingSummary
 
 
 class ModelSize(BaseModel):
-    """Parameters, and bytes when ternary weights take 2 bits, their scales and all other weights 16."""
+    """Parameters, and bytes when quantised weights take their bits (ternary ones 2), scales and all other weights 16.
+
+    A learned step is a scale, and is not counted among the parameters. `ternary_parameters` are those of BitNet b1.58
+    only, zero for every other code.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -89,22 +93,26 @@ def distill(
 
 def model_size(shape: ModelConfig, student: StudentConfig, vocab_size: int) -> ModelSize:
     """Parameters and packed bytes of a student."""
+    quantize = student.quantize
     parameters = shape.parameters(vocab_size)
-    ternary = shape.linear_parameters if student.quantize.is_ternary else 0
-    scales = len(shape.linear_shapes) * shape.layers if ternary else 0
+    coded = shape.linear_parameters if quantize.packed_bits else 0
+    scales_per_block = sum(rows if quantize.has_scale_per_row else 1 for rows, _ in shape.linear_shapes.values())
+    scales = shape.layers * scales_per_block if coded else 0
     return ModelSize(
         parameters=parameters,
-        ternary_parameters=ternary,
-        packed_bytes=-(-ternary // 4) + 2 * (parameters - ternary + scales),
+        ternary_parameters=coded if quantize.is_ternary else 0,
+        packed_bytes=-(-coded * (quantize.packed_bits or 0) // 8) + 2 * (parameters - coded + scales),
     )
 
 
 def _start_from_teacher(student: Transformer, teacher_folder: Path) -> None:
     path = teacher_folder / WEIGHTS_NAME
+    steps = {name: tensor for name, tensor in student.state_dict().items() if name.endswith(".log_step")}
     try:
-        load_weights(student, read_tensors(path), path)
+        load_weights(student, {**steps, **read_tensors(path)}, path)
     except CheckpointError as exc:
         raise CheckpointError(
             f"{exc}; student.init = 'teacher' needs the teacher's folder and a student of its shape: leave "
             "student.model out, or set student.init to 'random'"
         ) from exc
+    student.fit_steps()  # a teacher has none: they follow from its weights

@@ -28,8 +28,8 @@ def save_model(
 ) -> None:
     """Write the folder. A full-precision model loads in transformers as `LlamaForCausalLM`.
 
-    A quantised model is saved with its latent full-precision weights under a model type of our own, so that no other
-    program takes those for the weights to run.
+    A quantised model is saved with its latent full-precision weights, and its learned steps, under a model type of our
+    own, so that no other program takes those for the weights to run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_json.resolve() != (folder / TOKENIZER_NAME).resolve():
@@ -129,7 +129,7 @@ def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id
         description |= {
             "architectures": ["TristillTernaryForCausalLM"],
             "model_type": _STUDENT_TYPE,
-            "quantize": model.quantize.model_dump(),
+            "quantize": model.quantize.model_dump(exclude_none=True),
         }
     if config.subln:
         description["subln"] = True

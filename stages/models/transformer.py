@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
-from stages.models.linear import make_linear
+from stages.models.linear import QuantizedLinear, make_linear
 from stages.quantize.config import QuantizeConfig
 
 _INITIAL_STD = 0.02
@@ -71,14 +71,27 @@ class Transformer(nn.Module):
         return logits_BTV
 
     def initialize(self, generator: torch.Generator) -> None:
-        """Normal with deviation 0.02; the projections into the residual stream by 1 / sqrt(2 layers) less (GPT-2)."""
+        """Normal with deviation 0.02; the projections into the residual stream by 1 / sqrt(2 layers) less (GPT-2).
+
+        Norms start at one, learned quantisation steps as the weights ask. The steps take nothing from the generator:
+        students of one seed have the same weights, whatever their code.
+        """
         for name, parameter in self.named_parameters():
+            if parameter.ndim == 0:
+                continue
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
                 continue
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = _INITIAL_STD / (2 * self.config.layers) ** 0.5 if into_residual else _INITIAL_STD
             nn.init.normal_(parameter, std=std, generator=generator)
+        self.fit_steps()
+
+    def fit_steps(self) -> None:
+        """Set every learned quantisation step to its initial value for the weights that are here now."""
+        for module in self.modules():
+            if isinstance(module, QuantizedLinear):
+                module.fit_step()
 
 
 class Decoder(nn.Module):

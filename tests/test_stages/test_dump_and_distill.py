@@ -215,6 +215,44 @@ def test_a_student_can_start_as_its_teacher(run: Path, tmp_path: Path) -> None:
         )
 
 
+CODES = [
+    QuantizeConfig(weights="nbit", bits=4),
+    QuantizeConfig(weights="nbit-diffused", bits=3),
+    QuantizeConfig(weights="nbit-learned", bits=2),
+]
+
+
+@pytest.mark.parametrize("quantize", CODES, ids=lambda quantize: quantize.weights)
+@pytest.mark.parametrize("init", ["random", "teacher"])
+def test_a_student_of_n_bits_is_saved_as_it_was_evaluated(
+    run: Path, tmp_path: Path, quantize: QuantizeConfig, init: str
+) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    student = StudentConfig.model_validate({"quantize": quantize, "init": init})
+    folder = tmp_path / "student"
+    summary, log = student_of(run, tmp_path / "cache", folder, distill_config(), dump_config(), student)
+    assert len({record["loss"] for record in log}) == 12
+    again = load_model(folder)
+    assert again.quantize == quantize
+    source = CachedSource(open_cache(tmp_path / "cache"), CPU)
+    assert evaluate(again, source, EvaluateConfig(), "") == summary.validation
+    assert summary.model.ternary_parameters == 0
+
+
+def test_a_student_from_its_teacher_starts_with_the_steps_of_its_weights(run: Path, tmp_path: Path) -> None:
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+    config = distill_config(training={"steps": 1, "learning_rate": 1e-12, "batch_windows": 8})
+    student = StudentConfig(init="teacher", quantize=QuantizeConfig(weights="nbit-learned", bits=8))
+    student_of(run, tmp_path / "cache", tmp_path / "student", config, dump_config(), student)
+    found, teacher = load_model(tmp_path / "student").state_dict(), load_model(run / "teacher").state_dict()
+    steps = {name for name in found if name.endswith("log_step")}
+    assert found.keys() - steps == teacher.keys()
+    assert len(steps) == 7 * SHAPE.layers
+    for name in steps:
+        weight = teacher[name.replace("log_step", "weight")]
+        assert float(found[name].exp()) == pytest.approx(2 * float(weight.abs().mean()) / 127**0.5, rel=1e-5)
+
+
 Refusal = tuple[dict[str, object], str]
 
 
@@ -282,6 +320,12 @@ def test_sizes_count_two_bits_for_ternary_weights_and_sixteen_for_the_rest() -> 
     assert size.packed_bytes == ternary // 4 + 2 * (2048 * 256 + 5 * 256 + 14)
     twin = model_size(shape, StudentConfig(quantize=QuantizeConfig(weights="none")), 2048)
     assert twin.packed_bytes == 2 * twin.parameters
+    rows = 2 * (5 * 256 + 2 * 768)
+    for code, scales in (("nbit", rows), ("nbit-diffused", rows), ("nbit-learned", 14)):
+        config = QuantizeConfig.model_validate({"weights": code, "bits": 3})
+        other = model_size(shape, StudentConfig(quantize=config), 2048)
+        assert (other.parameters, other.ternary_parameters) == (size.parameters, 0)
+        assert other.packed_bytes == 3 * ternary // 8 + 2 * (2048 * 256 + 5 * 256 + scales)
 
 
 def test_profile_of_the_config_is_that_of_the_cache(run: Path, tmp_path: Path) -> None:

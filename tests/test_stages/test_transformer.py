@@ -62,7 +62,17 @@ def test_parameter_counts_are_those_of_the_config(name: str) -> None:
     assert sum(p.numel() for n, p in model.named_parameters() if "proj" in n) == model.config.linear_parameters
 
 
-@pytest.mark.parametrize("quantize", [None, QuantizeConfig(), QuantizeConfig(activations="none")])
+CODES = [
+    None,
+    QuantizeConfig(),
+    QuantizeConfig(activations="none"),
+    QuantizeConfig(weights="nbit", bits=4),
+    QuantizeConfig(weights="nbit-diffused", bits=2),
+    QuantizeConfig(weights="nbit-learned", bits=3),
+]
+
+
+@pytest.mark.parametrize("quantize", CODES)
 @pytest.mark.parametrize("subln", [False, True])
 def test_a_saved_model_is_the_model_bit_for_bit(tmp_path: Path, quantize: QuantizeConfig | None, subln: bool) -> None:
     model = make_model({**SHAPES["grouped, untied"], "subln": subln}, quantize)
@@ -73,6 +83,20 @@ def test_a_saved_model_is_the_model_bit_for_bit(tmp_path: Path, quantize: Quanti
     ids = torch.arange(16)[None]
     assert torch.equal(model.logits(ids), again.logits(ids))
     assert again.quantize == quantize
+
+
+def test_students_of_one_seed_start_from_the_same_weights_and_learned_steps_fit_them() -> None:
+    ternary = Transformer(ModelConfig.model_validate(SHAPES["plain"]), 97, QuantizeConfig())
+    learned = Transformer(ternary.config, 97, QuantizeConfig(weights="nbit-learned", bits=4))
+    for model in (ternary, learned):
+        model.initialize(torch.Generator().manual_seed(5))
+    weights = dict(ternary.named_parameters())
+    for name, parameter in learned.named_parameters():
+        if name.endswith("log_step"):
+            weight = weights[name.replace("log_step", "weight")]
+            torch.testing.assert_close(parameter.exp(), 2 * weight.abs().mean() / 7**0.5)
+        else:
+            assert torch.equal(parameter, weights[name])
 
 
 def test_a_students_linear_weights_are_ternary_and_nothing_else_is() -> None:

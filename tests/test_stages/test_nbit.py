@@ -1,0 +1,279 @@
+"""Codes of n bits: against slow references, what must always hold, and that their settings cannot contradict."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.losses.term import LossValues
+from stages.models.linear import QuantizedLinear
+from stages.quantize.config import QuantizeConfig
+from stages.quantize.learned import initial_step, learned_quantize
+from stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize
+from stages.training.config import TrainingConfig
+from stages.training.loop import Training
+from stages.training.optimizer import make_optimizer
+
+SEEDS = st.integers(0, 2**31)
+BITS = st.integers(2, 8)
+SCALES = st.sampled_from([1e-7, 1e-3, 1.0, 1e4])
+
+
+def random_tensor(seed: int, scale: float, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def nbit(code: str, bits: int, **more: object) -> QuantizeConfig:
+    return QuantizeConfig.model_validate({"weights": code, "bits": bits, **more})
+
+
+def sequential_codes(row: list[float], largest: int) -> tuple[list[int], int]:
+    """(codes, number of clipped ones): error diffusion as the textbook says it, one weight after the other."""
+    codes, error, clipped = [], 0.0, 0
+    for x in row:
+        wanted = math.floor(x + error + 0.5)
+        code = max(-largest, min(largest, wanted))
+        clipped += code != wanted
+        error += x - code
+        codes.append(code)
+    return codes, clipped
+
+
+@settings(deadline=None)
+@given(SEEDS, SCALES, BITS)
+def test_nbit_is_round_of_weight_over_scale_row_by_row(seed: int, scale: float, bits: int) -> None:
+    weight = random_tensor(seed, scale, 4, 9)
+    largest = 2 ** (bits - 1) - 1
+    codes, found_scale = nbit_codes(weight, bits, error_diffusion=False)
+    for row, row_codes, row_scale in zip(weight.tolist(), codes.tolist(), found_scale.flatten().tolist(), strict=True):
+        expected_scale = max(*(abs(w) for w in row), 1e-5) / largest
+        assert row_scale == expected_scale
+        assert row_codes == [round(w / expected_scale) for w in row]
+        assert max(map(abs, row_codes)) <= largest
+    torch.testing.assert_close(nbit_quantize(weight, bits, error_diffusion=False).double(), codes * found_scale)
+
+
+@settings(deadline=None)
+@given(SEEDS, SCALES, BITS, st.integers(1, 200))
+def test_error_diffusion_without_a_loop_is_the_sequential_definition_and_never_clips(
+    seed: int, scale: float, bits: int, columns: int
+) -> None:
+    weight = random_tensor(seed, scale, 3, columns)
+    codes, row_scale = nbit_codes(weight, bits, error_diffusion=True)
+    for row, row_codes in zip((weight.double() / row_scale).tolist(), codes.tolist(), strict=True):
+        expected, clipped = sequential_codes(row, largest_level(bits))
+        assert row_codes == expected
+        assert clipped == 0
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-28, 28), min_size=1, max_size=60))
+def test_error_diffusion_is_the_sequential_definition_on_ties_too(quarters: list[int]) -> None:
+    row = [quarter / 4 for quarter in quarters]  # exact in floating point, so that many sums end in 1/2
+    expected, clipped = sequential_codes(row, 7)
+    assert diffuse(torch.tensor([row])).tolist() == [expected]
+    assert clipped == 0
+
+
+def test_a_row_at_the_last_level_stays_there_whatever_error_arrives() -> None:
+    row = torch.tensor([[0.5, 7.0, 7.0, -0.5, 0.5, -7.0, -7.0]], dtype=torch.float64)
+    assert diffuse(row).tolist() == [[1, 7, 7, -1, 1, -7, -7]]
+    assert diffuse(-row).abs().max() == 7
+
+
+@settings(deadline=None)
+@given(SEEDS, SCALES, BITS, st.booleans(), st.integers(1, 300))
+def test_quantising_what_is_quantised_changes_no_bit(
+    seed: int, scale: float, bits: int, error_diffusion: bool, columns: int
+) -> None:
+    once = nbit_quantize(random_tensor(seed, scale, 5, columns), bits, error_diffusion=error_diffusion)
+    assert torch.equal(nbit_quantize(once, bits, error_diffusion=error_diffusion), once)
+
+
+@settings(deadline=None)
+@given(SEEDS, SCALES, BITS, st.integers(1, 300))
+def test_error_diffusion_keeps_the_sum_of_every_part_of_a_row_within_half_a_step(
+    seed: int, scale: float, bits: int, columns: int
+) -> None:
+    weight = random_tensor(seed, scale, 4, columns)
+    codes, step = nbit_codes(weight, bits, error_diffusion=True)
+    errors = (codes * step - weight.double()).cumsum(-1) / step
+    assert errors.abs().max() <= 0.5 + 1e-6
+    assert ((codes - weight.double() / step).abs() <= 1 + 1e-6).all()
+    mean_error = (codes * step).mean(-1) - weight.double().mean(-1)
+    assert (mean_error.abs() <= step.flatten() / (2 * columns) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_error_diffusion_keeps_means_of_rows_better_than_rounding_does_and_costs_twice_the_square_error(
+    bits: int,
+) -> None:
+    weight = random_tensor(0, 0.02, 400, 256)
+    errors = {}
+    for error_diffusion in (False, True):
+        codes, step = nbit_codes(weight, bits, error_diffusion=error_diffusion)
+        errors[error_diffusion] = codes - weight.double() / step
+    mean = {which: float(error.mean(-1).abs().mean()) for which, error in errors.items()}
+    square = {which: float(error.square().mean()) for which, error in errors.items()}
+    assert mean[True] < mean[False] / 5
+    if bits > 2:  # rounding errors of 2 bits are not uniform: most weights become zero
+        assert square[False] == pytest.approx(1 / 12, rel=0.02)
+        assert square[True] == pytest.approx(1 / 6, rel=0.02)
+
+
+@pytest.mark.parametrize("error_diffusion", [False, True])
+def test_nbit_survives_zeros_and_rows_do_not_touch_each_other(error_diffusion: bool) -> None:
+    weight = random_tensor(2, 1.0, 3, 8)
+    weight[1] = 0
+    found = nbit_quantize(weight, 4, error_diffusion=error_diffusion)
+    assert found[1].abs().max() == 0
+    alone = torch.stack([nbit_quantize(row, 4, error_diffusion=error_diffusion) for row in weight])
+    assert torch.equal(found, alone)
+
+
+def lsq_reference(
+    weight: torch.Tensor, step: float, bits: int, upstream: torch.Tensor
+) -> tuple[list[float], list[float], float]:
+    """(quantised, gradient of the weights, gradient of the step), weight by weight in float64: LSQ, equations 1-3."""
+    q_p = 2 ** (bits - 1) - 1
+    quantized, weight_gradient, step_gradient = [], [], 0.0
+    for v, g in zip(weight.double().flatten().tolist(), upstream.double().flatten().tolist(), strict=True):
+        x = v / step
+        if x <= -q_p:
+            level, slope, passes = -q_p, -q_p, 0
+        elif x >= q_p:
+            level, slope, passes = q_p, q_p, 0
+        else:
+            level, slope, passes = round(x), -x + round(x), 1
+        quantized.append(level * step)
+        weight_gradient.append(g * passes)
+        step_gradient += g * slope
+    return quantized, weight_gradient, step_gradient / math.sqrt(weight.numel() * q_p)
+
+
+@settings(deadline=None)
+@given(SEEDS, SCALES, BITS, st.floats(0.05, 20))
+def test_learned_step_has_the_papers_values_and_gradients(seed: int, scale: float, bits: int, ratio: float) -> None:
+    weight = random_tensor(seed, scale, 6, 7).double().requires_grad_()
+    upstream = random_tensor(seed + 1, 1.0, 6, 7).double()
+    step = (initial_step(weight.detach(), bits) * ratio).requires_grad_()
+    quantized = learned_quantize(weight, step, bits)
+    quantized.backward(upstream)
+    expected = lsq_reference(weight.detach(), float(step.detach()), bits, upstream)
+    torch.testing.assert_close(quantized.flatten().tolist(), expected[0])
+    assert weight.grad is not None
+    assert step.grad is not None
+    assert weight.grad.flatten().tolist() == expected[1]
+    assert float(step.grad) == pytest.approx(expected[2], rel=1e-9, abs=1e-12)
+
+
+def test_learned_step_at_the_last_levels_counts_as_clipped() -> None:
+    weight = torch.tensor([-8.0, -7.0, -6.5, 0.25, 6.9, 7.0, 9.0], requires_grad=True)
+    step = torch.tensor(1.0, requires_grad=True)
+    quantized = learned_quantize(weight, step, 4)
+    quantized.sum().backward()
+    assert quantized.tolist() == [-7, -7, -6, 0, 7, 7, 7]
+    assert weight.grad is not None
+    assert step.grad is not None
+    assert weight.grad.tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert float(step.grad) == pytest.approx((-7 - 7 + 0.5 - 0.25 + 0.1 + 7 + 7) / math.sqrt(7 * 7), rel=1e-5)
+
+
+@settings(deadline=None)
+@given(SEEDS, SCALES, BITS)
+def test_learned_quantising_what_is_quantised_changes_no_bit(seed: int, scale: float, bits: int) -> None:
+    weight = random_tensor(seed, scale, 6, 7)
+    step = initial_step(weight, bits)
+    assert float(step) == pytest.approx(2 * max(float(weight.abs().mean()), 1e-5) / largest_level(bits) ** 0.5)
+    once = learned_quantize(weight, step, bits)
+    assert torch.equal(learned_quantize(once, step, bits), once)
+
+
+@pytest.mark.parametrize("code", ["nbit", "nbit-diffused"])
+def test_a_layer_of_nbit_weights_multiplies_by_them_and_passes_gradients_straight_through(code: str) -> None:
+    layer = QuantizedLinear(6, 5, nbit(code, 3, activations="none"))
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    x, upstream = random_tensor(3, 1.0, 2, 6), random_tensor(4, 1.0, 2, 5)
+    y = layer(x)
+    used = nbit_quantize(layer.weight.detach(), 3, error_diffusion=code == "nbit-diffused")
+    torch.testing.assert_close(y, x @ used.T)
+    y.backward(upstream)
+    torch.testing.assert_close(layer.weight.grad, upstream.T @ x)
+
+
+def test_a_layer_of_a_learned_step_trains_its_logarithm() -> None:
+    layer = QuantizedLinear(6, 5, nbit("nbit-learned", 3, activations="none"))
+    assert layer.log_step is not None
+    torch.testing.assert_close(layer.log_step.exp(), initial_step(layer.weight, 3))
+    x, upstream = random_tensor(3, 1.0, 2, 6), random_tensor(4, 1.0, 2, 5)
+    layer(x).backward(upstream)
+    step = float(layer.log_step.detach().exp())
+    _, weight_gradient, step_gradient = lsq_reference(layer.weight.detach(), step, 3, upstream.T @ x)
+    assert layer.weight.grad is not None
+    assert layer.log_step.grad is not None
+    torch.testing.assert_close(layer.weight.grad.flatten().tolist(), weight_gradient, rtol=1e-5, atol=1e-6)
+    assert float(layer.log_step.grad) == pytest.approx(step * step_gradient, rel=1e-4)
+
+
+def test_a_learned_step_stays_positive_and_bears_no_weight_decay(tmp_path: Path) -> None:
+    config = TrainingConfig(steps=60, learning_rate=0.3, batch_windows=4, checkpoint_every=25, weight_decay=0.5)
+
+    def make_layer() -> QuantizedLinear:
+        torch.manual_seed(1)
+        return QuantizedLinear(6, 5, nbit("nbit-learned", 4, activations="none"))
+
+    def batches(first: int) -> Iterator[torch.Tensor]:
+        return (random_tensor(number, 1.0, 4, 6) for number in range(first, 1000))
+
+    def train(layer: QuantizedLinear, folder: Path, num_batches: int | None = None) -> None:
+        def loss(batch: torch.Tensor) -> LossValues:
+            value = layer(batch).square().mean()  # best at zero: the step shrinks without end
+            return LossValues(value, {"square": value.detach()})
+
+        Training("test", layer, loss, lambda n: islice(batches(n), num_batches), 4, config, folder).run()
+
+    whole = make_layer()
+    before = float(whole.log_step.detach().exp())  # type: ignore[union-attr]
+    train(whole, tmp_path / "whole")
+    assert whole.log_step is not None
+    after = float(whole.log_step.detach().exp())
+    assert 0 < after < before / 10
+    resumed = make_layer()
+    with pytest.raises(StopIteration):
+        train(resumed, tmp_path / "cut", num_batches=30)
+    resumed = make_layer()
+    train(resumed, tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    groups = make_optimizer(whole, config).param_groups
+    assert {p.ndim: group["weight_decay"] for group in groups for p in group["params"]} == {2: 0.5, 0: 0.0}
+
+
+@pytest.mark.parametrize("code", ["nbit", "nbit-diffused", "nbit-learned"])
+def test_codes_of_n_bits_need_their_bits_and_others_refuse_them(code: str) -> None:
+    with pytest.raises(ValueError, match=rf"weights = '{code}' needs bits, and found none; set bits to 2..8"):
+        QuantizeConfig.model_validate({"weights": code})
+    for bits in (1, 9):
+        with pytest.raises(ValueError, match=r"bits\n  Input should be (greater|less) than or equal to"):
+            nbit(code, bits)
+    config = nbit(code, 4)
+    assert (config.is_nbit, config.is_ternary, config.packed_bits) == (True, False, 4)
+    assert QuantizeConfig.model_validate(config.model_dump(exclude_none=True)) == config
+
+
+@pytest.mark.parametrize("code", ["absmean", "none"])
+def test_bits_are_refused_where_the_code_has_no_choice(code: str) -> None:
+    with pytest.raises(ValueError, match=rf"bits = 4 belongs to the nbit codes, and found weights = '{code}'; leave b"):
+        nbit(code, 4)
+
+
+def test_settings_of_students_made_before_there_were_bits_are_the_same_settings() -> None:
+    old = {"weights": "absmean", "activations": "absmax-int8"}
+    assert QuantizeConfig.model_validate(old) == QuantizeConfig()
+    assert QuantizeConfig().model_dump(exclude_none=True) == old
+    numbers = QuantizeConfig().numbers()  # the record of a step takes a setting that is missing for none
+    assert {key: value for key, value in numbers.items() if value is not None} == old
