@@ -7,7 +7,7 @@ quantised.
 Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a head, V vocabulary.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stages.models.config import ModelConfig
 from stages.models.linear import make_linear
+from stages.models.past import LayerPast
 from stages.quantize.config import QuantizeConfig
 
 _INITIAL_STD = 0.02
@@ -51,9 +52,11 @@ class Transformer(nn.Module):
         """The output matrix, (V, D)."""
         return self.lm_head.weight
 
-    def forward(self, input_ids_BT: Tensor, hidden_layers: Collection[int] = ()) -> Features:
-        """Features of every position."""
-        features: Features = self.model(input_ids_BT, hidden_layers)
+    def forward(
+        self, input_ids_BT: Tensor, hidden_layers: Collection[int] = (), past: Sequence[LayerPast] | None = None
+    ) -> Features:
+        """Features of every position. With `past`, one per block, they follow the positions there and are added."""
+        features: Features = self.model(input_ids_BT, hidden_layers, past)
         return features
 
     def logits(self, input_ids_BT: Tensor) -> Tensor:
@@ -82,13 +85,18 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, quantize) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, input_ids_BT: Tensor, hidden_layers: Collection[int]) -> Features:
+    def forward(
+        self, input_ids_BT: Tensor, hidden_layers: Collection[int], past: Sequence[LayerPast] | None = None
+    ) -> Features:
         """Features of every position."""
         x_BTD = self.embed_tokens(input_ids_BT)
-        rotation = rotary_angles(input_ids_BT.shape[1], self.config.head_width, self.config.rope_theta, x_BTD.device)
+        first = past[0].length if past else 0
+        rotation = rotary_angles(
+            input_ids_BT.shape[1], self.config.head_width, self.config.rope_theta, x_BTD.device, first=first
+        )
         hidden = {0: x_BTD} if 0 in hidden_layers else {}
         for number, block in enumerate(self.layers, start=1):
-            x_BTD = block(x_BTD, rotation)
+            x_BTD = block(x_BTD, rotation, past[number - 1] if past else None)
             if number in hidden_layers:
                 hidden[number] = x_BTD
         return Features(self.norm(x_BTD), hidden)
@@ -104,9 +112,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config, quantize)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], past: LayerPast | None = None) -> Tensor:
         """The residual stream after this block."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, past)
         out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return out_BTD
 
@@ -124,17 +132,21 @@ class Attention(nn.Module):
         self.o_proj = make_linear(config.width, config.width, quantize)
         self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], past: LayerPast | None = None) -> Tensor:
         """What attention adds to the residual stream."""
         batch, positions, _ = x_BTD.shape
         q_BHTE = self._split_heads(self.q_proj(x_BTD))
-        k_BGTE = self._split_heads(self.k_proj(x_BTD))
+        k_BGTE = rotate(self._split_heads(self.k_proj(x_BTD)), rotation)
         v_BGTE = self._split_heads(self.v_proj(x_BTD))
+        seen = None
+        if past is not None:
+            k_BGTE, v_BGTE, seen = past.extend(k_BGTE, v_BGTE)
         mixed_BHTE = F.scaled_dot_product_attention(
             rotate(q_BHTE, rotation),
-            rotate(k_BGTE, rotation),
+            k_BGTE,
             v_BGTE,
-            is_causal=True,
+            attn_mask=seen,
+            is_causal=past is None,
             enable_gqa=self.config.num_kv_heads != self.config.heads,
         )
         mixed_BTD = mixed_BHTE.transpose(1, 2).reshape(batch, positions, -1)
@@ -161,13 +173,16 @@ class SwiGLU(nn.Module):
         return out_BTD
 
 
-def rotary_angles(positions: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary angles, each (T, E) float32 in Hugging Face's half-split layout.
+def rotary_angles(
+    positions: int, head_width: int, theta: float, device: torch.device, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the rotary angles from position `first`, each (T, E) float32 in Hugging Face's half-split layout.
 
     Su et al. 2021, RoFormer (arXiv 2104.09864), equation 15: angle(t, i) = t * theta^(-2i / E).
     """
     frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
-    angles_TE = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
+    steps_T = torch.arange(first, first + positions, dtype=torch.float32, device=device)
+    angles_TE = torch.outer(steps_T, frequencies).repeat(1, 2)
     return angles_TE.cos(), angles_TE.sin()
 
 
