@@ -15,7 +15,9 @@ from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
 from cache.hashing import fingerprint_of, sha256_of_file
 from cache.manifest import load_manifest
 from pipeline.config import DEFAULT_STUDENT, Config, save_config
+from pipeline.errors import ConfigError
 from pipeline.provenance import Provenance, read_provenance
+from stages.data.config import SyntheticText
 
 RUN_CONFIG_NAME = "config.toml"
 
@@ -41,6 +43,17 @@ class Workspace:
     def cache(self) -> Path:
         """The cache, which may be shared between runs."""
         return self.config.cache.dir or self.run_dir / "cache"
+
+    def __post_init__(self) -> None:
+        """Refuse a run whose corpus would be written by what the run itself makes of it."""
+        source = self.config.data.source
+        if isinstance(source, SyntheticText) and source.model.expanduser().resolve().is_relative_to(
+            self.run_dir.resolve()
+        ):
+            raise ConfigError(
+                f"data.source.model: found {source.model}, which this run folder makes from the corpus itself; "
+                "expected a model of another run, so use another --run-dir"
+            )
 
     def student(self, name: str) -> Path:
         """One student."""
@@ -121,8 +134,8 @@ class Tokenize(Step):
     command = "tokenize"
     artefact = "data"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
-    owned = (*products, ".*.partial")
-    resumable = ()
+    owned = (*products, "synthetic", ".*.partial")
+    resumable = ("synthetic/part-*.jsonl",)
 
     @property
     def folder(self) -> Path:
@@ -139,7 +152,7 @@ class Tokenize(Step):
         return {"data": self.config.data.numbers()}
 
     def inputs(self) -> dict[str, str]:
-        """A sign of the files of the corpus; nothing where they are not on this machine."""
+        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here."""
         from stages.data.files import corpus_signature
 
         signature = corpus_signature(self.config.data.source)

@@ -1,10 +1,11 @@
 """Settings of the corpus, its split and its tokenizer."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from stages.settings import Section
+from stages.settings import Section, neutral
 
 
 class PythonStdlib(Section):
@@ -56,6 +57,44 @@ class HuggingFaceDataset(Section):
         return arguments
 
 
+class SyntheticText(Section):
+    """Text that a causal language model writes, from prompts or from nothing.
+
+    It is written once into data/synthetic of the run folder; from there on it is a corpus like any other.
+    """
+
+    kind: Annotated[Literal["synthetic"], Field(description="this source")]
+    model: Annotated[
+        Path,
+        Field(
+            description="folder of the model, with its tokenizer.json: a teacher or student of ours, or any causal "
+            "language model of transformers in safetensors (extra `hf`)"
+        ),
+    ]
+    documents: Annotated[int, Field(ge=1, description="documents to write")] = 1000
+    max_tokens: Annotated[
+        int, Field(ge=1, le=2**20, description="longest document, in the model's tokens, prompt not counted")
+    ] = 256
+    temperature: Annotated[
+        float, Field(ge=1e-3, le=100, description="of the distribution that tokens are drawn from; small is greedy")
+    ] = 1.0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="draw from the fewest tokens with this share of probability; 1 is all")
+    ] = 0.95
+    seed: Annotated[int, Field(ge=0, description="of the draws")] = 0
+    prompts: Annotated[
+        Path | None,
+        Field(
+            description="UTF-8 file with a prompt per line, taken in turn; a document is a prompt and what follows. "
+            "None writes from nothing: from the token that the model knows before a text"
+        ),
+    ] = None
+    batch_documents: Annotated[
+        int, Field(ge=1, description="documents written at a time, and kept together by an interruption")
+    ] = 64
+    device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
+
+
 class TrainedTokenizer(Section):
     """A byte-level BPE tokenizer, trained on the train split."""
 
@@ -83,7 +122,8 @@ class DataConfig(Section):
     """From a corpus to windows of token ids."""
 
     source: Annotated[
-        PythonStdlib | TextFiles | HuggingFaceDataset, Field(discriminator="kind", description="where the text is from")
+        PythonStdlib | TextFiles | HuggingFaceDataset | SyntheticText,
+        Field(discriminator="kind", description="where the text is from"),
     ] = PythonStdlib()
     tokenizer: Annotated[
         TrainedTokenizer | ExistingTokenizer, Field(discriminator="kind", description="trained here, or given")

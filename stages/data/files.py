@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from cache.hashing import fingerprint_of, sha256_of_file
-from stages.data.config import HuggingFaceDataset, PythonStdlib, TextFiles
+from stages.data.config import HuggingFaceDataset, PythonStdlib, SyntheticText, TextFiles
 from stages.errors import CorpusError
 
 _SMALL_CORPUS_BYTES = 64 * 2**20
@@ -37,17 +37,37 @@ def corpus_files(source: PythonStdlib | TextFiles) -> list[Path]:
     return sorted(set(files))
 
 
-@lru_cache
-def corpus_signature(source: PythonStdlib | TextFiles | HuggingFaceDataset) -> str | None:
+def model_files(source: SyntheticText) -> list[Path]:
+    """The files that decide what the model of a source writes: its own and the prompts. CorpusError if one is missing.
+
+    Weights are those in safetensors, whole or in parts.
+    """
+    folder = source.model.expanduser()
+    weights = sorted(folder.glob("*.safetensors"))
+    files = [folder / "config.json", folder / "tokenizer.json", *(weights or [folder / "model.safetensors"])]
+    files += [path for path in [folder / "generation_config.json"] if path.is_file()]
+    files += [source.prompts.expanduser()] if source.prompts else []
+    if missing := [file for file in files if not file.is_file()]:
+        raise CorpusError(
+            f"{missing[0]}: found no file there; data.source.model is a folder with config.json, tokenizer.json and "
+            "safetensors, data.source.prompts a file"
+        )
+    return files
+
+
+def corpus_signature(source: PythonStdlib | TextFiles | HuggingFaceDataset | SyntheticText) -> str | None:
     """A sign that files changed, without reading a large corpus; None when they are not on this machine.
 
     A hash of names and content up to 64 MiB in all; of names, sizes and times beyond that. Names are relative to the
-    folder that all files share.
+    folder that all files share. The files of a synthetic corpus are its model and prompts.
     """
-    if isinstance(source, HuggingFaceDataset):
-        return None
+    return None if isinstance(source, HuggingFaceDataset) else _files_signature(source)
+
+
+@lru_cache
+def _files_signature(source: PythonStdlib | TextFiles | SyntheticText) -> str | None:
     try:
-        files = corpus_files(source)
+        files = model_files(source) if isinstance(source, SyntheticText) else corpus_files(source)
         states = [file.stat() for file in files]
         shared = os.path.commonpath([file.parent for file in files])
         names = [os.path.relpath(file, shared) for file in files]

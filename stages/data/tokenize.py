@@ -1,7 +1,8 @@
 """From a corpus to `train.npy`, `validation.npy`, `tokenizer.json` and `data.json`, in constant memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ from cache.arrays import ids_dtype
 from cache.atomic import write_atomically
 from cache.hashing import sha256_of_file
 from cache.spec import SplitName
-from stages.data.config import DataConfig, TrainedTokenizer
+from stages.data.config import DataConfig, SyntheticText, TrainedTokenizer
 from stages.data.corpus import documents, is_validation
 from stages.data.tokenized import TokenizedCorpus, TokenizedSplit
 from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, train_tokenizer
@@ -26,7 +27,8 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     """Write the token files of both splits and what belongs to them. Memory does not grow with the corpus."""
     datasets.disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, end_of_text_id = _tokenizer(config)
+    read_documents = _reader(config, folder)
+    tokenizer, end_of_text_id = _tokenizer(config, read_documents)
     write_atomically(folder / "tokenizer.json", tokenizer.to_str().encode("utf-8"))
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     dtype = ids_dtype(vocab_size)
@@ -35,7 +37,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     with ExitStack() as stack:
         writers = {split: stack.enter_context(token_file(folder / f"{split}.npy", dtype)) for split in counts}
         progress = stack.enter_context(Progress("tokenize", None, "tokens"))
-        for batch in _batches(documents(config.source)):
+        for batch in _batches(read_documents()):
             for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
                 split = "validation" if is_validation(text, config) else "train"
                 num_new = _append(writers[split], [*encoding.ids, end_of_text_id], limits[split])
@@ -61,9 +63,18 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     return corpus
 
 
-def _tokenizer(config: DataConfig) -> tuple[Tokenizer, int]:
+def _reader(config: DataConfig, folder: Path) -> Callable[[], Iterator[str]]:
+    """What goes through the documents, once a call; a synthetic corpus is written first."""
+    if not isinstance(config.source, SyntheticText):
+        return partial(documents, config.source)
+    from stages.data.synthetic import write_synthetic, written_documents  # loads torch, which no other source needs
+
+    return partial(written_documents, write_synthetic(config.source, folder / "synthetic"))
+
+
+def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[str]]) -> tuple[Tokenizer, int]:
     if isinstance(config.tokenizer, TrainedTokenizer):
-        texts = (text for text in documents(config.source) if not is_validation(text, config))
+        texts = (text for text in read_documents() if not is_validation(text, config))
         tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
     else:
         tokenizer, end_of_text = existing_tokenizer(config.tokenizer), config.tokenizer.end_of_text

@@ -45,7 +45,7 @@ def save_model(
 
 def load_model(folder: Path) -> Transformer:
     """The model in a folder that `save_model` wrote, on the CPU, in float32."""
-    config = _read_config(folder / CONFIG_NAME)
+    config = read_config(folder / CONFIG_NAME)
     try:
         shape = ModelConfig(
             width=config["hidden_size"],
@@ -64,6 +64,12 @@ def load_model(folder: Path) -> Transformer:
         raise CheckpointError(f"{folder / CONFIG_NAME}: does not describe a model of ours ({exc})") from exc
     load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     return model
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
+    kind = config.get("model_type")
+    return kind == _STUDENT_TYPE or (kind == "llama" and "transformers_version" not in config)
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
@@ -140,7 +146,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The description in a model folder, of ours or of transformers."""
     try:
         config: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError as exc:

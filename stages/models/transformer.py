@@ -7,7 +7,7 @@ quantised.
 Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a head, V vocabulary.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
 from stages.models.linear import QuantizedLinear, make_linear
+from stages.models.past import LayerPast
 from stages.quantize.config import QuantizeConfig
 
 _INITIAL_STD = 0.02
@@ -60,9 +61,11 @@ class Transformer(nn.Module):
         """The output matrix, (V, D)."""
         return self.lm_head.weight
 
-    def forward(self, input_ids_BT: Tensor, states: Collection[State] = ()) -> Features:
-        """Features of every position."""
-        features: Features = self.model(input_ids_BT, states)
+    def forward(
+        self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
+    ) -> Features:
+        """Features of every position. With `past`, one per block, they follow the positions there and are added."""
+        features: Features = self.model(input_ids_BT, states, past)
         return features
 
     def logits(self, input_ids_BT: Tensor) -> Tensor:
@@ -104,13 +107,19 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, quantize) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, input_ids_BT: Tensor, states: Collection[State]) -> Features:
+    def forward(
+        self, input_ids_BT: Tensor, states: Collection[State], past: Sequence[LayerPast] | None = None
+    ) -> Features:
         """Features of every position."""
         x_BTD = self.embed_tokens(input_ids_BT)
-        rotation = rotary_angles(input_ids_BT.shape[1], self.config.head_width, self.config.rope_theta, x_BTD.device)
+        first = past[0].length if past else 0
+        rotation = rotary_angles(
+            input_ids_BT.shape[1], self.config.head_width, self.config.rope_theta, x_BTD.device, first=first
+        )
         hidden = {State("residual", 0): x_BTD} if State("residual", 0) in states else {}
         for number, block in enumerate(self.layers, start=1):
-            x_BTD, outputs = block(x_BTD, rotation, {state.output for state in states if state.layer == number})
+            wanted = {state.output for state in states if state.layer == number}
+            x_BTD, outputs = block(x_BTD, rotation, wanted, past[number - 1] if past else None)
             hidden |= {State(output, number): value for output, value in outputs.items()}
         return Features(self.norm(x_BTD), hidden)
 
@@ -126,10 +135,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config, quantize)
 
     def forward(
-        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], wanted: Collection[HiddenOutput]
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        wanted: Collection[HiddenOutput] = (),
+        past: LayerPast | None = None,
     ) -> tuple[Tensor, dict[HiddenOutput, Tensor]]:
         """The residual stream after this block, and the outputs that are wanted."""
-        attention_BTD, projections = self.self_attn(self.input_layernorm(x_BTD), rotation)
+        attention_BTD, projections = self.self_attn(self.input_layernorm(x_BTD), rotation, past)
         x_BTD = x_BTD + attention_BTD
         mlp_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
         x_BTD = x_BTD + mlp_BTD
@@ -152,16 +165,23 @@ class Attention(nn.Module):
         self.o_proj = make_linear(config.width, config.width, quantize)
         self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], past: LayerPast | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """What attention adds to the residual stream; and queries, keys and values before rotation, (B, T, ..)."""
         batch, positions, _ = x_BTD.shape
         projections = [self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
         q_BHTE, k_BGTE, v_BGTE = (self._split_heads(projected) for projected in projections)
+        k_BGTE = rotate(k_BGTE, rotation)
+        seen = None
+        if past is not None:
+            k_BGTE, v_BGTE, seen = past.extend(k_BGTE, v_BGTE)
         mixed_BHTE = F.scaled_dot_product_attention(
             rotate(q_BHTE, rotation),
-            rotate(k_BGTE, rotation),
+            k_BGTE,
             v_BGTE,
-            is_causal=True,
+            attn_mask=seen,
+            is_causal=past is None,
             enable_gqa=self.config.num_kv_heads != self.config.heads,
         )
         mixed_BTD = mixed_BHTE.transpose(1, 2).reshape(batch, positions, -1)
@@ -187,13 +207,16 @@ class SwiGLU(nn.Module):
         return out_BTD
 
 
-def rotary_angles(positions: int, head_width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the rotary angles, each (T, E) float32 in Hugging Face's half-split layout.
+def rotary_angles(
+    positions: int, head_width: int, theta: float, device: torch.device, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the rotary angles from position `first`, each (T, E) float32 in Hugging Face's half-split layout.
 
     Su et al. 2021, RoFormer (arXiv 2104.09864), equation 15: angle(t, i) = t * theta^(-2i / E).
     """
     frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
-    angles_TE = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
+    steps_T = torch.arange(first, first + positions, dtype=torch.float32, device=device)
+    angles_TE = torch.outer(steps_T, frequencies).repeat(1, 2)
     return angles_TE.cos(), angles_TE.sin()
 
 

@@ -312,6 +312,8 @@ def test_divergences_are_never_negative_and_zero_at_equality(seed: int, tau: flo
     teacher, student = normal(seed, 4, 9).float(), normal(seed + 1, 4, 9).float()
     term = term_of(kind, tau, **EVERY[kind])
     for name, target in targets_of(kind, teacher, tau).items():
+        if name == "zero":
+            continue  # its probabilities sum to less than one
         assert (value(term, student, target) >= -1e-6).all(), name
         if name in {"whole", "head"}:
             torch.testing.assert_close(value(term, teacher, target), torch.zeros(4), rtol=0, atol=3e-6)

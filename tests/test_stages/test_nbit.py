@@ -16,7 +16,7 @@ from stages.quantize.config import QuantizeConfig
 from stages.quantize.learned import initial_step, learned_quantize
 from stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize
 from stages.training.config import TrainingConfig
-from stages.training.loop import Training
+from stages.training.loop import StepInfo, Training
 from stages.training.optimizer import make_optimizer
 
 SEEDS = st.integers(0, 2**31)
@@ -231,7 +231,7 @@ def test_a_learned_step_stays_positive_and_bears_no_weight_decay(tmp_path: Path)
         return (random_tensor(number, 1.0, 4, 6) for number in range(first, 1000))
 
     def train(layer: QuantizedLinear, folder: Path, num_batches: int | None = None) -> None:
-        def loss(batch: torch.Tensor) -> LossValues:
+        def loss(batch: torch.Tensor, info: StepInfo) -> LossValues:
             value = layer(batch).square().mean()  # best at zero: the step shrinks without end
             return LossValues(value, {"square": value.detach()})
 

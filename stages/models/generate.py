@@ -1,0 +1,139 @@
+"""Text ids from a causal language model: temperature, nucleus, rows of different length, keys and values kept.
+
+Shapes: B rows, R rows still going, T positions, V vocabulary, K most likely ids, L the longest row, M new ids at most.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from stages.models.past import LayerPast
+from stages.models.transformer import Transformer
+
+_FIRST_LOOK = 1024
+
+
+class Rollout(Protocol):
+    """Rows of ids on their way through a model, all at the same position."""
+
+    def feed(self, ids_RT: Tensor) -> Tensor:
+        """Take the next ids of every row; (R, V) logits of the id after the last one, float32."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+
+
+@dataclass(frozen=True)
+class CausalModel:
+    """What generation needs of a model, whoever made it."""
+
+    start_id: int
+    """Comes before every text."""
+    stop_ids: tuple[int, ...]
+    """Any of them ends a text and is no part of it."""
+    vocab_size: int
+    max_positions: int | None
+    """Positions it was made for; None if it knows no bound."""
+    device: torch.device
+    rollout: Callable[[int], Rollout]
+    """An empty one, with room for so many positions."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an id is drawn: from p_tau, cut to the nucleus of mass `top_p` and renormalised; `max_tokens` times."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+class TransformerRollout:
+    """A rollout of our own model."""
+
+    def __init__(self, model: Transformer, capacity: int) -> None:
+        self._model = model
+        self._past = [LayerPast(capacity) for _ in range(model.config.layers)]
+
+    def feed(self, ids_RT: Tensor) -> Tensor:
+        """As in Rollout; the head runs on the last position only."""
+        last_RD = self._model(ids_RT, past=self._past).final_BTD[:, -1]
+        return F.linear(last_RD, self._model.head_weight).float()
+
+    def keep(self, rows: Tensor) -> None:
+        """As in Rollout."""
+        for layer in self._past:
+            layer.keep(rows)
+
+
+def draw(logits_RV: Tensor, uniform_R: Tensor, sampling: Sampling) -> Tensor:
+    """One id per row, (R,): where the cumulated probability passes the row's uniform number from [0, 1).
+
+    With top_p < 1 the ids are taken from the most likely down, and only the smallest set whose probabilities at
+    sampling.temperature sum to at least top_p takes part: Holtzman et al. 2020, The Curious Case of Neural Text
+    Degeneration (arXiv 1904.09751), section 3.1. Sums are float64.
+    """
+    p_RV = torch.softmax(logits_RV / sampling.temperature, dim=-1)
+    if sampling.top_p == 1:
+        mass_RV = p_RV.cumsum(dim=-1, dtype=torch.float64)
+        wanted_R1 = (uniform_R * mass_RV[:, -1])[:, None]
+        return torch.searchsorted(mass_RV, wanted_R1, right=True)[:, 0].clamp_(max=p_RV.shape[1] - 1)
+    return _draw_from_nucleus(p_RV, uniform_R, sampling.top_p, _FIRST_LOOK)
+
+
+def _draw_from_nucleus(p_RV: Tensor, uniform_R: Tensor, top_p: float, num_sorted: int) -> Tensor:
+    """As `draw`, from probabilities, sorting at first so many: sorting all takes longer than a small model does."""
+    p_RK, ids_RK = p_RV.topk(min(num_sorted, p_RV.shape[1]), dim=-1)
+    mass_RK = p_RK.cumsum(dim=-1, dtype=torch.float64)
+    last_R1 = (mass_RK - p_RK < top_p).sum(dim=-1, keepdim=True) - 1
+    wanted_R1 = uniform_R[:, None] * mass_RK.gather(1, last_R1)
+    rank_R1 = torch.searchsorted(mass_RK, wanted_R1, right=True).minimum(last_R1)
+    drawn_R = ids_RK.gather(1, rank_R1)[:, 0]
+    wide_R = mass_RK[:, -1] < top_p  # the nucleus has more than were sorted
+    if num_sorted < p_RV.shape[1] and bool(wide_R.any()):
+        drawn_R[wide_R] = _draw_from_nucleus(p_RV[wide_R], uniform_R[wide_R], top_p, 4 * num_sorted)
+    return drawn_R
+
+
+@torch.inference_mode()
+def generate(
+    model: CausalModel, prompts: Sequence[Sequence[int]], sampling: Sampling, uniform_BM: Tensor
+) -> list[list[int]]:
+    """Each prompt, not empty, with what the model writes after it, up to a stop id or sampling.max_tokens new ids.
+
+    Row b's m-th new id is drawn with uniform_BM[b, m], so that all randomness is the caller's. All rows stand at the
+    same position, with no padding: while a row is still in its prompt, its next id is the prompt's, not the drawn one.
+    Rows that ended are dropped once they are half of all.
+    """
+    uniform_BM = uniform_BM.to(model.device)
+    stop_ids = torch.tensor(model.stop_ids, device=model.device)
+    starts_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    ends_B = starts_B + sampling.max_tokens
+    ids_BL = torch.zeros(len(prompts), int(ends_B.max()), dtype=torch.long, device=model.device)
+    for row, prompt in enumerate(prompts):
+        ids_BL[row, : len(prompt)] = torch.tensor(prompt)
+    rollout = model.rollout(ids_BL.shape[1])
+    rows_R = torch.arange(len(prompts), device=model.device)
+    position = int(starts_B.min())
+    logits_RV = rollout.feed(ids_BL[:, :position])
+    while True:
+        num_new_R = position - starts_B[rows_R]
+        uniform_R = uniform_BM[rows_R, num_new_R.clamp(0, sampling.max_tokens - 1)]
+        drawn_R = draw(logits_RV, uniform_R, sampling)
+        is_new_R = num_new_R >= 0
+        ids_BL[rows_R, position] = torch.where(is_new_R, drawn_R, ids_BL[rows_R, position])
+        stopped = rows_R[is_new_R & torch.isin(drawn_R, stop_ids)]
+        ends_B[stopped] = ends_B[stopped].clamp(max=position)  # a row that ended before may draw another stop id
+        position += 1
+        going_R = ends_B[rows_R] > position
+        num_going = int(going_R.sum())
+        if not num_going:
+            return [row[:end] for row, end in zip(ids_BL.tolist(), ends_B.tolist(), strict=True)]
+        if 2 * num_going <= len(rows_R):
+            rows_R = rows_R[going_R]
+            rollout.keep(going_R.nonzero()[:, 0])
+        logits_RV = rollout.feed(ids_BL[rows_R, position - 1, None])
