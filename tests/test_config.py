@@ -9,7 +9,7 @@ from conftest import ROOT
 from pipeline.config import Config, check_student_name, load_config, save_config
 from pipeline.errors import ConfigError
 from pipeline.runner import plan
-from pipeline.steps import Workspace
+from pipeline.workspace import Workspace
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 MINIMAL = """
@@ -32,7 +32,8 @@ def test_shipped_configs_load_and_plan_every_step(path: Path, tmp_path: Path) ->
     config = load_config(path)
     steps = [step.label for step in plan(Workspace(config, tmp_path), "distill")]
     students = [f"distill --name {name}" for name in config.student_names]
-    assert steps == ["tokenize", "teacher", "dump-logits", *students]
+    stages = [label for name in config.stages for label in (f"dump-logits --name {name}", f"distill --name {name}")]
+    assert steps == ["tokenize", "teacher", *stages, "dump-logits", *students]
     assert [step.label for step in plan(Workspace(config, tmp_path), "teacher")] == ["tokenize", "teacher"]
 
 
