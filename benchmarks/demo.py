@@ -18,7 +18,7 @@ from benchmarks.environment import environment
 from pipeline.cache_info import cache_info
 from pipeline.config import DEFAULT_STUDENT, load_config
 from pipeline.results import COLUMNS, read_summary, text_table
-from pipeline.steps import Workspace
+from pipeline.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 _TRAIN = {"positions_per_s": ("positions/s", "{:,.0f}"), "peak_rss_mib": ("peak RSS, MiB", "{:,.0f}")}

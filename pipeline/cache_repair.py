@@ -13,7 +13,8 @@ from cache.tables import stored_calibration
 from cache.verify import Damage, find_damage, tokenizer_damage
 from pipeline.errors import RepairError, StaleError
 from pipeline.provenance import Provenance, differences, locked, new_provenance, read_provenance
-from pipeline.steps import DumpLogits, Workspace
+from pipeline.steps import DumpLogits
+from pipeline.workspace import Workspace
 from stages.progress import Progress
 
 Report = Callable[[str, str], None]
@@ -24,9 +25,9 @@ _NAMES_SHOWN = 5
 def repair_cache(folder: Path, run_of: RunOf, tell: Callable[[str], object]) -> bool:
     """Make every byte of the cache what the dump wrote; whether anything had to be done for that.
 
-    `tell` is given one line per file that was repaired. `run_of` gives the run that made the cache, and is asked only
-    if something of it is needed. A file is replaced only by bytes whose SHA-256 the manifest holds. Raises RepairError
-    for what could not be repaired, after all else was.
+    `tell` is given one line per file that was repaired. `run_of` gives the run that made the cache, at its link, and is
+    asked only if something of it is needed. A file is replaced only by bytes whose SHA-256 the manifest holds. Raises
+    RepairError for what could not be repaired, after all else was.
     """
     repaired: list[str] = []
 
@@ -116,7 +117,7 @@ def _write_again(
         )
     scratch = lend_good_files(folder, manifest, damaged)
     try:
-        _dump_into(scratch, workspace)
+        DumpLogits(workspace).dump_into(scratch)
     except CacheMismatchError as exc:
         return f"{folder}: could not repair {names}: the run in {workspace.run_dir} makes another cache: {exc}"
     finally:
@@ -135,12 +136,6 @@ def _write_again(
 def _listed(names: list[str]) -> str:
     rest = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + rest
-
-
-def _dump_into(scratch: Path, workspace: Workspace) -> None:
-    cache = workspace.config.cache.model_copy(update={"dir": scratch})
-    config = workspace.config.model_copy(update={"cache": cache})
-    DumpLogits(Workspace(config, workspace.run_dir)).build()
 
 
 def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | None) -> Iterator[str]:

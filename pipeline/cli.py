@@ -13,9 +13,10 @@ from click.core import ParameterSource
 
 from cache import SplitName
 from cache.manifest import load_manifest
-from pipeline.config import DEFAULT_STUDENT, check_student_name, load_config
+from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name, load_config
 from pipeline.runner import execute, plan, run_steps
-from pipeline.steps import RUN_CONFIG_NAME, Distill, DumpLogits, Step, Teacher, Tokenize, Workspace
+from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
+from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say
 
 _STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
@@ -123,7 +124,7 @@ def tokenize(config_path: Path, assignments: tuple[str, ...], run_dir: Path | No
 @run_options
 @force_option
 def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
-    """Train the full-precision teacher.
+    """Train the full-precision teacher, or take the checkpoint that teacher.path names: a student can be a teacher.
 
     \b
     Example:
@@ -133,21 +134,25 @@ def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | Non
 
 
 @cli.command("dump-logits")
+@click.option(
+    "--name", default=DEFAULT_STUDENT, show_default=True, help="The student that learns from it: a stage of the chain."
+)
 @run_options
 @force_option
-def dump_logits(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+def dump_logits(name: str, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
     """Write what the teacher knows about every position into the cache.
 
     \b
     Example:
         tristill dump-logits --set cache.profile.draws=12 --set cache.dir=caches/twelve
     """
-    _run_step(DumpLogits(workspace_of(config_path, assignments, run_dir)), force)
+    workspace = workspace_of(config_path, assignments, run_dir)
+    _run_step(DumpLogits(workspace.link(check_link_name(name, workspace.config))), force)
 
 
 @cli.command()
 @click.option(
-    "--name", default=DEFAULT_STUDENT, show_default=True, help="Student; a variant of the config or a new one."
+    "--name", default=DEFAULT_STUDENT, show_default=True, help="Student; a stage or variant of the config, or new."
 )
 @click.option(
     "--targets",
@@ -296,7 +301,8 @@ def fidelity(
     folder = folder or workspace.cache
     named = None if student is None else workspace.student(student)
     student_folder = Path(student) if named is not None and student and not named.is_dir() else named
-    rows = cache_fidelity(folder, workspace.teacher, student_folder, temperatures, positions)
+    teacher_folder = workspace.link_of_cache(folder).teacher
+    rows = cache_fidelity(folder, teacher_folder, student_folder, temperatures, positions)
     if as_json:
         click.echo(json.dumps([row.model_dump() for row in rows], indent=2))
         return
@@ -344,10 +350,11 @@ def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     from pipeline.cache_repair import repair_cache
 
     folder = folder or workspace_of(config_path, assignments, run_dir).cache
-    own = folder.parent / RUN_CONFIG_NAME
+    run_folder = folder.parent.parent if folder.parent.name == "caches" else folder.parent
+    own = run_folder / RUN_CONFIG_NAME
     is_named = click.get_current_context().get_parameter_source("config_path") is not ParameterSource.DEFAULT
     of_run = config_path if is_named or not own.is_file() else own
-    if not repair_cache(folder, lambda: workspace_of(of_run, assignments, run_dir), click.echo):
+    if not repair_cache(folder, lambda: workspace_of(of_run, assignments, run_dir).link_of_cache(folder), click.echo):
         click.echo(f"{folder}: nothing to repair, every byte is as it was written")
 
 
@@ -369,7 +376,9 @@ def _print_results(workspace: Workspace) -> None:
     from pipeline.results import run_table
 
     click.echo(run_table(workspace))
-    if (workspace.cache / "cache.json").is_file():
-        found = cache_info(workspace.cache)
-        click.echo(f"cache: {found['bytes_per_position']['on disk']:.1f} bytes/position on disk")
+    for name in workspace.config.link_names:
+        folder = workspace.link(name).cache
+        if (folder / "cache.json").is_file():
+            whose = f"cache of {name}" if name in workspace.config.stages else "cache"
+            click.echo(f"{whose}: {cache_info(folder)['bytes_per_position']['on disk']:.1f} bytes/position on disk")
     say(f"students are in {workspace.run_dir / 'students'}")

@@ -18,12 +18,14 @@ from stages.data.config import DataConfig
 from stages.distill.config import DistillConfig, StudentConfig
 from stages.dump.config import DumpConfig
 from stages.evaluate.config import EvaluateConfig
+from stages.losses.schedule import NUMBER
 from stages.models.config import ModelConfig
 from stages.settings import Section
 from stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
 _VARIANT_SECTIONS = {"student", "distill", "evaluate"}
+_STAGE_SECTIONS = _VARIANT_SECTIONS | {"cache"}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -31,11 +33,20 @@ class Config(Section):
     """Everything that one run folder is made from."""
 
     data: Annotated[DataConfig, Field(description="corpus, tokenizer and windows")] = DataConfig()
-    teacher: Annotated[TeacherConfig, Field(description="the full-precision model")]
+    teacher: Annotated[TeacherConfig, Field(description="the model that students learn from, trained here or given")]
     cache: Annotated[DumpConfig, Field(description="what is kept of the teacher's knowledge")] = DumpConfig()
     student: Annotated[StudentConfig, Field(description="the ternary model")] = StudentConfig()
     distill: Annotated[DistillConfig, Field(description="the student's loss and training")]
     evaluate: Annotated[EvaluateConfig, Field(description="held-out metrics")] = EvaluateConfig()
+    stages: Annotated[
+        dict[str, dict[str, Any]],
+        Field(
+            default_factory=dict,
+            description="a chain of teachers, in the order written: per name, the settings of cache, student, distill "
+            "and evaluate that differ. The first stage's student learns from the teacher, each next one from the "
+            "student before it, and the student of this config and its variants from the last",
+        ),
+    ]
     variants: Annotated[
         dict[str, dict[str, Any]],
         Field(
@@ -51,14 +62,34 @@ class Config(Section):
         return [DEFAULT_STUDENT, *self.variants]
 
     @property
+    def link_names(self) -> list[str]:
+        """The students of the stages and the default one, in order: each link of the chain has a cache of its own."""
+        return [*self.stages, DEFAULT_STUDENT]
+
+    @property
     def student_shape(self) -> ModelConfig:
-        """The student's own shape, or the teacher's."""
-        return self.student.model or self.teacher.model
+        """The default student's own shape, or that of its teacher. Raises CheckpointError if a given one is missing."""
+        return self.for_student(DEFAULT_STUDENT).student.model or self.teacher.shape
+
+    def teacher_of(self, name: str) -> str | None:
+        """The stage whose student teaches this one; None if the teacher does."""
+        chain = [*self.stages]
+        before = chain[: chain.index(name)] if name in chain else chain
+        return before[-1] if before else None
 
     def for_student(self, name: str) -> "Config":
-        """The config of one student: this one, with the changes of the variant of that name, if there is one."""
-        plain = self.model_dump(mode="json")
-        return Config.model_validate(_merged({**plain, "variants": {}}, self.variants.get(name, {})))
+        """The config of one student: this one, with the changes of the stage or variant of that name, if there is one.
+
+        A shape taken from a stage's student is filled in. A stage's cache is in a folder of its own.
+        """
+        plain = self.model_dump(mode="json", exclude={"stages", "variants"})
+        if name in self.stages:
+            plain["cache"]["dir"] = None
+        merged = _merged(plain, self.stages.get(name) or self.variants.get(name, {}))
+        before = self.teacher_of(name)
+        if before is not None and merged["student"]["model"] is None:
+            merged["student"]["model"] = self.for_student(before).student.model
+        return Config.model_validate(merged)
 
 
 def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
@@ -93,6 +124,16 @@ def check_student_name(name: str) -> str:
     return name
 
 
+def check_link_name(name: str, config: Config) -> str:
+    """The name of a student that has a cache of its own."""
+    if name not in config.link_names:
+        raise ConfigError(
+            f"--name {name}: found no stage of that name; expected one of: {', '.join(config.link_names)}, where "
+            f"{DEFAULT_STUDENT!r} is the cache of the last link, which variants share"
+        )
+    return name
+
+
 def _assign(plain: dict[str, Any], assignment: str) -> None:
     key, separator, text = assignment.partition("=")
     if not separator or not key.strip():
@@ -111,21 +152,39 @@ def _assign(plain: dict[str, Any], assignment: str) -> None:
 
 
 def _problems(plain: dict[str, Any]) -> Iterator[str]:
-    """Every problem of the config itself and of each variant merged into it, as `path: what`."""
+    """Every problem of the config itself and of each stage and variant merged into it, as `path: what`."""
     own = list(_validation_problems(plain))
     yield from own
-    variants = plain.get("variants")
-    if not isinstance(variants, dict):
-        return
-    for name, changes in variants.items():
-        where = f"variants.{name}"
-        if not _NAME.match(name) or name in {DEFAULT_STUDENT, "teacher"}:
-            yield f"{where}: expected another name: letters, digits, '.', '_', '-', not 'student' nor 'teacher'"
-        elif not isinstance(changes, dict) or changes.keys() - _VARIANT_SECTIONS:
-            yield f"{where}: expected tables {sorted(_VARIANT_SECTIONS)} only, since variants share one cache"
-        elif not own:
-            merged = _merged({key: value for key, value in plain.items() if key != "variants"}, changes)
-            yield from (f"{where}.{problem}" for problem in _validation_problems(merged))
+    base = {} if own else Config.model_validate(plain).model_dump(mode="json", exclude={"stages", "variants"})
+    taken = {DEFAULT_STUDENT, "teacher"}
+    for table, sections, why in (
+        ("stages", _STAGE_SECTIONS, "since a run has one corpus, and one teacher to begin with"),
+        ("variants", _VARIANT_SECTIONS, "since variants share one cache"),
+    ):
+        students = plain.get(table)
+        for name, changes in students.items() if isinstance(students, dict) else ():
+            where = f"{table}.{name}"
+            if not _NAME.match(name) or name in taken:
+                yield f"{where}: expected another name: letters, digits, '.', '_', '-', none of {sorted(taken)}"
+            elif not isinstance(changes, dict) or changes.keys() - sections:
+                yield f"{where}: expected tables {sorted(sections)} only, {why}"
+            elif not own:
+                yield from (f"{where}.{problem}" for problem in _validation_problems(_merged(base, changes)))
+            taken.add(name)
+    yield from _shared_caches(plain)
+
+
+def _shared_caches(plain: dict[str, Any]) -> Iterator[str]:
+    """Folders that two links of the chain name for their caches."""
+    stages = plain.get("stages")
+    tables = {f"stages.{name}": stage for name, stage in stages.items()} if isinstance(stages, dict) else {}
+    seen: dict[str, str] = {}
+    for where, table in {**tables, "": plain}.items():
+        cache = table.get("cache") if isinstance(table, dict) else None
+        folder = cache.get("dir") if isinstance(cache, dict) else None
+        key = f"{where}.cache.dir".lstrip(".")
+        if folder is not None and seen.setdefault(str(folder), key) != key:
+            yield f"{key}: found the folder of {seen[str(folder)]}; expected one of its own, as their teachers differ"
 
 
 def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:
@@ -159,13 +218,18 @@ def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str], list
     keys: list[str] = []
     siblings: list[str] = []
     for part in location:
+        if not isinstance(part, int) and "[" in part:  # one of several types that may stand there
+            continue
+        if isinstance(part, int):  # of a list
+            keys.append(str(part))
+            continue
         tagged = [model for model in models if _kind(model) == part]
-        if tagged and not any(part in model.model_fields for model in models):
+        if (tagged or part == NUMBER) and not any(part in model.model_fields for model in models):
             models = tagged
             continue
         siblings = sorted({name for model in models for name in model.model_fields})
-        keys.append(str(part))
-        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        keys.append(part)
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
         models = [found for field in fields for found in section_types(field.annotation)]
     return keys, siblings, [kind for model in models if (kind := _kind(model))]
 
@@ -180,13 +244,15 @@ def section_types(annotation: Any) -> list[type[BaseModel]]:
     """The config sections that a field of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, tuple):
         return [found for part in typing.get_args(annotation) for found in section_types(part)]
     return []
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, tables merged key by key."""
+    """`base` with `changes` laid over it, tables merged key by key; a table of another kind takes the other's place."""
+    if "kind" in changes and changes["kind"] != base.get("kind"):
+        return dict(changes)
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)

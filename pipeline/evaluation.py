@@ -9,7 +9,7 @@ from cache.atomic import write_atomically
 from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
 from pipeline.errors import MissingInputError
 from pipeline.results import run_rows
-from pipeline.steps import Workspace
+from pipeline.workspace import Workspace
 from stages.errors import CheckpointError
 from stages.evaluate.evaluate import evaluate
 from stages.models.folder import CONFIG_NAME, load_model, pick_device
@@ -21,35 +21,41 @@ from stages.targets.source import TargetSource
 def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Held-out metrics per model; all finished models of the run if none is named. Writes evaluation.json.
 
-    Teacher metrics come from the cache's validation targets, or from the teacher itself where there is no cache.
+    Each student is judged by its own teacher, everything else by that of the last link. Teacher metrics come from the
+    validation targets of the link's cache, or from the teacher itself where there is no cache.
     """
     folders = {name: _folder(workspace, name) for name in names or [row.name for row in run_rows(workspace)]}
     if not folders:
         raise MissingInputError(f"{workspace.run_dir}: found no trained model; run `tristill run --until distill`")
-    config = workspace.config
-    device = pick_device(config.distill.training.device)
-    source = _source(workspace)
+    device = pick_device(workspace.config.distill.training.device)
+    sources: dict[Path, TargetSource] = {}
     metrics = {}
     for name, folder in folders.items():
+        link = workspace.link(workspace.config.link_names[0] if name == "teacher" else name)
+        if link.cache not in sources:
+            sources[link.cache] = _source(link)
+        source = sources[link.cache]
         model = load_model(folder).to(device)
         if (folder / TOKENIZER_NAME).read_bytes() != source.tokenizer_path.read_bytes():
             raise CheckpointError(f"{folder}: found another tokenizer than {source.tokenizer_path}, expected the same")
-        metrics[name] = evaluate(model, source, config.evaluate, name).model_dump()
+        evaluation = workspace.config.for_student(name).evaluate
+        metrics[name] = evaluate(model, source, evaluation, name).model_dump()
     write_atomically(workspace.run_dir / "evaluation.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
 
 def _folder(workspace: Workspace, name: str) -> Path:
-    places = [workspace.teacher] if name == "teacher" else [workspace.student(name), Path(name)]
+    places = [workspace.run_dir / "teacher"] if name == "teacher" else [workspace.student(name), Path(name)]
     for folder in places:
         if (folder / CONFIG_NAME).is_file():
             return folder
     raise MissingInputError(f"{name}: found no model in {' or '.join(str(place) for place in places)}")
 
 
-def _source(workspace: Workspace) -> TargetSource:
-    device = pick_device(workspace.config.distill.training.device)
-    if (workspace.cache / MANIFEST_NAME).is_file():
-        return CachedSource(open_cache(workspace.cache), device)
-    teacher = load_model(workspace.teacher) if (workspace.teacher / CONFIG_NAME).is_file() else None
-    return OnlineSource(workspace.data, device, teacher=teacher, temperature=workspace.config.cache.profile.temperature)
+def _source(link: Workspace) -> TargetSource:
+    device = pick_device(link.config.distill.training.device)
+    if (link.cache / MANIFEST_NAME).is_file():
+        return CachedSource(open_cache(link.cache), device)
+    teacher = load_model(link.teacher) if (link.teacher / CONFIG_NAME).is_file() else None
+    temperature = link.config.for_student(link.name).cache.profile.temperature
+    return OnlineSource(link.data, device, teacher=teacher, temperature=temperature)

@@ -62,11 +62,12 @@ def _help_texts(command: click.Command, parent: click.Context | None, name: str)
 def config_reference() -> str:
     """Every section and field of the config, from the classes that check it."""
     parts = [_CONFIG_INTRODUCTION]
-    parts += _section_reference("", Config)
+    parts += _section_reference("", Config, set())
     return "\n".join(parts)
 
 
-def _section_reference(path: str, section: type[BaseModel]) -> Iterator[str]:
+def _section_reference(path: str, section: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
+    """The section and those below it; a table of some kind, which may stand in many places, at the first alone."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     below: list[tuple[str, type[BaseModel]]] = []
     for name, field in section.model_fields.items():
@@ -79,7 +80,9 @@ def _section_reference(path: str, section: type[BaseModel]) -> Iterator[str]:
     title = f"`[{path}]`{tag}" if path else "Top level"
     yield f"## {title}\n\n{_one_paragraph(section.__doc__)}\n\n" + "\n".join(rows) + "\n"
     for key, found in below:
-        yield from _section_reference(key, found)
+        if not ("kind" in found.model_fields and found in seen):
+            seen.add(found)
+            yield from _section_reference(key, found, seen)
 
 
 def _type_name(field: FieldInfo) -> str:
@@ -94,8 +97,11 @@ def _type_name(field: FieldInfo) -> str:
 
 def _annotation_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if section_types(annotation):
-        name = "table" + (" or none" if type(None) in arguments else "")
+    if section_types(annotation) and tuple in {origin, *map(typing.get_origin, arguments)}:
+        name = "list of tables" + (" or none" if type(None) in arguments else "")
+    elif section_types(annotation):
+        number = "number or " if _holds_a_number(annotation) else ""
+        name = f"{number}table" + (" or none" if type(None) in arguments else "")
     elif origin is typing.Literal:
         name = " or ".join(f'"{choice}"' for choice in arguments)
     elif origin is Annotated:
@@ -109,6 +115,11 @@ def _annotation_name(annotation: Any) -> str:
         own = (origin or annotation).__name__
         name = plain.get(own, own)
     return name
+
+
+def _holds_a_number(annotation: Any) -> bool:
+    """Whether a number may stand in place of a table."""
+    return annotation is float or any(map(_holds_a_number, typing.get_args(annotation)))
 
 
 def _default(field: FieldInfo) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import MissingInputError
 from pipeline.provenance import read_provenance
-from pipeline.steps import Workspace
+from pipeline.workspace import Workspace
 
 COLUMNS = {
     "perplexity": ("perplexity", "{:.2f}"),
@@ -21,23 +21,25 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One model: what it is, how it was trained, and its held-out metrics."""
+    """One model: what it is, whom it learned from, how it was trained, and its held-out metrics."""
 
     name: str
+    taught_by: str | None
     alpha: float | None
     summary: dict[str, Any]
 
 
 def run_rows(workspace: Workspace) -> list[Row]:
-    """The teacher, if it is here, and every finished student, those of the config first."""
-    rows = [Row("teacher", None, read_summary(workspace.teacher))] if has_summary(workspace.teacher) else []
+    """The teacher, if it is here, and every finished student: those of the chain first, then those of the config."""
+    teacher = workspace.run_dir / "teacher"
+    rows = [Row("teacher", None, None, read_summary(teacher))] if has_summary(teacher) else []
     found = [path.name for path in sorted((workspace.run_dir / "students").glob("*")) if has_summary(path)]
-    configured = [name for name in workspace.config.student_names if name in found]
+    configured = [name for name in [*workspace.config.stages, *workspace.config.student_names] if name in found]
     for name in [*configured, *(name for name in found if name not in configured)]:
         folder = workspace.student(name)
         record = read_provenance(folder)
         alpha = record.settings["distill"]["alpha"] if record else None
-        rows.append(Row(name, alpha, read_summary(folder)))
+        rows.append(Row(name, workspace.config.teacher_of(name) or "teacher", alpha, read_summary(folder)))
     return rows
 
 
@@ -68,18 +70,23 @@ def metrics_table(metrics: dict[str, dict[str, Any]]) -> str:
 def run_table(workspace: Workspace) -> str:
     """All models of a run: held-out metrics, training speed and memory; then the size of the cache."""
     rows = run_rows(workspace)
-    header = ["model", "alpha", *(title for title, _ in COLUMNS.values()), "steps", "positions/s", "peak RSS, MiB"]
-    lines = [
-        [
-            row.name,
-            _cell(row.alpha, "{:g}"),
-            *(_cell(row.summary["validation"].get(key), form) for key, (_, form) in COLUMNS.items()),
-            _cell(row.summary["train"]["steps"], "{}"),
-            _cell(row.summary["train"]["positions_per_s"], "{:,.0f}"),
-            _cell(row.summary["train"]["peak_rss_mib"], "{:,.0f}"),
-        ]
-        for row in rows
-    ]
+    is_chain = bool(workspace.config.stages)
+    titles = [title for title, _ in COLUMNS.values()]
+    header = ["model", *["taught by"] * is_chain, "alpha", *titles, "steps", "positions/s", "peak RSS, MiB"]
+    lines = []
+    for row in rows:
+        train = row.summary["train"] or {}  # none of a teacher that was given
+        lines.append(
+            [
+                row.name,
+                *[row.taught_by or "-"] * is_chain,
+                _cell(row.alpha, "{:g}"),
+                *(_cell(row.summary["validation"].get(key), form) for key, (_, form) in COLUMNS.items()),
+                _cell(train.get("steps"), "{}"),
+                _cell(train.get("positions_per_s"), "{:,.0f}"),
+                _cell(train.get("peak_rss_mib"), "{:,.0f}"),
+            ]
+        )
     return text_table([header, *lines])
 
 

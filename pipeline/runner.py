@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.errors import ChildError, MissingInputError, StaleError
 from pipeline.provenance import PROVENANCE_NAME, differences, locked, new_provenance, write_provenance
-from pipeline.steps import Distill, Step, Workspace, all_steps
+from pipeline.steps import Step, all_steps
+from pipeline.workspace import Workspace
 from stages.progress import say
 from stages.resources import peak_rss_mib
 
@@ -45,7 +46,7 @@ def execute(step: Step, *, force: bool = False) -> None:
 
 
 def _require_inputs(step: Step) -> None:
-    for needed in step.requires:
+    for needed in step.requires.values():
         _require_inputs(needed)
         refuse_if_stale(needed)
         if not needed.is_complete():
@@ -82,7 +83,10 @@ def refuse_if_stale(step: Step) -> None:
 
 
 def plan(workspace: Workspace, until: str) -> list[Step]:
-    """The steps to run, in order, to have all artefacts of `until`; refuses if any artefact on the way is stale."""
+    """The steps to run, in order, to have all artefacts of `until`; refuses if any artefact on the way is stale.
+
+    In a chain these are the artefacts of its last link; those of the stages before it are made if they are needed.
+    """
     steps = all_steps(workspace)
     last = max(i for i, step in enumerate(steps) if step.command == until)
     chain = steps[: last + 1]
@@ -93,11 +97,11 @@ def plan(workspace: Workspace, until: str) -> list[Step]:
     def want(step: Step) -> None:
         if step.folder not in wanted and not step.is_complete():
             wanted.add(step.folder)
-            for needed in step.needs:
+            for needed in step.needs.values():
                 want(needed)
 
     for step in chain:
-        if step.command == until:
+        if step.command == until and step.workspace.name not in workspace.config.stages:
             want(step)
     return [step for step in chain if step.folder in wanted]
 
@@ -105,8 +109,7 @@ def plan(workspace: Workspace, until: str) -> list[Step]:
 def run_steps(steps: Sequence[Step], arguments: Sequence[str]) -> None:
     """Run each step in a process of its own, so that none holds memory of another's, and each could run alone."""
     for step in steps:
-        name = ["--name", step.name] if isinstance(step, Distill) else []
-        command = [step.command, *name, *arguments]
+        command = [*step.label.split(), *arguments]
         say(f"$ tristill {' '.join(command)}")
         # What a step prints is news here; the result of a run is printed by its caller.
         code = _wait(subprocess.Popen([sys.executable, "-m", "pipeline", *command], stdout=2))  # noqa: S603 - ours

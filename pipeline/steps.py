@@ -1,71 +1,30 @@
 """The steps, their artefacts and what each is made from.
 
-    tokenize -> teacher -> dump-logits -> distill
+    tokenize -> teacher -> dump-logits -> distill           (the last two once for each stage of a chain)
 
 A step knows its folder, the settings and inputs that its numbers depend on, and how to build. Everything heavy is
 imported when a step builds, so that the command line answers without loading torch.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
 from cache.hashing import fingerprint_of, sha256_of_file
 from cache.manifest import load_manifest
-from pipeline.config import DEFAULT_STUDENT, Config, save_config
-from pipeline.errors import ConfigError
+from pipeline.config import DEFAULT_STUDENT, save_config
 from pipeline.provenance import Provenance, read_provenance
-from stages.data.config import SyntheticText
-
-RUN_CONFIG_NAME = "config.toml"
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """One config and the folders of its run."""
-
-    config: Config
-    run_dir: Path
-
-    @property
-    def data(self) -> Path:
-        """Tokens and tokenizer."""
-        return self.run_dir / "data"
-
-    @property
-    def teacher(self) -> Path:
-        """The teacher, as a Hugging Face folder."""
-        return self.run_dir / "teacher"
-
-    @property
-    def cache(self) -> Path:
-        """The cache, which may be shared between runs."""
-        return self.config.cache.dir or self.run_dir / "cache"
-
-    def __post_init__(self) -> None:
-        """Refuse a run whose corpus would be written by what the run itself makes of it."""
-        source = self.config.data.source
-        if isinstance(source, SyntheticText) and source.model.expanduser().resolve().is_relative_to(
-            self.run_dir.resolve()
-        ):
-            raise ConfigError(
-                f"data.source.model: found {source.model}, which this run folder makes from the corpus itself; "
-                "expected a model of another run, so use another --run-dir"
-            )
-
-    def student(self, name: str) -> Path:
-        """One student."""
-        return self.run_dir / "students" / name
+from pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from stages.models.config import ModelConfig
+from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, model_fingerprint, read_description
 
 
 class Step(ABC):
     """One artefact and how it is made."""
 
     command: ClassVar[str]
-    artefact: ClassVar[str]
-    """What inputs of later steps call it."""
     products: ClassVar[tuple[str, ...]]
     """Files without which the artefact is not there."""
     owned: ClassVar[tuple[str, ...]]
@@ -75,11 +34,11 @@ class Step(ABC):
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self.config = self.run_config = workspace.config
+        self.config = workspace.config.for_student(workspace.name)
 
     @property
     def label(self) -> str:
-        """The step as messages call it."""
+        """The step as messages call it: the words of its command."""
         return self.command
 
     @property
@@ -89,11 +48,11 @@ class Step(ABC):
 
     @property
     @abstractmethod
-    def needs(self) -> list["Step"]:
-        """Steps whose artefacts this one reads."""
+    def needs(self) -> dict[str, "Step"]:
+        """Steps whose artefacts this one reads, by what it takes each for."""
 
     @property
-    def requires(self) -> list["Step"]:
+    def requires(self) -> dict[str, "Step"]:
         """Steps without whose artefacts it cannot start."""
         return self.needs
 
@@ -107,12 +66,11 @@ class Step(ABC):
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what it is made from, as far as that is here."""
-        known = {step.artefact: step.fingerprint() for step in self.needs}
-        return {name: fingerprint for name, fingerprint in known.items() if fingerprint}
+        return fingerprints(self.needs)
 
     def save_config(self) -> None:
         """Keep the config with the run."""
-        save_config(self.run_config, self.workspace.run_dir / RUN_CONFIG_NAME)
+        save_config(self.workspace.config, self.workspace.run_dir / RUN_CONFIG_NAME)
 
     def provenance(self) -> Provenance | None:
         """The record in its folder."""
@@ -128,11 +86,16 @@ class Step(ABC):
         return self.fingerprint() is not None and all((self.folder / name).is_file() for name in self.products)
 
 
+def fingerprints(steps: Mapping[str, Step]) -> dict[str, str]:
+    """Those of the artefacts that are finished."""
+    known = {name: step.fingerprint() for name, step in steps.items()}
+    return {name: fingerprint for name, fingerprint in known.items() if fingerprint}
+
+
 class Tokenize(Step):
     """Corpus to token windows."""
 
     command = "tokenize"
-    artefact = "data"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
     owned = (*products, "synthetic", ".*.partial")
     resumable = ("synthetic/part-*.jsonl",)
@@ -143,9 +106,9 @@ class Tokenize(Step):
         return self.workspace.data
 
     @property
-    def needs(self) -> list[Step]:
+    def needs(self) -> dict[str, Step]:
         """Nothing of ours."""
-        return []
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """The data section."""
@@ -171,43 +134,71 @@ class Tokenize(Step):
 
 
 class Teacher(Step):
-    """Token windows to a trained teacher."""
+    """Token windows, or a checkpoint that is given, to the run's teacher."""
 
     command = "teacher"
-    artefact = "teacher"
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
     owned = (*products, "tokenizer_config.json", "metrics.jsonl", "checkpoints", ".*.partial")
     resumable = ("checkpoints/step-*",)
 
     @property
     def folder(self) -> Path:
-        """The teacher's folder."""
-        return self.workspace.teacher
+        """The folder of the run's teacher."""
+        return self.workspace.run_dir / "teacher"
 
     @property
-    def needs(self) -> list[Step]:
+    def needs(self) -> dict[str, Step]:
         """The tokens."""
-        return [Tokenize(self.workspace)]
+        return {"data": Tokenize(self.workspace)}
 
     def settings(self) -> dict[str, Any]:
         """The teacher section."""
         return {"teacher": self.config.teacher.numbers()}
 
+    def inputs(self) -> dict[str, str]:
+        """The tokens, and the checkpoint that is given, if it is here."""
+        given = self.config.teacher.path
+        if given is None or not all((given / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+            return super().inputs()
+        return {**super().inputs(), "checkpoint": model_fingerprint(given)}
+
+    def shape(self) -> ModelConfig:
+        """The teacher's shape: of one that is given, as its copy here says, if there is one."""
+        is_copied = self.config.teacher.path is not None and (self.folder / CONFIG_NAME).is_file()
+        return read_description(self.folder).shape if is_copied else self.config.teacher.shape
+
     def build(self) -> str:
-        """Train."""
+        """Train it, or copy the one that is given."""
+        from stages.teacher.given import take_teacher
         from stages.teacher.train import train_teacher
 
-        return train_teacher(self.config.teacher, self.workspace.data, self.folder, self.config.evaluate).fingerprint
+        config, data, evaluate = self.config.teacher, self.workspace.data, self.config.evaluate
+        if config.path is None:
+            return train_teacher(config, data, self.folder, evaluate).fingerprint
+        return take_teacher(config.path, data, self.folder, self.config.cache.device, evaluate).fingerprint
+
+
+def teacher_step(workspace: Workspace) -> Step:
+    """The step that makes the teacher of a link: the run's, or the student of the link before."""
+    return Teacher(workspace) if workspace.taught_by is None else Distill(workspace, workspace.taught_by)
 
 
 class DumpLogits(Step):
     """Teacher to cache."""
 
     command = "dump-logits"
-    artefact = "cache"
     products = ("cache.json", "tokenizer.json")
     owned = (*products, "tables.h5", "train-*.h5", "validation-*.h5", ".*.partial")
     resumable = ("tables.h5", "train-*.h5", "validation-*.h5")
+
+    @property
+    def label(self) -> str:
+        """The command, and the stage that the cache is for."""
+        return (
+            f"{self.command} --name {self.workspace.name}"
+            if self.workspace.name in self.workspace.config.stages
+            else self.command
+        )
 
     @property
     def folder(self) -> Path:
@@ -215,9 +206,9 @@ class DumpLogits(Step):
         return self.workspace.cache
 
     @property
-    def needs(self) -> list[Step]:
+    def needs(self) -> dict[str, Step]:
         """Tokens and teacher."""
-        return [Tokenize(self.workspace), Teacher(self.workspace)]
+        return {"data": Tokenize(self.workspace), "teacher": teacher_step(self.workspace)}
 
     def settings(self) -> dict[str, Any]:
         """The cache section."""
@@ -243,26 +234,28 @@ class DumpLogits(Step):
 
     def build(self) -> str:
         """Forward the teacher over the windows that are missing."""
-        from stages.dump.dump import dump_logits
-
-        dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, self.folder)
+        self.dump_into(self.folder)
         fingerprint = self.fingerprint()
         assert fingerprint is not None, "the manifest was just written"
         return fingerprint
+
+    def dump_into(self, folder: Path) -> None:
+        """Write the cache, or what is missing of it, into any folder."""
+        from stages.dump.dump import dump_logits
+
+        dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, folder)
 
 
 class Distill(Step):
     """Cache, or teacher and tokens, to one student."""
 
     command = "distill"
-    artefact = "student"
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
     owned = Teacher.owned
     resumable = Teacher.resumable
 
     def __init__(self, workspace: Workspace, name: str) -> None:
-        super().__init__(Workspace(workspace.config.for_student(name), workspace.run_dir))
-        self.run_config = workspace.config
+        super().__init__(workspace.link(name))
         self.name = name
 
     def save_config(self) -> None:
@@ -281,30 +274,38 @@ class Distill(Step):
         return self.workspace.student(self.name)
 
     @property
-    def needs(self) -> list[Step]:
+    def _sources(self) -> dict[str, Step]:
+        return {"data": Tokenize(self.workspace), "teacher": teacher_step(self.workspace)}
+
+    @property
+    def needs(self) -> dict[str, Step]:
         """The cache, unless targets are online; the teacher, if the student starts from it."""
-        cached = self.config.distill.targets != "online"
-        needs: list[Step] = [DumpLogits(self.workspace)] if cached else [Tokenize(self.workspace)]
-        if not cached or self.config.student.init == "teacher":
-            needs.append(Teacher(self.workspace))
+        if self.config.distill.targets == "online":
+            return self._sources
+        needs: dict[str, Step] = {"cache": DumpLogits(self.workspace)}
+        if self.config.student.init == "teacher":
+            needs["teacher"] = teacher_step(self.workspace)
         return needs
 
     @property
-    def requires(self) -> list[Step]:
+    def requires(self) -> dict[str, Step]:
         """What online targets need; a cache says itself what is wrong with it."""
-        return [Tokenize(self.workspace), Teacher(self.workspace)] if self.config.distill.targets == "online" else []
+        return self._sources if self.config.distill.targets == "online" else {}
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of all that its targets can come from, as far as that is here."""
-        steps: list[Step] = [Tokenize(self.workspace), Teacher(self.workspace)]
+        steps = self._sources
         if self.config.distill.targets != "online":
-            steps.append(DumpLogits(self.workspace))
-        known = {step.artefact: step.fingerprint() for step in steps}
-        return {name: fingerprint for name, fingerprint in known.items() if fingerprint}
+            steps["cache"] = DumpLogits(self.workspace)
+        return fingerprints(steps)
+
+    def shape(self) -> ModelConfig:
+        """The student's own shape, or its teacher's."""
+        return self.config.student.model or Teacher(self.workspace).shape()
 
     def settings(self) -> dict[str, Any]:
         """The student's sections, with its shape resolved."""
-        student = {**self.config.student.numbers(), "model": self.config.student_shape.numbers()}
+        student = {**self.config.student.numbers(), "model": self.shape().numbers()}
         return {"student": student, "distill": {**self.config.distill.numbers(), "targets": self.targets()}}
 
     def targets(self) -> str:
@@ -327,7 +328,7 @@ class Distill(Step):
         from stages.distill.distill import distill
         from stages.models.folder import pick_device
 
-        tokens, teacher = Tokenize(self.workspace), Teacher(self.workspace)
+        tokens, teacher = Tokenize(self.workspace), teacher_step(self.workspace)
         places = Places(
             cache=self.workspace.cache,
             data=tokens.folder,
@@ -341,7 +342,7 @@ class Distill(Step):
         summary = distill(
             self.config.distill,
             self.config.student,
-            self.config.student_shape,
+            self.shape(),
             source,
             device,
             self.folder,
@@ -354,5 +355,8 @@ class Distill(Step):
 
 def all_steps(workspace: Workspace) -> list[Step]:
     """Every step of a config, in order."""
+    steps: list[Step] = [Tokenize(workspace), Teacher(workspace)]
+    for name in workspace.config.stages:
+        steps += [DumpLogits(workspace.link(name)), Distill(workspace, name)]
     students = [Distill(workspace, name) for name in workspace.config.student_names]
-    return [Tokenize(workspace), Teacher(workspace), DumpLogits(workspace), *students]
+    return [*steps, DumpLogits(workspace), *students]

@@ -9,7 +9,7 @@ from conftest import ROOT
 from pipeline.config import Config, check_student_name, load_config, save_config
 from pipeline.errors import ConfigError
 from pipeline.runner import plan
-from pipeline.steps import Workspace
+from pipeline.workspace import Workspace
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 MINIMAL = """
@@ -32,7 +32,8 @@ def test_shipped_configs_load_and_plan_every_step(path: Path, tmp_path: Path) ->
     config = load_config(path)
     steps = [step.label for step in plan(Workspace(config, tmp_path), "distill")]
     students = [f"distill --name {name}" for name in config.student_names]
-    assert steps == ["tokenize", "teacher", "dump-logits", *students]
+    stages = [label for name in config.stages for label in (f"dump-logits --name {name}", f"distill --name {name}")]
+    assert steps == ["tokenize", "teacher", *stages, "dump-logits", *students]
     assert [step.label for step in plan(Workspace(config, tmp_path), "teacher")] == ["tokenize", "teacher"]
 
 
@@ -96,7 +97,7 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
         ),
         ("cache.fidelity={}", "cache.fidelity: .*give one of max_gradient_angle_deg and bytes_per_position"),
         ("cache.hidden_layers=[1, 1]", "cache.hidden_layers: layers must be distinct"),
-        ("distill.hidden.layers={}", "distill.hidden.layers: Dictionary should have at least 1 item"),
+        ("distill.hidden.layers={}", "distill.hidden.layers: expected at least one pair of layers"),
         ("teacher=3", "teacher: Input should be"),
         ("student.quantize.weights=nbit", "student.quantize: weights = 'nbit' needs bits, and found none; set bits"),
         ("student.quantize.bits=4", "student.quantize: bits = 4 belongs to the nbit codes, and found weights = 'absm"),

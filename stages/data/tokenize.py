@@ -15,7 +15,7 @@ from cache.spec import SplitName
 from stages.data.config import DataConfig, SyntheticText, TrainedTokenizer
 from stages.data.corpus import documents, is_validation
 from stages.data.tokenized import TokenizedCorpus, TokenizedSplit
-from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, train_tokenizer
+from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, train_tokenizer
 from stages.data.tokens import TokenFileWriter, token_file
 from stages.errors import CorpusError
 from stages.progress import Progress
@@ -28,8 +28,8 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     datasets.disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     read_documents = _reader(config, folder)
-    tokenizer, end_of_text_id = _tokenizer(config, read_documents)
-    write_atomically(folder / "tokenizer.json", tokenizer.to_str().encode("utf-8"))
+    tokenizer, tokenizer_json, end_of_text_id = _tokenizer(config, read_documents)
+    write_atomically(folder / "tokenizer.json", tokenizer_json)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     dtype = ids_dtype(vocab_size)
     counts = {"train": [0, 0], "validation": [0, 0]}
@@ -72,15 +72,18 @@ def _reader(config: DataConfig, folder: Path) -> Callable[[], Iterator[str]]:
     return partial(written_documents, write_synthetic(config.source, folder / "synthetic"))
 
 
-def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[str]]) -> tuple[Tokenizer, int]:
+def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[str]]) -> tuple[Tokenizer, bytes, int]:
+    """The tokenizer, its `tokenizer.json` and its end-of-text id; the file of an existing one is kept byte for byte."""
     if isinstance(config.tokenizer, TrainedTokenizer):
         texts = (text for text in read_documents() if not is_validation(text, config))
         tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
+        tokenizer_json = tokenizer.to_str().encode("utf-8")
     else:
         tokenizer, end_of_text = existing_tokenizer(config.tokenizer), config.tokenizer.end_of_text
+        tokenizer_json = tokenizer_file(config.tokenizer).read_bytes()
     end_of_text_id = tokenizer.token_to_id(end_of_text)
     assert end_of_text_id is not None, "both kinds of tokenizer were made or checked to have it"
-    return tokenizer, end_of_text_id
+    return tokenizer, tokenizer_json, end_of_text_id
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

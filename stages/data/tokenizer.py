@@ -33,8 +33,8 @@ def train_tokenizer(config: TrainedTokenizer, texts: Iterable[str]) -> Tokenizer
 
 def existing_tokenizer(config: ExistingTokenizer) -> Tokenizer:
     """The tokenizer at `config.path`, checked to have the end-of-text token."""
-    path = Path(config.path).expanduser()
-    tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    path = tokenizer_file(config)
+    tokenizer = load_tokenizer(path)
     if tokenizer.token_to_id(config.end_of_text) is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         raise TokenizerError(
@@ -42,6 +42,12 @@ def existing_tokenizer(config: ExistingTokenizer) -> Tokenizer:
             f"tokens: {special[:10]}"
         )
     return tokenizer
+
+
+def tokenizer_file(config: ExistingTokenizer) -> Path:
+    """The `tokenizer.json` that `config.path` is or holds."""
+    path = Path(config.path).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from stages.losses.build import make_term
 from stages.losses.config import LossConfig
-from stages.losses.schedule import AdaptiveTemperature, value_at
+from stages.losses.schedule import AdaptiveTemperature, Temperature, value_at
 from stages.losses.term import WeightedTerm
-from stages.losses.terms_config import AnyTerm, AtTemperature, Temperature
+from stages.losses.terms_config import AnyTerm, AtTemperature
 
 
 class ScheduledTerms(nn.Module):

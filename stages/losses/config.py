@@ -7,14 +7,13 @@ from pydantic import Field, field_validator, model_validator
 
 from cache.profiles.profile import Need, TailTreatment
 from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
-from stages.losses.schedule import Schedule, StepSchedule, values_of
+from stages.losses.schedule import Schedule, Share, StepSchedule, Temperature, values_of
 from stages.losses.selection_config import BalanceConfig, EntropyWeights, MiningConfig
 from stages.losses.terms_config import (
     AnyTerm,
     AtTemperature,
     CrossEntropySettings,
     ForwardKLSettings,
-    Temperature,
     positive_temperature,
 )
 from stages.settings import Section
@@ -29,7 +28,7 @@ class LossConfig(Section):
     """
 
     alpha: Annotated[
-        Annotated[float, Field(ge=0, le=1)] | Annotated[Schedule, Field(discriminator="kind")] | None,
+        Share | None,
         Field(
             description="share of cross-entropy on the labels, a number or a schedule; 1 trains without a teacher; "
             "none is 0.5, or what `losses` says"

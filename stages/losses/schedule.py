@@ -3,12 +3,12 @@
 import math
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from stages.settings import Section
 
 _Positive = Annotated[float, Field(gt=0, le=1000)]
-_Share = Annotated[float, Field(ge=0, le=1)]
+_Milestone = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Ramp(Section):
@@ -53,7 +53,7 @@ class StepSchedule(Section):
         tuple[Annotated[float, Field(ge=0, le=1000)], ...],
         Field(min_length=2, description="the first value, then that from each milestone on"),
     ]
-    milestones: Annotated[tuple[_Share, ...], Field(min_length=1, description="shares of the steps, ascending")]
+    milestones: Annotated[tuple[_Milestone, ...], Field(min_length=1, description="shares of the steps, ascending")]
 
     @model_validator(mode="after")
     def _one_value_more_than_milestones(self) -> Self:
@@ -99,6 +99,34 @@ class AdaptiveTemperature(Section):
 
 
 Schedule = LinearSchedule | CosineSchedule | StepSchedule
+NUMBER = "number"
+"""Tag of a plain number where a schedule may stand too."""
+
+
+def _kind(setting: object) -> str | None:
+    kind = setting.get("kind") if isinstance(setting, dict) else getattr(setting, "kind", NUMBER)
+    return None if kind is None else str(kind)
+
+
+_KINDS = Discriminator(
+    _kind,
+    custom_error_type="schedule",
+    custom_error_message="expected a number, or a table whose kind is that of a schedule",
+)
+_Scheduled = (
+    Annotated[LinearSchedule, Tag("linear")]
+    | Annotated[CosineSchedule, Tag("cosine")]
+    | Annotated[StepSchedule, Tag("step")]
+)
+Share = Annotated[Annotated[float, Field(ge=0, le=1), Tag(NUMBER)] | _Scheduled, _KINDS]
+"""A number between 0 and 1, or a schedule."""
+Weight = Annotated[Annotated[float, Field(ge=0, le=1e6), Tag(NUMBER)] | _Scheduled, _KINDS]
+"""A number from 0, or a schedule."""
+Temperature = Annotated[
+    Annotated[float, Field(gt=0, le=1000), Tag(NUMBER)] | _Scheduled | Annotated[AdaptiveTemperature, Tag("adaptive")],
+    _KINDS,
+]
+"""A number above 0, or a schedule."""
 
 
 def value_at(setting: float | Schedule, step: int, steps: int) -> float:

@@ -4,24 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from stages.losses.schedule import (
-    AdaptiveTemperature,
-    CosineSchedule,
-    LinearSchedule,
-    Schedule,
-    StepSchedule,
-    values_of,
-)
+from stages.losses.schedule import Temperature, Weight, values_of
 from stages.settings import Section
-
-Weight = Annotated[float, Field(ge=0, le=1e6)] | Annotated[Schedule, Field(discriminator="kind")]
-Temperature = (
-    Annotated[float, Field(gt=0, le=1000)]
-    | Annotated[
-        LinearSchedule | CosineSchedule | StepSchedule | AdaptiveTemperature,
-        Field(discriminator="kind"),
-    ]
-)
 
 
 def positive_temperature(temperature: Temperature | None) -> Temperature | None:

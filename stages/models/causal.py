@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import CheckpointError
-from stages.models.folder import CONFIG_NAME, is_ours, load_model, read_config
+from stages.models.description import CONFIG_NAME, read_config
+from stages.models.folder import is_ours, load_model
 from stages.models.generate import CausalModel, TransformerRollout
 
 

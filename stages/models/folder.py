@@ -11,16 +11,28 @@ import torch
 from torch import Tensor
 
 from cache.atomic import write_atomically
-from cache.hashing import fingerprint_of, sha256_of_file
 from stages.errors import CheckpointError, StageError
-from stages.models.config import ModelConfig
+from stages.models.description import (
+    CONFIG_NAME,
+    STUDENT_TYPE,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    model_fingerprint,
+    read_description,
+)
 from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-TOKENIZER_NAME = "tokenizer.json"
-_STUDENT_TYPE = "tristill_ternary"
+__all__ = [
+    "CONFIG_NAME",
+    "TOKENIZER_NAME",
+    "WEIGHTS_NAME",
+    "load_model",
+    "load_weights",
+    "model_fingerprint",
+    "pick_device",
+    "read_tensors",
+    "save_model",
+]
 
 
 def save_model(
@@ -45,23 +57,8 @@ def save_model(
 
 def load_model(folder: Path) -> Transformer:
     """The model in a folder that `save_model` wrote, on the CPU, in float32."""
-    config = read_config(folder / CONFIG_NAME)
-    try:
-        shape = ModelConfig(
-            width=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            kv_heads=config["num_key_value_heads"],
-            mlp_width=config["intermediate_size"],
-            tied_embeddings=config["tie_word_embeddings"],
-            rope_theta=config["rope_theta"],
-            norm_eps=config["rms_norm_eps"],
-            subln=config.get("subln", False),
-        )
-        quantize = QuantizeConfig(**config["quantize"]) if config["model_type"] == _STUDENT_TYPE else None
-        model = Transformer(shape, config["vocab_size"], quantize)
-    except (KeyError, TypeError, ValueError) as exc:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: does not describe a model of ours ({exc})") from exc
+    description = read_description(folder)
+    model = Transformer(description.shape, description.vocab_size, description.quantize)
     load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     return model
 
@@ -69,7 +66,7 @@ def load_model(folder: Path) -> Transformer:
 def is_ours(config: dict[str, Any]) -> bool:
     """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
     kind = config.get("model_type")
-    return kind == _STUDENT_TYPE or (kind == "llama" and "transformers_version" not in config)
+    return kind == STUDENT_TYPE or (kind == "llama" and "transformers_version" not in config)
 
 
 def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
@@ -91,11 +88,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
-
-
-def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the architecture and the weights."""
-    return fingerprint_of([sha256_of_file(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -134,7 +126,7 @@ def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id
     if model.quantize is not None:
         description |= {
             "architectures": ["TristillTernaryForCausalLM"],
-            "model_type": _STUDENT_TYPE,
+            "model_type": STUDENT_TYPE,
             "quantize": model.quantize.model_dump(exclude_none=True),
         }
     if config.subln:
@@ -144,14 +136,3 @@ def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The description in a model folder, of ours or of transformers."""
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError as exc:
-        raise CheckpointError(f"{path}: found no model there; train it first, or give another folder") from exc
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
-    return config

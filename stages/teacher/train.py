@@ -3,12 +3,9 @@
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
-from cache.atomic import write_atomically
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
-from stages.evaluate.metrics import ValidationMetrics
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import LossValues, WeightedTerm
@@ -17,26 +14,19 @@ from stages.models.transformer import Transformer
 from stages.targets.online import OnlineSource
 from stages.targets.source import Signals, TargetBatch, endless_batches
 from stages.teacher.config import TeacherConfig
-from stages.training.loop import StepInfo, Training, TrainingSummary
-
-
-class TeacherSummary(BaseModel):
-    """`summary.json` of a teacher."""
-
-    model_config = ConfigDict(frozen=True)
-
-    validation: ValidationMetrics
-    train: TrainingSummary
-    parameters: int
-    fingerprint: str
+from stages.teacher.summary import TeacherSummary
+from stages.training.loop import StepInfo, Training
 
 
 def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evaluation: EvaluateConfig) -> TeacherSummary:
     """Train, save, evaluate; resumes from the last checkpoint in `folder`."""
-    device = pick_device(config.training.device)
+    shape, settings = config.model, config.training
+    assert shape is not None, "a teacher that is given is not trained"
+    assert settings is not None, "a teacher that is given is not trained"
+    device = pick_device(settings.device)
     source = OnlineSource(data_folder, device)
-    model = Transformer(config.model, source.vocab_size)
-    model.initialize(torch.Generator().manual_seed(config.training.seed))
+    model = Transformer(shape, source.vocab_size)
+    model.initialize(torch.Generator().manual_seed(settings.seed))
     model.to(device)
     terms = [WeightedTerm(1.0, CrossEntropy())]
 
@@ -48,9 +38,9 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
         "teacher",
         model,
         compute_loss,
-        endless_batches(source, config.training.batch_windows, Signals(), config.training.seed),
-        config.training.batch_windows * source.context_length,
-        config.training,
+        endless_batches(source, settings.batch_windows, Signals(), settings.seed),
+        settings.batch_windows * source.context_length,
+        settings,
         folder,
     )
     trained = training.run()
@@ -58,9 +48,9 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     summary = TeacherSummary(
         validation=evaluate(model, source, evaluation, "teacher"),
         train=trained,
-        parameters=config.model.parameters(source.vocab_size),
+        parameters=shape.parameters(source.vocab_size),
         fingerprint=model_fingerprint(folder),
     )
-    write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
+    summary.save(folder)
     training.clear_checkpoints()
     return summary

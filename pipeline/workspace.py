@@ -1,0 +1,75 @@
+"""Where everything of a run is, as one of its students sees it.
+
+In a chain of teachers each student has a teacher and a cache of its own: its link. The student of one link is the
+teacher of the next.
+
+    teacher -> caches/A -> students/A -> caches/B -> students/B -> cache -> students/student and all variants
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config import DEFAULT_STUDENT, Config
+from pipeline.errors import ConfigError
+from stages.data.config import SyntheticText
+
+RUN_CONFIG_NAME = "config.toml"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One config, the folders of its run, and the student whose link is looked at."""
+
+    config: Config
+    run_dir: Path
+    name: str = DEFAULT_STUDENT
+
+    def __post_init__(self) -> None:
+        given = self.config.teacher.path
+        if given is not None and given.resolve().is_relative_to(self.run_dir.resolve()):
+            raise ConfigError(
+                f"teacher.path: found {given}, which is in the run folder {self.run_dir}, where steps replace files; "
+                "expected a folder elsewhere: use another --run-dir"
+            )
+        source = self.config.data.source
+        if isinstance(source, SyntheticText) and source.model.expanduser().resolve().is_relative_to(
+            self.run_dir.resolve()
+        ):
+            raise ConfigError(
+                f"data.source.model: found {source.model}, which this run folder makes from the corpus itself; "
+                "expected a model of another run, so use another --run-dir"
+            )
+
+    def link(self, name: str) -> "Workspace":
+        """The same run as another of its students sees it."""
+        return replace(self, name=name)
+
+    def link_of_cache(self, folder: Path) -> "Workspace":
+        """The link whose cache is in this folder; the last one, if none is."""
+        links = [self.link(name) for name in self.config.link_names]
+        return next((link for link in links if link.cache.resolve() == folder.resolve()), links[-1])
+
+    @property
+    def taught_by(self) -> str | None:
+        """The student that is the teacher of this link; None if it is the run's teacher."""
+        return self.config.teacher_of(self.name)
+
+    @property
+    def data(self) -> Path:
+        """Tokens and tokenizer."""
+        return self.run_dir / "data"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher of this link."""
+        return self.run_dir / "teacher" if self.taught_by is None else self.student(self.taught_by)
+
+    @property
+    def cache(self) -> Path:
+        """The cache of this link; that of a configured folder may be shared between runs."""
+        own = "caches/" + self.name if self.name in self.config.stages else "cache"
+        return self.config.for_student(self.name).cache.dir or self.run_dir / own
+
+    def student(self, name: str) -> Path:
+        """One student."""
+        return self.run_dir / "students" / name

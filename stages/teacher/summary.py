@@ -1,0 +1,24 @@
+"""What is known of a finished teacher."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from cache.atomic import write_atomically
+from stages.evaluate.metrics import ValidationMetrics
+from stages.training.loop import TrainingSummary
+
+
+class TeacherSummary(BaseModel):
+    """`summary.json` of a teacher; train is None for one that was given."""
+
+    model_config = ConfigDict(frozen=True)
+
+    validation: ValidationMetrics
+    train: TrainingSummary | None
+    parameters: int
+    fingerprint: str
+
+    def save(self, folder: Path) -> None:
+        """Write it to the teacher's folder."""
+        write_atomically(folder / "summary.json", (self.model_dump_json(indent=2) + "\n").encode())
