@@ -4,7 +4,8 @@ Blocks of consecutive windows are permuted; each group of consecutive permuted b
 are permuted again (docs/format.md, section 10). Only one permutation of blocks is held.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,23 +21,74 @@ class Group:
     windows: np.ndarray
 
 
-class WindowOrder:
-    """All windows of a split, each exactly once, in the order of one epoch. `seed=None` is the stored order."""
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """Which windows of an order are seen: in the n-th batch of a training, those of rank below share(n) * all.
 
-    def __init__(self, num_windows: int, windows_per_block: int, seed: int | None, epoch: int = 0) -> None:
-        self.num_windows = num_windows
+    rank_W: a permutation, 0 for the window that is seen first. batches_before: of earlier epochs.
+    """
+
+    rank_W: np.ndarray
+    share: Callable[[int], float]
+    batch_windows: int
+    batches_before: int = 0
+
+    def seen(self, windows: np.ndarray, position: int) -> np.ndarray:
+        """Of windows in their order, those that are seen, if so many of the epoch were seen before."""
+        ranks = self.rank_W[windows]
+        kept = []
+        while len(windows):
+            batch, filled = divmod(position, self.batch_windows)
+            allowed = max(self.batch_windows, math.ceil(self.share(self.batches_before + batch) * len(self.rank_W)))
+            places = np.flatnonzero(ranks < allowed)[: self.batch_windows - filled]
+            kept.append(windows[places])
+            position += len(places)
+            rest = places[-1] + 1 if len(places) == self.batch_windows - filled else len(windows)
+            windows, ranks = windows[rest:], ranks[rest:]
+        return np.concatenate(kept) if kept else windows
+
+
+class WindowOrder:
+    """All windows of a split, each exactly once, in the order of one epoch. `seed=None` is the stored order.
+
+    With a pacing, only those that are seen; positions count them.
+    """
+
+    def __init__(
+        self,
+        num_windows: int,
+        windows_per_block: int,
+        seed: int | None,
+        epoch: int = 0,
+        pacing: Pacing | None = None,
+    ) -> None:
+        self._all_windows = num_windows
+        self._pacing = pacing
         self._windows_per_block = windows_per_block
         self._seed = seed
         self._epoch = epoch
         num_blocks = -(-num_windows // windows_per_block)
         self._blocks = np.arange(num_blocks) if seed is None else self._generator().permutation(num_blocks)
 
+    @property
+    def num_windows(self) -> int:
+        """Windows of the epoch."""
+        if self._pacing is None:
+            return self._all_windows
+        return sum(len(group.windows) for _, group in self.groups())
+
     def groups(self, first_position: int = 0) -> Iterator[tuple[int, Group]]:
         """Groups from the one that holds `first_position` of the epoch on, each with its own first position."""
         position = 0
         for number, start in enumerate(range(0, len(self._blocks), BLOCKS_PER_GROUP)):
             blocks = self._blocks[start : start + BLOCKS_PER_GROUP]
-            ends = np.minimum((blocks + 1) * self._windows_per_block, self.num_windows)
+            ends = np.minimum((blocks + 1) * self._windows_per_block, self._all_windows)
+            if self._pacing is not None:
+                windows = self._pacing.seen(self._windows_of(number, blocks, ends), position)
+                if position + len(windows) > first_position:
+                    yield position, Group(np.unique(windows // self._windows_per_block), windows)
+                position += len(windows)
+                continue
             size = int((ends - blocks * self._windows_per_block).sum())
             if position + size > first_position:
                 yield position, Group(blocks, self._windows_of(number, blocks, ends))

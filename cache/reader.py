@@ -13,7 +13,7 @@ from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestErro
 from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest, load_manifest
-from cache.order import Group, WindowOrder
+from cache.order import Group, Pacing, WindowOrder
 from cache.parts import SIGNAL_STEP_NATS, Part, part_coders
 from cache.profiles.profile import Place
 from cache.shard import OpenShard, corrupt
@@ -22,6 +22,7 @@ from cache.tables import load_tables
 from cache.verify import verify_cache
 
 _MAX_OPEN_SHARDS = 64
+_SIGNAL_SIGNS = {"teacher_entropy": SIGNAL_STEP_NATS, "label_log_prob": -SIGNAL_STEP_NATS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,22 @@ class Cache:
         num_windows = min(self.spec.windows_per_chunk, self.num_windows(split) - first)
         return self._gather([(block, row) for row in range(num_windows)], targets=True, hidden_layers=())
 
+    def mean_signals(self, split: SplitName, threads: int = 2) -> dict[str, np.ndarray]:
+        """`teacher_entropy` and `label_log_prob` as means over each window of a split, in nats, (num_windows,).
+
+        Reads nothing else. Refuses caches of version 1, which have neither.
+        """
+        if self.spec.format_version == 1:
+            raise CacheRequestError(f"{self.folder}: caches of format version 1 hold no entropies; dump it again")
+        num_windows = self.num_windows(split)
+        num_blocks = -(-num_windows // self.spec.windows_per_chunk)
+        with ThreadPoolExecutor(threads, thread_name_prefix="cache-decode") as pool:
+            blocks = list(pool.map(lambda b: self._read_block(split, b, (self.spec.signal_part,)), range(num_blocks)))
+        return {
+            name: np.concatenate([block[name] for block in blocks])[:num_windows].mean(axis=1) * np.float32(sign)
+            for name, sign in _SIGNAL_SIGNS.items()
+        }
+
     def stream(
         self,
         split: SplitName,
@@ -127,6 +144,7 @@ class Cache:
         seed: int | None,
         epoch: int = 0,
         first_batch: int = 0,
+        pacing: Pacing | None = None,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
@@ -137,23 +155,23 @@ class Cache:
         """Batches of one epoch, shuffled by (seed, epoch); `seed=None` gives the stored order.
 
         `batch_size` counts windows over all ranks; each of the `world_size` ranks gets its equal share of every batch,
-        so the order is the same at any world size. `first_batch` resumes in mid-epoch. With `drop_last=False` the last
-        batch may be short. Only what is asked for is read and decompressed, in `threads` threads, one shuffle buffer
-        ahead: memory is at most three buffers of decoded windows (64 chunks each, some 262,000 positions), whatever the
-        size of the cache.
+        so the order is the same at any world size. `first_batch` resumes in mid-epoch. With a pacing, windows that are
+        not yet seen are left out. With `drop_last=False` the last batch may be short. Only what is asked for is read
+        and decompressed, in `threads` threads, one shuffle buffer ahead: memory is at most three buffers of decoded
+        windows (64 chunks each, some 524,000 positions), whatever the size of the cache.
         """
         if not 0 <= rank < world_size:
             raise CacheRequestError(f"rank {rank} is not below world_size {world_size}")
         if batch_size % world_size:
             raise CacheRequestError(f"batch_size {batch_size} is not a multiple of world_size {world_size}")
-        num_windows = self.num_windows(split)
+        order = WindowOrder(self.num_windows(split), self.spec.windows_per_chunk, seed, epoch, pacing)
+        num_windows = order.num_windows
         parts = tuple(
             part
             for part in self.spec.parts
             if part.name == "windows" or (targets and part.name in {"signals", "target"})
         ) + self.spec.hidden_parts(hidden_layers)
         end = num_windows // batch_size * batch_size if drop_last else num_windows
-        order = WindowOrder(num_windows, self.spec.windows_per_chunk, seed, epoch)
         share = batch_size // world_size
         rows: list[tuple[dict[str, np.ndarray], int]] = []
         pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-decode")
@@ -225,9 +243,7 @@ class Cache:
         def stack(name: str) -> np.ndarray:
             return np.stack([block[name][row] for block, row in rows])
 
-        signs = {"teacher_entropy": SIGNAL_STEP_NATS, "label_log_prob": -SIGNAL_STEP_NATS}
-        if not targets or self.spec.format_version == 1:
-            signs = {}
+        signs = _SIGNAL_SIGNS if targets and self.spec.format_version > 1 else {}
         scaled_layers = hidden_layers if self.spec.hidden and self.spec.hidden.has_scales else ()
         return WindowBatch(
             input_ids=stack("input_ids"),

@@ -251,7 +251,7 @@ class Distill(Step):
 
     command = "distill"
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
-    owned = Teacher.owned
+    owned = (*Teacher.owned, "co_teacher")
     resumable = Teacher.resumable
 
     def __init__(self, workspace: Workspace, name: str) -> None:
@@ -280,6 +280,9 @@ class Distill(Step):
     @property
     def needs(self) -> dict[str, Step]:
         """The cache, unless targets are online; the teacher, if the student starts from it."""
+        if self.config.distill.online is not None:
+            own: dict[str, Step] = {"data": Tokenize(self.workspace)}
+            return own | ({"teacher": teacher_step(self.workspace)} if self.config.student.init == "teacher" else {})
         if self.config.distill.targets == "online":
             return self._sources
         needs: dict[str, Step] = {"cache": DumpLogits(self.workspace)}
@@ -290,11 +293,11 @@ class Distill(Step):
     @property
     def requires(self) -> dict[str, Step]:
         """What online targets need; a cache says itself what is wrong with it."""
-        return self._sources if self.config.distill.targets == "online" else {}
+        return self.needs if self.config.distill.targets == "online" else {}
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of all that its targets can come from, as far as that is here."""
-        steps = self._sources
+        steps = self._sources if self.config.distill.online is None else self.needs
         if self.config.distill.targets != "online":
             steps["cache"] = DumpLogits(self.workspace)
         return fingerprints(steps)
@@ -320,7 +323,7 @@ class Distill(Step):
         except CacheError:
             recorded = self.provenance()
             return str(recorded.settings["distill"]["targets"]) if recorded else "online"
-        return "online" if self.config.distill.unserved_by(spec, self.config.student_shape.layers) else "cached"
+        return "online" if self.config.distill.unserved_by(spec, self.shape().layers) else "cached"
 
     def build(self) -> str:
         """Train, evaluate and save the student."""
@@ -337,7 +340,7 @@ class Distill(Step):
             tokenizer_fingerprint=tokens.tokenizer_fingerprint(),
         )
         device = pick_device(self.config.distill.training.device)
-        depth = self.config.student_shape.layers
+        depth = self.shape().layers
         source = choose_source(self.config.distill, self.config.cache, depth, places, device)
         summary = distill(
             self.config.distill,
@@ -349,6 +352,7 @@ class Distill(Step):
             teacher.folder,
             self.config.evaluate,
             self.inputs(),
+            Teacher(self.workspace).shape(),
         )
         return summary.fingerprints["student"]
 

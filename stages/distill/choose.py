@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from cache import CacheMismatchError, CacheMissingError, open_cache
-from cache.hidden import HiddenOutput
 from cache.profiles.head_needs import whole_distribution
 from stages.distill.config import DistillConfig
 from stages.dump.config import DumpConfig
@@ -35,14 +33,14 @@ def choose_source(
 ) -> TargetSource:
     """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not."""
     if config.targets == "online":
-        return online_source(config, dump, student_depth, places, device)
+        return online_source(config, dump, places, device)
     try:
         return cached_source(config, student_depth, places, device)
     except (CacheMissingError, TargetsError) as exc:
         if config.targets == "cached":
             raise
         say(f"targets: online, since the cache does not serve: {exc}")
-        return online_source(config, dump, student_depth, places, device)
+        return online_source(config, dump, places, device)
 
 
 def cached_source(config: DistillConfig, student_depth: int, places: Places, device: torch.device) -> CachedSource:
@@ -65,11 +63,12 @@ def cached_source(config: DistillConfig, student_depth: int, places: Places, dev
     return CachedSource(cache, device)
 
 
-def online_source(
-    config: DistillConfig, dump: DumpConfig, student_depth: int, places: Places, device: torch.device
-) -> OnlineSource:
-    """The teacher, loaded and frozen, over the windows that a dump would hold."""
-    for folder, name, command in ((places.teacher, CONFIG_NAME, "teacher"), (places.data, "data.json", "tokenize")):
+def online_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
+    """The teacher, loaded and frozen unless it moves with the student, over the windows that a dump would hold."""
+    needed = [(places.data, "data.json", "tokenize")]
+    if config.online is None:
+        needed.append((places.teacher, CONFIG_NAME, "teacher"))
+    for folder, name, command in needed:
         if not (folder / name).is_file():
             raise TargetsError(
                 f"{folder}: online targets need it, and {name} is not there; run `tristill {command}`, or dump a cache "
@@ -82,12 +81,7 @@ def online_source(
             "distill.curriculum: needs the teacher's entropies of all windows beforehand, which a cache holds; "
             "dump one, or leave the curriculum out"
         )
-    teacher = load_model(places.teacher)
-    depth = teacher.config.layers
-    every = tuple(range(1, depth + 1))
-    wanted = config.hidden_layers(student_depth, dict.fromkeys(get_args(HiddenOutput), every))
-    if beyond := sorted({layer for layers in wanted.values() for layer in layers if layer > depth}):
-        raise TargetsError(f"distill: found teacher layers {beyond} to compare, but the teacher has {depth} blocks")
+    teacher = load_model(places.teacher) if config.online is None else None
     return OnlineSource(
         places.data,
         device,

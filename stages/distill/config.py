@@ -36,7 +36,9 @@ class DistillConfig(LossConfig):
             "cached: from the cache or not at all; online: forward the teacher; auto: cached if it serves, else online"
         ),
     ] = "auto"
-    online: Annotated[OnlineConfig, Field(description="what online targets come from")] = OnlineConfig()
+    online: Annotated[
+        OnlineConfig | None, Field(description="teachers that move with the student; none is the frozen one")
+    ] = None
     curriculum: Annotated[
         CurriculumConfig | None, Field(description="windows from easy to hard; none takes all from the start")
     ] = None
@@ -44,7 +46,7 @@ class DistillConfig(LossConfig):
 
     @model_validator(mode="after")
     def _moving_teachers_are_online(self) -> Self:
-        if (self.online.co_train or self.online.ema is not None) and self.targets != "online":
+        if self.online is not None and self.targets != "online":
             raise ValueError("a teacher that is trained beside the student is no cache: set targets = 'online'")
         return self
 

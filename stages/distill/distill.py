@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict
 
 from cache.atomic import write_atomically
 from stages.distill.config import DistillConfig, StudentConfig
+from stages.distill.curriculum import pacing_of
+from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
@@ -17,6 +19,8 @@ from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, 
 from stages.models.transformer import Transformer
 from stages.targets.source import TargetSource, endless_batches
 from stages.training.loop import Training, TrainingSummary
+
+CO_TEACHER = "co_teacher"
 
 
 class ModelSize(BaseModel):
@@ -55,29 +59,43 @@ def distill(
     teacher_folder: Path,
     evaluation: EvaluateConfig,
     inputs: dict[str, str],
+    teacher_shape: ModelConfig | None = None,
 ) -> StudentSummary:
     """Train, save, evaluate; resumes from the last checkpoint in `folder`.
 
     `teacher_folder` is opened only for `init = "teacher"`. `inputs` are fingerprints to repeat in the summary.
+    `teacher_shape`: of a teacher that is trained beside the student; None for the student's. It is saved in a folder
+    of the student's, as it gave the targets at the end.
     """
     torch.manual_seed(config.training.seed)
     student = Transformer(shape, source.vocab_size, student_config.quantize)
     student.initialize(torch.Generator().manual_seed(config.training.seed))
     if student_config.init == "teacher":
         _start_from_teacher(student, teacher_folder)
-    objective = Objective(student, config, source).to(device)
+    student.to(device)
+    learner: Objective | CoTraining
+    if config.online is None:
+        learner = Objective(student, config, source).to(device)
+    else:
+        learner = CoTraining.of(student, config, source, teacher_shape or shape, device)
+        source = learner.source
+    pacing = pacing_of(config.curriculum, config.training, source) if config.curriculum else None
     training = Training(
         folder.name,
-        objective,
-        objective.forward,
-        endless_batches(source, config.training.batch_windows, objective.signals, config.training.seed),
+        learner,
+        learner.forward,
+        endless_batches(source, config.training.batch_windows, learner.signals, config.training.seed, pacing),
         config.training.batch_windows * source.context_length,
         config.training,
         folder,
-        learning_rates=objective.learning_rates,
-        after_step=objective.after_step,
+        learning_rates=learner.learning_rates,
+        after_step=learner.after_step,
+        clipped_apart=learner.clipped_apart,
     )
     trained = training.run()
+    if isinstance(learner, CoTraining):
+        end_of_text_id, teacher = source.end_of_text_id, learner.moving.teacher
+        save_model(folder / CO_TEACHER, teacher, source.tokenizer_path, source.context_length, end_of_text_id)
     save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id)
     summary = StudentSummary(
         validation=evaluate(student, source, evaluation, folder.name),

@@ -94,6 +94,11 @@ class Objective(nn.Module):
         own = self._config.hidden.projection_learning_rate if self._config.hidden else None
         return {} if own is None else {"state_losses.": own}
 
+    @property
+    def clipped_apart(self) -> list[nn.Module]:
+        """What has a gradient norm of its own: all in one."""
+        return [self]
+
     def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
         """The weighted total and every term of a batch."""
         states = [state for loss, _ in self._state_losses for state in loss.pairs]
@@ -178,6 +183,12 @@ def _layers(
     if beyond := [layer for layer in found if not 0 <= layer <= student.config.layers]:
         raise TargetsError(
             f"distill.{where}.layers: found student layers {beyond}, but the student has {student.config.layers} blocks"
+        )
+    known = source.known_layers(output) + ((0,) if output == "residual" else ())
+    if beyond := sorted(set(found.values()) - set(known)):
+        raise TargetsError(
+            f"distill.{where}.layers: found teacher layers {beyond}, but of the teacher there are "
+            f"{sorted(source.known_layers(output))}"
         )
     return found
 

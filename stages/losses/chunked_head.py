@@ -111,9 +111,10 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_final_ND, d_head_VD = ctx.saved_tensors
         scale = gradients[0]
+        # In place, so that memory does not grow; a second backward pass is refused by autograd.
         return (
-            None if d_final_ND is None else d_final_ND * scale,
-            None if d_head_VD is None else d_head_VD * scale,
+            None if d_final_ND is None else d_final_ND.mul_(scale),
+            None if d_head_VD is None else d_head_VD.mul_(scale),
             None,
             None,
         )

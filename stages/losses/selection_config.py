@@ -54,7 +54,7 @@ class BalanceConfig(Section):
 
 
 class OnlineConfig(Section):
-    """What online targets come from, other than the frozen teacher."""
+    """A teacher that moves with the student, instead of the frozen one; forwarded at every step."""
 
     co_train: Annotated[
         bool, Field(description="train a teacher from scratch beside the student, on the same batches")
@@ -68,8 +68,14 @@ class OnlineConfig(Section):
         Field(description="whose weights are averaged: the co-trained teacher's, or the student's own"),
     ] = "teacher"
 
+    learning_rate: Annotated[
+        float | None, Field(gt=0, description="peak of the co-trained teacher; none takes the student's")
+    ] = None
+
     @model_validator(mode="after")
     def _average_of_something_that_moves(self) -> Self:
+        if not self.co_train and self.ema is None:
+            raise ValueError("give co_train or ema; leave the table out for the frozen teacher")
         if self.ema is not None and self.ema_of == "teacher" and not self.co_train:
             raise ValueError("a frozen teacher has no moving average; set co_train, or ema_of = 'student'")
         if self.ema_of == "student" and (self.co_train or self.ema is None):

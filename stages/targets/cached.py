@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cache import Cache, HiddenSpec, SplitName, WindowBatch
 from cache.hidden import HiddenOutput
+from cache.order import WindowOrder
 from cache.profiles.profile import TailTreatment
 from stages.models.transformer import State
 from stages.targets.hidden import HiddenStates
@@ -68,6 +69,15 @@ class CachedSource:
         """Mean text bytes per token of a split."""
         return self._cache.spec.splits[split].bytes_per_token
 
+    def order(self, split: SplitName, epoch: Epoch) -> WindowOrder:
+        """The windows of an epoch in their order."""
+        per_chunk = self._cache.spec.windows_per_chunk
+        return WindowOrder(self.num_windows(split), per_chunk, epoch.seed, epoch.number, epoch.pacing)
+
+    def mean_signals(self, split: SplitName) -> dict[str, np.ndarray]:
+        """What the cache knows of each window at the teacher, as means; see Cache.mean_signals."""
+        return self._cache.mean_signals(split)
+
     def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
         """See TargetSource."""
         hidden = self._cache.spec.hidden
@@ -78,6 +88,7 @@ class CachedSource:
             seed=epoch.seed,
             epoch=epoch.number,
             first_batch=epoch.first_batch,
+            pacing=epoch.pacing,
             drop_last=epoch.seed is not None,
             targets=signals.targets,
             hidden_layers=hidden.layers_to_read(layers) if hidden else layers,

@@ -1,5 +1,6 @@
 """Targets from a frozen teacher forwarded at every step; without a teacher, windows and labels alone."""
 
+import copy
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -82,12 +83,14 @@ class OnlineSource:
         """Mean text bytes per token of a split."""
         return self._corpus.splits[split].bytes_per_token
 
+    def order(self, split: SplitName, epoch: Epoch) -> WindowOrder:
+        """The windows of an epoch in their order."""
+        per_chunk = default_windows_per_chunk(self.context_length)
+        return WindowOrder(self.num_windows(split), per_chunk, epoch.seed, epoch.number, epoch.pacing)
+
     def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
         """See TargetSource."""
-        order = WindowOrder(
-            self.num_windows(split), default_windows_per_chunk(self.context_length), epoch.seed, epoch.number
-        )
-        windows = order.windows(epoch.first_batch * batch_windows)
+        windows = self.order(split, epoch).windows(epoch.first_batch * batch_windows)
         while batch := list(islice(windows, batch_windows)):
             if epoch.seed is None or len(batch) == batch_windows:
                 yield self._batch(split, batch, signals)
@@ -95,14 +98,25 @@ class OnlineSource:
     def _batch(self, split: SplitName, windows: list[int], signals: Signals) -> TargetBatch:
         ids_BT1 = torch.from_numpy(self._windows[split].read(windows)).to(self._device, torch.int64)
         input_ids_BT = ids_BT1[:, :-1]
-        if self._teacher is None or signals == Signals():
-            return TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {})
+        batch = TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {})
+        return batch if self._teacher is None or signals == Signals() else self.with_teacher(batch, signals)
+
+    def taught_by(self, teacher: Transformer) -> "OnlineSource":
+        """The same windows with another teacher."""
+        other = copy.copy(self)
+        other._teacher = teacher  # noqa: SLF001 - our own
+        return other
+
+    def with_teacher(self, batch: TargetBatch, signals: Signals) -> TargetBatch:
+        """A batch of windows with what the teacher, as it is now, says of them."""
+        assert self._teacher is not None, "a source is chosen for the signals that the losses need"
+        input_ids_BT = batch.input_ids_BT
         with torch.no_grad():
             features = self._teacher(input_ids_BT, signals.states)
         targets = ComputedTargets(features.final_BTD.flatten(0, 1), self._teacher.head_weight.detach())
         hidden = {state: found[:, :: self._hidden_stride] for state, found in features.hidden.items()}
         entropy_BT = self._entropy(targets).view_as(input_ids_BT) if signals.entropy else None
-        return TargetBatch(input_ids_BT, ids_BT1[:, 1:], targets, hidden, self._hidden_stride, entropy_BT)
+        return TargetBatch(input_ids_BT, batch.labels_BT, targets, hidden, self._hidden_stride, entropy_BT)
 
     def _entropy(self, targets: ComputedTargets) -> Tensor:
         """As a cache would hold it, (N,)."""

@@ -4,13 +4,14 @@ Shapes: B windows, T positions, D width of the teacher.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from cache.hidden import HiddenOutput
+from cache.order import Pacing, WindowOrder
 from cache.profiles.profile import TailTreatment
 from cache.spec import SplitName
 from stages.errors import CorpusError
@@ -35,12 +36,14 @@ class Signals:
 class Epoch:
     """One pass over a split, from `first_batch` on.
 
-    With a seed, whole batches in an order that is a function of (seed, number); without, all windows as stored.
+    With a seed, whole batches in an order that is a function of (seed, number); without, all windows as stored. pacing:
+    which windows are seen when; None for all.
     """
 
     seed: int | None = None
     number: int = 0
     first_batch: int = 0
+    pacing: Pacing | None = None
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,17 @@ class TargetSource(Protocol):
         """Mean text bytes per token of a split."""
         ...
 
+    def order(self, split: SplitName, epoch: Epoch) -> WindowOrder:
+        """The windows of an epoch in their order."""
+        ...
+
     def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
         """The batches of one epoch with what is wanted of the teacher."""
         ...
 
 
 def endless_batches(
-    source: TargetSource, batch_windows: int, signals: Signals, seed: int
+    source: TargetSource, batch_windows: int, signals: Signals, seed: int, pacing: Pacing | None = None
 ) -> Callable[[int], Iterator[TargetBatch]]:
     """The endless sequence of training batches, epoch after epoch, as a function of the number of its first batch."""
     num_windows = source.num_windows("train")
@@ -112,10 +119,21 @@ def endless_batches(
             "training.batch_windows or give more text"
         )
 
+    def paced_batches_from(first: int) -> Iterator[TargetBatch]:
+        assert pacing is not None, "called only then"
+        number, before = 0, 0
+        while True:
+            paced = replace(pacing, batches_before=before)
+            in_epoch = source.order("train", Epoch(seed, number, pacing=paced)).num_windows // batch_windows
+            if first < before + in_epoch:
+                yield from source.batches("train", batch_windows, signals, Epoch(seed, number, first - before, paced))
+                first = before + in_epoch
+            number, before = number + 1, before + in_epoch
+
     def batches_from(first: int) -> Iterator[TargetBatch]:
         number, first_batch = divmod(first, batches_per_epoch)
         while True:
             yield from source.batches("train", batch_windows, signals, Epoch(seed, number, first_batch))
             number, first_batch = number + 1, 0
 
-    return batches_from
+    return batches_from if pacing is None else paced_batches_from

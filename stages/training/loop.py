@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -65,11 +65,13 @@ class Training(Generic[Batch]):
         folder: Path,
         learning_rates: Mapping[str, float] = MappingProxyType({}),
         after_step: Callable[[LossValues], None] = _nothing,
+        clipped_apart: Sequence[nn.Module] = (),
     ) -> None:
         """`batches(n)` yields the endless sequence of batches from its n-th on, a pure function of n and the config.
 
         learning_rates: peaks of parameters whose names start so; the others take the config's. after_step: called
-        with the mean values of a step once it is done; what it changes must lie in the module.
+        with the mean values of a step once it is done; what it changes must lie in the module. clipped_apart: parts of
+        the module whose gradients are clipped by norms of their own; the norm that is logged is that of the first.
         """
         self._label = label
         self._module = module
@@ -80,6 +82,7 @@ class Training(Generic[Batch]):
         self._folder = folder
         self._learning_rates = learning_rates
         self._after_step = after_step
+        self._clipped = clipped_apart or [module]
         self._device_type = next(module.parameters()).device.type
 
     def run(self) -> TrainingSummary:
@@ -147,7 +150,7 @@ class Training(Generic[Batch]):
             (values.total / config.accumulation).backward()  # type: ignore[no-untyped-call]
             parts.append(LossValues(values.total.detach(), values.terms, values.telemetry))
         limit = math.inf if config.grad_clip is None else config.grad_clip
-        grad_norm = nn.utils.clip_grad_norm_(self._module.parameters(), limit)
+        grad_norm, *_ = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in self._clipped]
         optimizer.step()
         optimizer.zero_grad()
         mean = _mean(parts)

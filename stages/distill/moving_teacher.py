@@ -1,0 +1,126 @@
+"""Teachers that move while the student learns: trained beside it, or a moving average of weights."""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from stages.distill.config import DistillConfig
+from stages.distill.objective import Objective
+from stages.losses.chunked_head import chunked_head_loss
+from stages.losses.cross_entropy import CrossEntropy
+from stages.losses.selection_config import OnlineConfig
+from stages.losses.term import LossValues, WeightedTerm
+from stages.models.config import ModelConfig
+from stages.models.transformer import Transformer
+from stages.progress import say
+from stages.targets.online import OnlineSource
+from stages.targets.source import Signals, TargetBatch, TargetSource
+from stages.training.loop import StepInfo
+
+
+class MovingTeacher(nn.Module):
+    """The models that give the targets: `trained` beside the student or None, `average` of weights or None.
+
+    Co-training: Zhang et al. 2018, Deep Mutual Learning (arXiv 1706.00384), one way only: the teacher learns from the
+    labels alone. Moving average: Tarvainen and Valpola 2017, Mean Teacher (arXiv 1703.01780).
+    """
+
+    def __init__(self, config: OnlineConfig, student: Transformer, trained: Transformer | None) -> None:
+        """`trained` is the teacher that config.co_train asks for, with its first weights."""
+        super().__init__()
+        self._decay = config.ema
+        self.trained = trained
+        self._averaged = student if config.ema_of == "student" else trained
+        self.average: Transformer | None = None
+        if config.ema is not None:
+            assert self._averaged is not None, "checked with the config"
+            self.average = copy.deepcopy(self._averaged).requires_grad_(requires_grad=False)
+            if self._averaged.quantize is not None and self._averaged.quantize.is_ternary:
+                say(
+                    "warning: distill.online.ema averages the latent weights of a ternary model; averaged latent "
+                    "weights round to other trits than those that were trained, which is known to hurt"
+                )
+
+    @property
+    def teacher(self) -> Transformer:
+        """The model that gives the targets."""
+        model = self.average or self.trained
+        assert model is not None, "one of them is configured"
+        return model
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the average by one step: average = decay * average + (1 - decay) * weights."""
+        if self.average is None or self._decay is None:
+            return
+        assert self._averaged is not None, "checked with the config"
+        for mean, weight in zip(self.average.parameters(), self._averaged.parameters(), strict=True):
+            mean.lerp_(weight, 1 - self._decay)
+
+
+class CoTraining(nn.Module):
+    """The student's objective on targets of a moving teacher, and the teacher's own loss."""
+
+    def __init__(
+        self, objective: Objective, moving: MovingTeacher, source: OnlineSource, learning_rate: float | None
+    ) -> None:
+        """`learning_rate`: peak of the teacher that is trained; None for the student's."""
+        super().__init__()
+        self.objective = objective
+        self.moving = moving
+        self.source = source
+        self._learning_rate = learning_rate
+
+    @classmethod
+    def of(
+        cls,
+        student: Transformer,
+        config: DistillConfig,
+        source: TargetSource,
+        teacher_shape: ModelConfig,
+        device: torch.device,
+    ) -> "CoTraining":
+        """What config.online asks for; a teacher that is trained starts from random weights of the student's seed."""
+        assert config.online is not None, "called only then"
+        assert isinstance(source, OnlineSource), "moving teachers are online, as the config says"
+        trained = None
+        if config.online.co_train:
+            trained = Transformer(teacher_shape, source.vocab_size)
+            trained.initialize(torch.Generator().manual_seed(config.training.seed))
+        moving = MovingTeacher(config.online, student, trained).to(device)
+        own = source.taught_by(moving.teacher)
+        return cls(Objective(student, config, own).to(device), moving, own, config.online.learning_rate)
+
+    @property
+    def signals(self) -> Signals:
+        """Windows alone: the teacher is forwarded here, as it is at that step."""
+        return Signals()
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Peaks of parameters that have one of their own, by the start of their names."""
+        own = {f"objective.{name}": rate for name, rate in self.objective.learning_rates.items()}
+        return own if self._learning_rate is None else {**own, "moving.trained.": self._learning_rate}
+
+    @property
+    def clipped_apart(self) -> list[nn.Module]:
+        """What has a gradient norm of its own, the student first."""
+        return [self.objective, *([self.moving.trained] if self.moving.trained else [])]
+
+    def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
+        """The student's total plus the cross-entropy of the teacher that is trained; neither moves the other."""
+        values = self.objective.forward(self.source.with_teacher(batch, self.objective.signals), info)
+        trained = self.moving.trained
+        if trained is None:
+            return values
+        final_ND = trained(batch.input_ids_BT).final_BTD.flatten(0, 1)
+        terms = [WeightedTerm(1.0, CrossEntropy(), "teacher_cross_entropy")]
+        own = chunked_head_loss(final_ND, trained.head_weight, batch.labels_BT.flatten(), None, terms)
+        return replace(values, total=values.total + own.total, terms={**values.terms, **own.terms})
+
+    def after_step(self, values: LossValues) -> None:
+        """Let schedules see the step that is done, and move the average."""
+        self.objective.after_step(values)
+        self.moving.follow()

@@ -1,0 +1,293 @@
+"""Every method through the real training: cached equals online, resumed equals uninterrupted, refusals say why."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_training import CPU, SHAPE, distill_config, dump_config, make_run, places, student_of
+
+from cache import open_cache
+from stages.distill.choose import choose_source
+from stages.distill.config import StudentConfig
+from stages.distill.curriculum import pacing_of
+from stages.distill.distill import distill
+from stages.dump.dump import dump_logits
+from stages.errors import TargetsError
+from stages.evaluate.config import EvaluateConfig
+from stages.losses.chunked_head import chunked_head_loss
+from stages.losses.cross_entropy import CrossEntropy
+from stages.losses.selection_config import CurriculumConfig
+from stages.losses.term import WeightedTerm
+from stages.models.folder import load_model
+from stages.models.transformer import State, Transformer
+from stages.quantize.config import QuantizeConfig
+from stages.targets.cached import CachedSource
+from stages.targets.online import OnlineSource
+from stages.targets.source import Epoch, Signals, endless_batches
+from stages.training import loop
+from stages.training.loop import Training
+
+WHOLE = {"kind": "plain_topk", "top_k": 270, "logit_dtype": "float32"}
+KINDS: dict[str, dict[str, Any]] = {
+    "forward_kl": {"temperature": 2.0},
+    "reverse_kl": {"temperature": 2.0},
+    "jensen_shannon": {"beta": 0.3},
+    "skew_forward_kl": {},
+    "skew_reverse_kl": {},
+    "adaptive_kl": {},
+    "total_variation": {},
+    "decoupled_kd": {"of": "top1"},
+    "logit_mse": {},
+    "ranking": {},
+    "top1_hinge": {},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def whole(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the whole vocabulary in float32, and of queries, keys and values."""
+    folder = tmp_path_factory.mktemp("whole") / "cache"
+    dump_logits(
+        dump_config(profile=WHOLE, hidden_layers=[1, 2], hidden={"output": "qkv"}),
+        run / "data",
+        run / "teacher",
+        folder,
+    )
+    return folder
+
+
+def trace(
+    run: Path, cache: Path, folder: Path, student: StudentConfig | None = None, **changes: Any
+) -> list[dict[str, Any]]:
+    hidden = {"output": "qkv"} if "relations" in changes else {}
+    dump = dump_config(profile=WHOLE, hidden_layers=[1, 2], hidden=hidden)
+    return student_of(run, cache, folder, distill_config(**changes), dump, student)[1]  # type: ignore[return-value]
+
+
+def assert_equal_traces(run: Path, cache: Path, tmp_path: Path, rel: float = 3e-4, **changes: Any) -> None:
+    cached, online = (trace(run, cache, tmp_path / kind, targets=kind, **changes) for kind in ("cached", "online"))
+    assert len(cached) == 12
+    for a, b in zip(cached, online, strict=True):
+        for key in ("loss", "terms", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=rel, abs=1e-6), f"{key} at step {a['step']}"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_term_from_a_cache_of_all_logits_is_that_of_online_targets(
+    run: Path, whole: Path, tmp_path: Path, kind: str
+) -> None:
+    losses = [{"kind": "cross_entropy", "weight": 0.5}, {"kind": kind, "weight": 0.5, **KINDS[kind]}]
+    # Where signs and orders decide, ties and rounding may decide otherwise.
+    assert_equal_traces(run, whole, tmp_path, losses=losses, rel=2e-2 if kind == "ranking" else 1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mining": {"fraction": 0.4, "by": "divergence"}},
+        {"entropy_weights": {"power": 0.5}},
+        {
+            "temperature": {"kind": "linear", "start": 4.0, "end": 1.0},
+            "alpha": {"kind": "cosine", "start": 1, "end": 0.2},
+        },
+        {"balance": {"every": 3}},
+        {"relations": {"layers": "all", "heads": 2, "weight": 0.3}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_selections_schedules_and_relations_from_a_cache_are_those_of_online_targets(
+    run: Path, whole: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert_equal_traces(run, whole, tmp_path, rel=2e-2 if "relations" in changes else 2e-3, **changes)
+
+
+@pytest.mark.parametrize("output", ["attention", "mlp"])
+@pytest.mark.parametrize("coding", [{"kind": "float16"}, {"kind": "transform", "relative_error": 0.01}])
+def test_outputs_of_attention_and_mlp_from_a_cache_are_those_of_the_teacher(
+    run: Path, tmp_path: Path, output: str, coding: dict[str, Any]
+) -> None:
+    dump = dump_config(profile={"kind": "dense"}, hidden_layers=[1, 2], hidden={"output": output, "coding": coding})
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
+    source = CachedSource(open_cache(tmp_path / "cache"), CPU)
+    states = (State(output, 1), State(output, 2))  # type: ignore[arg-type]
+    batch = next(source.batches("train", 50, Signals(states=states), Epoch()))
+    with torch.no_grad():
+        expected = load_model(run / "teacher").eval()(batch.input_ids_BT, states).hidden
+    for state in states:
+        difference = batch.hidden[state] - expected[state]
+        assert float((difference.norm(dim=-1) / expected[state].norm(dim=-1)).mean()) < 0.02
+    hidden = {"layers": "all", "output": output, "kind": "cosine"}
+    log = trace(run, tmp_path / "cache", tmp_path / "student", targets="cached", hidden=hidden)
+    assert log[-1]["terms"]["hidden_cosine"] < log[0]["terms"]["hidden_cosine"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"relations": {"layers": "all", "heads": 3}}, r"relations.heads: found 3, expected a divisor of every width"),
+        ({"hidden": {"layers": "all"}}, "hidden states of kind 'residual' are asked for, but the cache holds those of"),
+        (
+            {"hidden": {"layers": {1: 1, 3: 2}, "output": "residual"}, "targets": "online"},
+            r"found student layers \[3\]",
+        ),
+        ({"hidden": {"layers": {1: 9}}, "targets": "online"}, r"found teacher layers \[9\], but of the teacher there"),
+        (
+            {"tail": "zero", "targets": "online"},
+            "distill.tail: tail 'zero' is asked for, but a teacher that is forwarded",
+        ),
+        ({"curriculum": {}, "targets": "online"}, "distill.curriculum: needs the teacher's entropies of all windows"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(
+    run: Path, whole: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TargetsError, match=message):
+        trace(run, whole, tmp_path / "student", **{"targets": "cached", **changes})
+    assert not (tmp_path / "student" / "metrics.jsonl").exists()
+
+
+def test_a_curriculum_shows_easy_windows_first_and_resumes_in_its_middle(
+    run: Path, whole: Path, tmp_path: Path
+) -> None:
+    source = CachedSource(open_cache(whole), CPU)
+    training = distill_config().training.model_copy(update={"steps": 200})
+    curriculum = {"by": "confidence", "start": 0.1, "until": 1.0, "pacing": "linear"}
+    pacing = pacing_of(CurriculumConfig.model_validate(curriculum), training, source)
+    label_log_prob = source.mean_signals("train")["label_log_prob"]
+    assert pacing.rank_W[label_log_prob.argmax()] < len(label_log_prob) // 20
+    order = source.batches("train", source.num_windows("train"), Signals(), Epoch())
+    rank_of: dict[tuple[int, ...], int] = {}  # windows may repeat
+    for number, ids in enumerate(next(order).input_ids_BT):
+        key, rank = tuple(ids.tolist()), int(pacing.rank_W[number])
+        rank_of[key] = min(rank, rank_of.get(key, rank))
+    make = endless_batches(source, 8, Signals(targets=True), 3, pacing)
+    means = []
+    for number, batch in zip(range(200), make(0), strict=False):
+        ranks = [rank_of[tuple(ids.tolist())] for ids in batch.input_ids_BT]
+        assert max(ranks) < max(8, math.ceil(pacing.share(number) * len(pacing.rank_W)))
+        means.append(sum(ranks))
+    assert sum(means[:20]) < sum(means[-20:]) / 3
+    for first in (1, 57, 130):
+        again, expected = next(make(first)), None
+        for number, batch in enumerate(make(0)):
+            if number == first:
+                expected = batch
+                break
+        assert expected is not None
+        torch.testing.assert_close(again.input_ids_BT, expected.input_ids_BT)
+    log = trace(run, whole, tmp_path / "student", targets="cached", curriculum={"by": "confidence"})
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_co_trained_teacher_is_the_teacher_trained_alone(run: Path, tmp_path: Path) -> None:
+    """Neither model moves the other: gradients, clipping and learning rates are apart."""
+    online = {"co_train": True, "learning_rate": 5e-3}
+    trace(run, tmp_path, tmp_path / "student", targets="online", online=online, alpha=0.3)
+    config = distill_config().training.model_copy(update={"learning_rate": 5e-3})
+    source = OnlineSource(run / "data", CPU, max_train_windows=700)
+    alone = Transformer(SHAPE, source.vocab_size)
+    alone.initialize(torch.Generator().manual_seed(config.seed))
+
+    def loss(batch: Any, info: Any) -> Any:
+        final = alone(batch.input_ids_BT).final_BTD.flatten(0, 1)
+        return chunked_head_loss(
+            final, alone.head_weight, batch.labels_BT.flatten(), None, [WeightedTerm(1.0, CrossEntropy())]
+        )
+
+    batches = endless_batches(source, 8, Signals(), config.seed)
+    Training("alone", alone, loss, batches, 96, config, tmp_path / "alone").run()
+    together = load_model(tmp_path / "student" / "co_teacher")
+    for a, b in zip(alone.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_an_average_follows_the_weights_and_that_of_ternary_ones_is_warned_of(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = trace(run, tmp_path, tmp_path / "a", targets="online", online={"co_train": True, "ema": 0.5}, alpha=0.3)
+    assert set(log[-1]["terms"]) == {"cross_entropy", "forward_kl", "teacher_cross_entropy"}
+    assert "latent weights" not in capsys.readouterr().err
+    trace(run, tmp_path, tmp_path / "b", targets="online", online={"ema": 0.9, "ema_of": "student"}, alpha=0.3)
+    assert "warning: distill.online.ema averages the latent weights of a ternary model" in capsys.readouterr().err
+    plain = StudentConfig(quantize=QuantizeConfig(weights="none", activations="none"))
+    one_step = {"steps": 1, "learning_rate": 1e-2, "batch_windows": 8}
+    online = {"ema": 0.75, "ema_of": "student"}
+    trace(run, tmp_path, tmp_path / "c", plain, targets="online", online=online, training=one_step)
+    first = Transformer(SHAPE, load_model(run / "teacher").vocab_size, plain.quantize)
+    first.initialize(torch.Generator().manual_seed(0))
+    student, average = load_model(tmp_path / "c"), load_model(tmp_path / "c" / "co_teacher")
+    for start, end, mean in zip(first.parameters(), student.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(mean, 0.75 * start + 0.25 * end)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": {"kind": "adaptive", "start": 4, "factor": 0.7, "bound_nats": 9, "patience": 2}},
+        {
+            "balance": {"every": 3},
+            "hidden": {"layers": {1: 2}, "projection": "always", "projection_learning_rate": 0.1},
+        },
+        {"online": {"co_train": True, "ema": 0.9}},
+        {"online": {"ema": 0.9, "ema_of": "student"}},
+    ],
+    ids=["adaptive", "balance", "co_train", "ema"],
+)
+def test_a_resumed_training_has_the_state_of_an_uninterrupted_one(
+    run: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trace(run, tmp_path, tmp_path / "whole", targets="online", **changes)
+    save = loop.save_checkpoint
+
+    def saved_and_stopped(*arguments: Any) -> None:
+        save(*arguments)
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr(loop, "save_checkpoint", saved_and_stopped)
+    with pytest.raises(RuntimeError, match="killed here"):
+        trace(run, tmp_path, tmp_path / "cut", targets="online", **changes)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    config, dump = distill_config(targets="online", **changes), dump_config(profile=WHOLE)
+    source = choose_source(config, dump, SHAPE.layers, places(run, tmp_path), CPU)
+    distill(
+        config,
+        StudentConfig(),
+        SHAPE,
+        source,
+        CPU,
+        tmp_path / "moved",
+        run / "teacher",
+        EvaluateConfig(),
+        {"cache": "x"},
+    )
+    resumed = [json.loads(line) for line in (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()]
+    for a, b in zip(whole, resumed, strict=True):
+        assert {k: v for k, v in a.items() if k != "positions_per_s"} == {
+            k: v for k, v in b.items() if k != "positions_per_s"
+        }
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "moved" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_telemetry_says_what_each_term_weighs_from_the_first_step_on(run: Path, whole: Path, tmp_path: Path) -> None:
+    relations = {"layers": {2: 2}, "heads": 2, "weight": 0.3}
+    log = trace(run, whole, tmp_path / "s", targets="cached", alpha=0.25, temperature=2.0, relations=relations)
+    assert log[0]["step"] == 1
+    for record in log:
+        names = {"cross_entropy", "forward_kl", "relations"}
+        for key in ("terms", "weights", "weighted", "gradient_share"):
+            assert set(record[key]) == names, key
+        assert record["weights"] == {"cross_entropy": 0.25, "forward_kl": 3.0, "relations": 0.3}
+        assert sum(record["weighted"].values()) == pytest.approx(record["loss"], rel=1e-5)
+        assert sum(record["gradient_share"].values()) == pytest.approx(1)
+        assert record["temperatures"] == {"forward_kl": 2.0}
