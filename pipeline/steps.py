@@ -138,7 +138,7 @@ class Teacher(Step):
 
     command = "teacher"
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
-    owned = (*products, "tokenizer_config.json", "metrics.jsonl", "checkpoints", ".*.partial")
+    owned = (*products, "tokenizer_config.json", "metrics.jsonl", "tensorboard", "checkpoints", ".*.partial")
     resumable = ("checkpoints/step-*",)
 
     @property

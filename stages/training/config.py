@@ -33,6 +33,10 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
     log_every: Annotated[int, neutral("steps between lines of metrics.jsonl", ge=1)] = 10
+    tensorboard: Annotated[
+        bool,
+        neutral("whether what metrics.jsonl gets also goes to `tensorboard/` beside it (extra `tensorboard`)"),
+    ] = False
     checkpoint_every: Annotated[int, neutral("steps between checkpoints to resume from", ge=1)] = 100
 
     @model_validator(mode="after")

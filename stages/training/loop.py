@@ -52,7 +52,7 @@ class TrainingSummary(BaseModel):
 
 
 class Training(Generic[Batch]):
-    """A training in a folder, which holds `metrics.jsonl` and, while it runs, `checkpoints/`."""
+    """A training in a folder, which holds its metrics and, while it runs, `checkpoints/`."""
 
     def __init__(
         self,
@@ -95,13 +95,16 @@ class Training(Generic[Batch]):
         self._folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self._folder / "checkpoints"
         start = load_checkpoint(checkpoints, self._module, optimizer)
-        log = MetricsLog(self._folder / "metrics.jsonl", start.step)
         batches = self._batches(start.step * config.accumulation)
         total = config.steps * self._positions_per_step
         done = start.step * self._positions_per_step
         terms = start.loss_terms
         self._module.train()
-        with Progress(self._label, total, "positions", done) as progress, deferred_interrupt() as interrupt:
+        with (
+            MetricsLog(self._folder, start.step, tensorboard=config.tensorboard) as log,
+            Progress(self._label, total, "positions", done) as progress,
+            deferred_interrupt() as interrupt,
+        ):
             for step in range(start.step, config.steps):
                 is_last = step + 1 == config.steps
                 is_logged = (step + 1) % config.log_every == 0 or step == 0 or is_last

@@ -1,25 +1,40 @@
-"""`metrics.jsonl`: one line every few steps."""
+"""What is logged every few steps: `metrics.jsonl`, and TensorBoard scalars if they are asked for."""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from cache.atomic import write_atomically
+from stages.training.tensorboard import TensorBoardLog
 
 
 class MetricsLog:
-    """Appends records; on resume it first drops those of steps that will be done again."""
+    """Appends records to `metrics.jsonl` in a folder, and to `tensorboard/` there if that is on; a context manager.
 
-    def __init__(self, path: Path, steps_done: int) -> None:
-        self._path = path
-        kept = [line for line in _complete_lines(path) if _step_of(line) <= steps_done]
-        write_atomically(path, b"".join(line + b"\n" for line in kept))
+    On resume it first drops records of steps that will be done again.
+    """
+
+    def __init__(self, folder: Path, steps_done: int, *, tensorboard: bool = False) -> None:
+        self._scalars = TensorBoardLog(folder / "tensorboard", steps_done) if tensorboard else None
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in _complete_lines(self._path) if _step_of(line) <= steps_done]
+        write_atomically(self._path, b"".join(line + b"\n" for line in kept))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._scalars is not None:
+            self._scalars.close()
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record at once, so that a running training can be watched."""
         with self._path.open("a", encoding="ascii") as file:
             file.write(json.dumps(record) + "\n")
+        if self._scalars is not None:
+            self._scalars.append(record)
 
 
 def _step_of(line: bytes) -> float:

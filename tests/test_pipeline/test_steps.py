@@ -47,7 +47,9 @@ def test_changed_settings_are_refused_by_name_until_forced(copied_run: Path) -> 
         assert "teacher.training.learning_rate: was 0.003, is 0.002" in outcome.stderr
         assert "`tristill teacher --force`" in outcome.stderr
     assert snapshot(copied_run) == before
+    (copied_run / "teacher" / "tensorboard").mkdir()
     assert on(copied_run, "teacher", *change, "--force").code == 0
+    assert not (copied_run / "teacher" / "tensorboard").exists()
     outcome = on(copied_run, "dump-logits", *change)
     assert outcome.code == 1
     assert "input teacher: was " in outcome.stderr

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -58,7 +60,7 @@ def training(
         if stop_at is not None and seen > stop_at:
             raise RuntimeError("pulled the plug")
         value = (module(batch) - batch.sum(-1, keepdim=True)).square().mean()
-        return LossValues(value, {"square": value.detach()})
+        return LossValues(value, {"square": value.detach()}, {"weights": {"square": 1 / (info.step + 1)}})
 
     return Training("test", module, loss, batches, 4, settings, folder)
 
@@ -264,3 +266,58 @@ def test_time_spent_before_a_resume_counts(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="pulled"):
         training(tmp_path, make_module(), slow, batches=waiting, stop_at=16).run()
     assert training(tmp_path, make_module(), slow).run().elapsed_s > 15 * 0.02
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: (step, value) of every tag."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def recorded(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The same of metrics.jsonl, in TensorBoard's float32."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        tables = [name for name, value in record.items() if isinstance(value, dict)]
+        record |= {f"{name}/{key}": value for name in tables for key, value in record.pop(name).items()}
+        for tag, value in record.items():
+            found.setdefault(tag, []).append((step, float(np.float32(value))))
+    return found
+
+
+@pytest.mark.parametrize("stop_at", [None, 3, 12, 18])
+def test_tensorboard_shows_what_metrics_jsonl_holds_also_after_a_resume(tmp_path: Path, stop_at: int | None) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    settings = config(checkpoint_every=5, tensorboard=True)
+    if stop_at is not None:
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            training(tmp_path, make_module(), settings, stop_at=stop_at).run()
+        assert scalars(tmp_path / "tensorboard") == recorded(tmp_path)
+    training(tmp_path, make_module(), settings).run()
+    found = scalars(tmp_path / "tensorboard")
+    assert found == recorded(tmp_path)
+    assert [step for step, _ in found["loss"]] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert {"positions", "terms/square", "weights/square", "learning_rate", "grad_norm"} < found.keys()
+
+
+def test_tensorboard_changes_no_number_and_leaves_no_folder_while_it_is_off(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    modules = {is_on: make_module() for is_on in (True, False)}
+    for is_on, module in modules.items():
+        training(tmp_path / str(is_on), module, config(tensorboard=is_on)).run()
+    assert all(torch.equal(a, b) for a, b in zip(state(modules[True]), state(modules[False]), strict=True))
+    assert config(tensorboard=True).numbers() == config().numbers()
+    assert [path.name for path in (tmp_path / "False").iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_without_its_package_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(StageError, match=r"tensorboard is on .* pip install 'tristill\[tensorboard\]', or set"):
+        training(tmp_path, make_module(), config(tensorboard=True), stop_at=0).run()
+    assert not (tmp_path / "metrics.jsonl").exists()
