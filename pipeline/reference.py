@@ -39,7 +39,7 @@ def documents() -> dict[Path, str]:
     return {
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "config.md": config_reference(),
-        readme: with_tables(readme.read_text(encoding="utf-8")),
+        **{page: with_tables(page.read_text(encoding="utf-8")) for page in (readme, ROOT / "docs" / "methods.md")},
     }
 
 
