@@ -16,7 +16,7 @@ from pydantic import (
 from cache.atomic import write_atomically
 from cache.calibration import Calibration
 from cache.errors import CacheCorruptError, CacheMissingError
-from cache.hashing import canonical_json
+from cache.hashing import canonical_json, fingerprint_of
 from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
 from cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
@@ -76,6 +76,11 @@ class Manifest(_Strict):
         """The shards' windows, in the order of `shards`."""
         return list(shard_ranges(self.spec))
 
+    @property
+    def fingerprint(self) -> str:
+        """That of the cache: the manifest holds the hash of every shard."""
+        return fingerprint_of(self.model_dump(mode="json"))
+
     def to_json(self) -> str:
         """Canonical JSON, as stored."""
         return canonical_json(self.model_dump(mode="json"))
@@ -84,6 +89,14 @@ class Manifest(_Strict):
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Commit the cache: from here on it is complete."""
     write_atomically(folder / MANIFEST_NAME, manifest.to_json().encode("ascii"))
+
+
+def cache_fingerprint(folder: Path) -> str | None:
+    """That of the cache in `folder`, None if there is no complete one with a sound manifest."""
+    try:
+        return load_manifest(folder).fingerprint
+    except (CacheMissingError, CacheCorruptError):
+        return None
 
 
 def load_manifest(folder: Path) -> Manifest:

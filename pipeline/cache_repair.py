@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, CacheSpec
-from cache.hashing import fingerprint_of
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.manifest import Manifest, load_manifest, save_manifest
 from cache.repair import lend_good_files, manifest_of_shards, restore_tokenizer, take_back
@@ -86,8 +85,7 @@ def _is_what_was_dumped(found: Manifest, manifest: Manifest, recorded: Provenanc
 
     Either the record of provenance says so, or the manifest itself, by holding the SHA-256 of all shards.
     """
-    fingerprint = fingerprint_of(found.model_dump(mode="json"))
-    return found.shards == manifest.shards or (recorded is not None and recorded.fingerprint == fingerprint)
+    return found.shards == manifest.shards or (recorded is not None and recorded.fingerprint == found.fingerprint)
 
 
 def _tokenizer_problem(folder: Path, spec: CacheSpec, workspace: Workspace, report: Report) -> str | None:
@@ -156,13 +154,19 @@ def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | 
             found = corpus.windows_fingerprint(split, declared.num_windows) if held else None
             if found != declared.fingerprint:
                 yield f"{workspace.data}: found split {split} with fingerprint {found}, expected {declared.fingerprint}"
+    dump = DumpLogits(workspace)
+    members = dump.config.cache.ensemble
     is_there = all((workspace.teacher / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
-    teacher = model_fingerprint(workspace.teacher) if is_there else None
+    own = model_fingerprint(workspace.teacher) if is_there else None
+    teacher = own and dump.config.cache.teacher_fingerprint(own)
     if teacher != spec.teacher_fingerprint:
-        found = f"a teacher with fingerprint {teacher}" if teacher else "no teacher"
-        yield f"{workspace.teacher}: found {found}, expected the one with fingerprint {spec.teacher_fingerprint}"
+        places = ", ".join(map(str, (workspace.teacher, *(member.path for member in members))))
+        what = "ensemble" if members else "teacher"
+        article = "an" if members else "a"
+        found = f"{article} {what} with fingerprint {teacher}" if teacher else f"no {what}"
+        yield f"{places}: found {found}, expected the one with fingerprint {spec.teacher_fingerprint}"
     if recorded:
-        yield from differences(recorded, DumpLogits(workspace).settings(), {})
+        yield from differences(recorded, dump.settings(), {})
 
 
 def _record(folder: Path) -> Provenance | None:

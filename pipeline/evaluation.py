@@ -10,10 +10,11 @@ from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
 from pipeline.errors import MissingInputError
 from pipeline.results import run_rows
 from pipeline.workspace import Workspace
+from stages.distill.caches import open_caches
+from stages.distill.config import DistillConfig
 from stages.errors import CheckpointError
 from stages.evaluate.evaluate import evaluate
 from stages.models.folder import CONFIG_NAME, load_model, pick_device
-from stages.targets.cached import CachedSource
 from stages.targets.online import OnlineSource
 from stages.targets.source import TargetSource
 
@@ -22,19 +23,21 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
     """Held-out metrics per model; all finished models of the run if none is named. Writes evaluation.json.
 
     Each student is judged by its own teacher, everything else by that of the last link. Teacher metrics come from the
-    validation targets of the link's cache, or from the teacher itself where there is no cache.
+    validation targets of the link's cache, or caches, or from the teacher itself where there is no cache.
     """
     folders = {name: _folder(workspace, name) for name in names or [row.name for row in run_rows(workspace)]}
     if not folders:
         raise MissingInputError(f"{workspace.run_dir}: found no trained model; run `tristill run --until distill`")
     device = pick_device(workspace.config.distill.training.device)
-    sources: dict[Path, TargetSource] = {}
+    sources: dict[tuple[object, ...], TargetSource] = {}
     metrics = {}
     for name, folder in folders.items():
         link = workspace.link(workspace.config.link_names[0] if name == "teacher" else name)
-        if link.cache not in sources:
-            sources[link.cache] = _source(link)
-        source = sources[link.cache]
+        distill = link.config.for_student(link.name).distill
+        key = (link.cache, distill.caches, distill.shares, distill.tail)
+        if key not in sources:
+            sources[key] = _source(link, distill)
+        source = sources[key]
         model = load_model(folder).to(device)
         if (folder / TOKENIZER_NAME).read_bytes() != source.tokenizer_path.read_bytes():
             raise CheckpointError(f"{folder}: found another tokenizer than {source.tokenizer_path}, expected the same")
@@ -52,10 +55,11 @@ def _folder(workspace: Workspace, name: str) -> Path:
     raise MissingInputError(f"{name}: found no model in {' or '.join(str(place) for place in places)}")
 
 
-def _source(link: Workspace) -> TargetSource:
+def _source(link: Workspace, distill: DistillConfig) -> TargetSource:
     device = pick_device(link.config.distill.training.device)
-    if (link.cache / MANIFEST_NAME).is_file():
-        return CachedSource(open_cache(link.cache), device)
-    teacher = load_model(link.teacher) if (link.teacher / CONFIG_NAME).is_file() else None
-    temperature = link.config.for_student(link.name).cache.profile.temperature
-    return OnlineSource(link.data, device, teacher=teacher, temperature=temperature)
+    if (link.cache / MANIFEST_NAME).is_file() or distill.caches:
+        return open_caches(open_cache(link.cache), distill, device)
+    dump = link.config.for_student(link.name).cache
+    is_the_teacher = not dump.ensemble and (link.teacher / CONFIG_NAME).is_file()
+    teacher = load_model(link.teacher) if is_the_teacher else None
+    return OnlineSource(link.data, device, teacher=teacher, temperature=dump.profile.temperature)

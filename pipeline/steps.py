@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
-from cache.hashing import fingerprint_of, sha256_of_file
-from cache.manifest import load_manifest
+from cache.hashing import sha256_of_file
+from cache.manifest import cache_fingerprint, load_manifest
 from pipeline.config import DEFAULT_STUDENT, save_config
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
@@ -88,8 +88,11 @@ class Step(ABC):
 
 def fingerprints(steps: Mapping[str, Step]) -> dict[str, str]:
     """Those of the artefacts that are finished."""
-    known = {name: step.fingerprint() for name, step in steps.items()}
-    return {name: fingerprint for name, fingerprint in known.items() if fingerprint}
+    return _known({name: step.fingerprint() for name, step in steps.items()})
+
+
+def _known(fingerprints: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: fingerprint for name, fingerprint in fingerprints.items() if fingerprint}
 
 
 class Tokenize(Step):
@@ -210,16 +213,23 @@ class DumpLogits(Step):
         """Tokens and teacher."""
         return {"data": Tokenize(self.workspace), "teacher": teacher_step(self.workspace)}
 
+    def inputs(self) -> dict[str, str]:
+        """Tokens, teacher, and the teachers beside it."""
+        others = {f"teacher {n}": found.fingerprint for n, found in enumerate(self.config.cache.ensemble, start=2)}
+        return super().inputs() | _known(others)
+
+    def teacher_fingerprint(self) -> str | None:
+        """What its cache names the teacher, or the ensemble; None while one of them is not here."""
+        own = teacher_step(self.workspace).fingerprint()
+        return own and self.config.cache.teacher_fingerprint(own)
+
     def settings(self) -> dict[str, Any]:
         """The cache section."""
         return {"cache": self.config.cache.numbers()}
 
     def fingerprint(self) -> str | None:
-        """Hash of the manifest, which holds the hash of every shard; the record of provenance may be missing."""
-        try:
-            return fingerprint_of(load_manifest(self.folder).model_dump(mode="json"))
-        except (CacheMissingError, CacheCorruptError):
-            return None
+        """That of the cache itself; the record of provenance may be missing."""
+        return cache_fingerprint(self.folder)
 
     def is_complete(self) -> bool:
         """Whether the manifest and every shard of its size are there, and no dump is at work on them."""
@@ -300,7 +310,8 @@ class Distill(Step):
         steps = self._sources if self.config.distill.online is None else self.needs
         if self.config.distill.targets != "online":
             steps["cache"] = DumpLogits(self.workspace)
-        return fingerprints(steps)
+        further = {f"cache {n}": cache_fingerprint(c.dir) for n, c in enumerate(self.config.distill.caches, start=2)}
+        return fingerprints(steps) | _known(further)
 
     def shape(self) -> ModelConfig:
         """The student's own shape, or its teacher's."""
@@ -318,6 +329,8 @@ class Distill(Step):
         """
         if self.config.distill.targets != "auto":
             return self.config.distill.targets
+        if self.config.distill.caches:
+            return "cached"
         try:
             spec = load_manifest(self.workspace.cache).spec
         except CacheError:
@@ -336,7 +349,7 @@ class Distill(Step):
             cache=self.workspace.cache,
             data=tokens.folder,
             teacher=teacher.folder,
-            teacher_fingerprint=teacher.fingerprint(),
+            teacher_fingerprint=DumpLogits(self.workspace).teacher_fingerprint(),
             tokenizer_fingerprint=tokens.tokenizer_fingerprint(),
         )
         device = pick_device(self.config.distill.training.device)

@@ -1,5 +1,6 @@
 """The base of all config sections: frozen, closed, documented; some fields are marked as affecting no numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,12 @@ class Section(BaseModel):
             elif isinstance(value, Section):
                 plain[name] = value.numbers()
         return plain
+
+
+def normalised(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights divided by their sum."""
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)
 
 
 def affects_numbers(field: FieldInfo) -> bool:

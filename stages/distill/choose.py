@@ -7,6 +7,7 @@ import torch
 
 from cache import CacheMismatchError, CacheMissingError, open_cache
 from cache.profiles.head_needs import whole_distribution
+from stages.distill.caches import open_caches
 from stages.distill.config import DistillConfig
 from stages.dump.config import DumpConfig
 from stages.errors import TargetsError
@@ -31,13 +32,16 @@ class Places:
 def choose_source(
     config: DistillConfig, dump: DumpConfig, student_depth: int, places: Places, device: torch.device
 ) -> TargetSource:
-    """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not."""
+    """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not.
+
+    Where several caches are to be mixed there is no else: one teacher online is not the same.
+    """
     if config.targets == "online":
         return online_source(config, dump, places, device)
     try:
         return cached_source(config, student_depth, places, device)
     except (CacheMissingError, TargetsError) as exc:
-        if config.targets == "cached":
+        if config.targets == "cached" or config.caches:
             raise
         say(f"targets: online, since the cache does not serve: {exc}")
         return online_source(config, dump, places, device)
@@ -60,7 +64,7 @@ def cached_source(config: DistillConfig, student_depth: int, places: Places, dev
             f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or forward "
             "the teacher online"
         )
-    return CachedSource(cache, device)
+    return open_caches(cache, config, device)
 
 
 def online_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
@@ -74,6 +78,11 @@ def online_source(config: DistillConfig, dump: DumpConfig, places: Places, devic
                 f"{folder}: online targets need it, and {name} is not there; run `tristill {command}`, or dump a cache "
                 "that serves the losses"
             )
+    if dump.ensemble:
+        raise TargetsError(
+            f"cache.ensemble: found {len(dump.ensemble) + 1} teachers, of which online targets forward the run's own "
+            "alone; dump a cache that serves the losses, or leave cache.ensemble out"
+        )
     if config.tail is not None and config.needs_targets:
         raise TargetsError(f"distill.tail: {whole_distribution(config.tail, 'a teacher that is forwarded online')}")
     if config.curriculum is not None:

@@ -1,18 +1,19 @@
 """Settings of the student and its distillation."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cache.hidden import HiddenOutput
 from cache.spec import CacheSpec
+from stages.distill.caches_config import FurtherCache
 from stages.losses.config import LossConfig
 from stages.losses.hidden_config import resolved_layers
 from stages.losses.selection_config import CurriculumConfig, OnlineConfig
 from stages.models.config import ModelConfig
 from stages.quantize.config import QuantizeConfig
-from stages.settings import Section, neutral
+from stages.settings import Section, neutral, normalised
 from stages.training.config import TrainingConfig
 
 
@@ -36,6 +37,14 @@ class DistillConfig(LossConfig):
             "cached: from the cache or not at all; online: forward the teacher; auto: cached if it serves, else online"
         ),
     ] = "auto"
+    caches: Annotated[
+        tuple[FurtherCache, ...],
+        Field(
+            description="further caches, whose targets are mixed with those of the run's own as they are read; hidden "
+            "states and entropies remain those of the run's own"
+        ),
+    ] = ()
+    own_weight: Annotated[float, Field(gt=0, description="weight of the run's own cache beside them")] = 1.0
     online: Annotated[
         OnlineConfig | None, Field(description="teachers that move with the student; none is the frozen one")
     ] = None
@@ -49,6 +58,26 @@ class DistillConfig(LossConfig):
         if self.online is not None and self.targets != "online":
             raise ValueError("a teacher that is trained beside the student is no cache: set targets = 'online'")
         return self
+
+    @model_validator(mode="after")
+    def _caches_are_read(self) -> Self:
+        if self.caches and self.targets == "online":
+            raise ValueError(
+                "caches: are not read when targets = 'online', which forwards the run's own teacher alone; set "
+                "targets = 'cached', or leave caches out"
+            )
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all caches, the run's own first; they sum to one."""
+        return normalised((self.own_weight, *(cache.weight for cache in self.caches)))
+
+    def numbers(self) -> dict[str, Any]:
+        """See Section. Of several caches the shares count; one cache is all that there is."""
+        plain = super().numbers()
+        del plain["own_weight"], plain["caches"]
+        return {**plain, "caches": list(self.shares)} if self.caches else plain
 
     def hidden_layers(
         self, student_depth: int, known: Mapping[HiddenOutput, tuple[int, ...]]

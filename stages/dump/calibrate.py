@@ -26,7 +26,6 @@ from stages.dump.transform import LogitTransform, fit_transform
 from stages.errors import CheckpointError
 from stages.fidelity.measure import FeaturePairs, fidelity, full_gradients
 from stages.losses.chunked_head import chunks
-from stages.losses.target import ComputedTargets
 from stages.progress import say
 from stages.targets.stored import make_targets
 
@@ -109,7 +108,7 @@ class Fitter:
 
     def __init__(self, sample: Sample) -> None:
         self._sample = sample
-        self._full = ComputedTargets(sample.measure.final_ND, sample.measure.head_VD.float())
+        self._full = sample.measure.targets
         self._gradients: dict[float, torch.Tensor] = {}
         self._transform: LogitTransform | None = None
         self._mean_p_V: torch.Tensor | None = None

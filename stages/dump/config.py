@@ -1,16 +1,18 @@
 """Settings of the cache and of the dump that writes it."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cache.hashing import fingerprint_of
 from cache.profiles.heads import HeadSize
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import Temperatures, TopKProfile
+from stages.dump.ensemble_config import EnsembleMember
 from stages.dump.hidden_config import HiddenSettings
-from stages.settings import Section, neutral
+from stages.settings import Section, neutral, normalised
 
 
 class TransformSettings(Section):
@@ -113,6 +115,14 @@ class DumpConfig(Section):
         Field(description="blocks whose outputs are kept too, by number from 1 (0 is the embedding); none keeps none"),
     ] = ()
     hidden: Annotated[HiddenSettings, Field(description="how they are kept")] = HiddenSettings()
+    ensemble: Annotated[
+        tuple[EnsembleMember, ...],
+        Field(
+            description="further teachers, whose distributions are mixed with that of the run's own; hidden states "
+            "remain those of the run's own"
+        ),
+    ] = ()
+    own_weight: Annotated[float, Field(gt=0, description="weight of the run's own teacher beside them")] = 1.0
     max_train_windows: Annotated[
         int | None, Field(ge=1, description="windows of the train split that students see; none takes all")
     ] = None
@@ -136,3 +146,31 @@ class DumpConfig(Section):
         if 0 in self.hidden_layers and self.hidden.output != "residual":
             raise ValueError(f"hidden_layers: layer 0 is the embedding and has no output {self.hidden.output!r}")
         return self
+
+    @model_validator(mode="after")
+    def _a_mixture_has_no_hidden_state(self) -> "DumpConfig":
+        if self.ensemble and isinstance(self.profile, TransformSettings | DenseSettings):
+            raise ValueError(
+                f"ensemble: profile {self.profile.kind} keeps the final hidden state of one teacher, and a mixture of "
+                "several has none; use profile sampled, topk or plain_topk, or dump a cache of each teacher and mix "
+                "them with distill.caches"
+            )
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of all teachers, the run's own first; they sum to one."""
+        return normalised((self.own_weight, *(member.weight for member in self.ensemble)))
+
+    def teacher_fingerprint(self, own: str) -> str | None:
+        """What the cache names its teachers, for the fingerprint of the run's own; None if another one is not here."""
+        if not self.ensemble:
+            return own
+        found = [own, *(member.fingerprint for member in self.ensemble)]
+        return None if None in found else fingerprint_of(list(zip(found, self.shares, strict=True)))
+
+    def numbers(self) -> dict[str, Any]:
+        """See Section. Of an ensemble the shares count; one teacher is all that there is."""
+        plain = super().numbers()
+        del plain["own_weight"], plain["ensemble"]
+        return {**plain, "ensemble": list(self.shares)} if self.ensemble else plain

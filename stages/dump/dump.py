@@ -19,6 +19,7 @@ from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
 from stages.dump.calibrate import as_stored
 from stages.dump.config import DumpConfig
+from stages.dump.ensemble import ALONE, Ensemble, load_ensemble
 from stages.dump.extract import target_arrays
 from stages.dump.forward import forward_windows
 from stages.dump.hidden import hidden_arrays
@@ -48,14 +49,17 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
             "`tristill teacher --force`"
         )
     windows = {split: split_windows(data_folder, split) for split in _SPLITS}
-    prepared = prepare(config, corpus, teacher, model_fingerprint(teacher_folder), windows["train"], folder)
+    ensemble = load_ensemble(config, data_folder, corpus, device)
+    fingerprint = config.teacher_fingerprint(model_fingerprint(teacher_folder))
+    assert fingerprint is not None, "all teachers were just loaded"
+    prepared = prepare(config, corpus, teacher, fingerprint, windows["train"], folder, ensemble)
     spec = prepared.spec
     tokenizer_json = (data_folder / TOKENIZER_NAME).read_bytes()
     writer = CacheWriter(folder, spec, tokenizer_json, prepared.tables_image, config.compression_level)
     total = sum(spec.num_positions(split) for split in spec.splits)
     missing = sum(shard.num_windows for shard in writer.missing_shards()) * spec.context_length
     with Progress("dump-logits", total, "positions", total - missing) as progress:
-        write_missing_shards(writer, teacher, windows, config, progress)
+        write_missing_shards(writer, teacher, windows, config, progress, ensemble=ensemble)
     return writer.finish()
 
 
@@ -66,6 +70,7 @@ def write_missing_shards(
     config: DumpConfig,
     progress: Progress,
     num_workers: int | None = None,
+    ensemble: Ensemble = ALONE,
 ) -> None:
     """Forward the teacher in worker threads; compress and write in this one, a few batches behind them.
 
@@ -82,7 +87,7 @@ def write_missing_shards(
     )
 
     def arrays_of(split: SplitName, rows: list[int]) -> dict[str, np.ndarray]:
-        return window_arrays(teacher, windows[split], split, rows, spec, tables, config.precision)
+        return window_arrays(teacher, windows[split], split, rows, spec, tables, config.precision, ensemble)
 
     with torch_threads(1 if on_cpu else torch.get_num_threads()) as set_threads:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="teacher", initializer=set_threads)
@@ -131,10 +136,11 @@ def window_arrays(
     spec: CacheSpec,
     tables: Tables,
     precision: str,
+    ensemble: Ensemble = ALONE,
 ) -> dict[str, np.ndarray]:
     """Every array of the cache for these windows, by name, each (P, ...) of the stored type."""
     wanted = [State(spec.hidden.output, layer) for layer in spec.hidden.layers] if spec.hidden else []
-    positions, hidden, ids_PT1 = forward_windows(teacher, windows, split, rows, precision, wanted)
+    positions, hidden, ids_PT1 = forward_windows(teacher, windows, split, rows, precision, wanted, ensemble)
     with torch.inference_mode():
         arrays = target_arrays(spec.profile, tables.target, positions)
         if spec.hidden is not None and tables.hidden is not None:

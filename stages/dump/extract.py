@@ -17,9 +17,11 @@ from cache.profiles.topk import TopKProfile
 from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
 from cache.spec import AnyProfile
 from stages.dump.draws import draws, uniforms
+from stages.dump.ensemble import TeacherMixture
 from stages.dump.heads import Distribution, adaptive_head, signals
 from stages.dump.topk import topk_target
 from stages.losses.chunked_head import chunks
+from stages.losses.target import ComputedTargets
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class TeacherPositions:
     """The teacher at the positions of some windows, and who they are.
 
     final_ND: float32. head_VD: the output matrix, float32 or bfloat16. input_ids_N, labels_N: int64. windows: their
-    numbers in the split.
+    numbers in the split. others: further teachers there. shares: of all teachers, the one of final_ND first.
     """
 
     final_ND: Tensor
@@ -36,15 +38,23 @@ class TeacherPositions:
     labels_N: Tensor
     split: str
     windows: list[int]
+    others: tuple[ComputedTargets, ...] = ()
+    shares: tuple[float, ...] = (1.0,)
 
     @property
     def context_length(self) -> int:
         """T."""
         return len(self.final_ND) // len(self.windows)
 
+    @property
+    def targets(self) -> ComputedTargets | TeacherMixture:
+        """The whole distribution of the teacher, or of the mixture of all of them."""
+        own = ComputedTargets(self.final_ND, self.head_VD)
+        return TeacherMixture((own, *self.others), self.shares) if self.others else own
+
     def logits(self, rows: slice) -> Tensor:
         """Logits of some rows, computed in the type of the output matrix, float32."""
-        return (self.final_ND[rows].to(self.head_VD.dtype) @ self.head_VD.T).float()
+        return self.targets.chunk(rows, self.head_VD.dtype).logits_NV
 
 
 Extract = Callable[[Tensor, Distribution, slice], dict[str, Tensor]]

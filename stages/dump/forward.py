@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from stages.data.tokens import TokenWindows
+from stages.dump.ensemble import ALONE, Ensemble
 from stages.dump.extract import TeacherPositions
 from stages.dump.hidden_fit import HiddenWindows
 from stages.errors import CheckpointError
-from stages.models.transformer import State, Transformer
+from stages.losses.target import ComputedTargets
+from stages.models.transformer import Features, State, Transformer
 
 
 @torch.inference_mode()
@@ -24,29 +26,40 @@ def forward_windows(
     rows: list[int],
     precision: str,
     states: Collection[State] = (),
+    ensemble: Ensemble = ALONE,
 ) -> tuple[TeacherPositions, dict[int, Tensor], np.ndarray]:
     """The teacher at the positions of these windows, its states (P, T, D) by layer, the windows' ids (P, T + 1).
 
-    With precision bfloat16, matrix products run under autocast, that of the output head too.
+    With precision bfloat16, matrix products run under autocast, that of the output head too. States are those of
+    `teacher`, whatever stands beside it.
     """
     device = teacher.head_weight.device
     ids_PT1 = windows.read(rows)
     ids = torch.from_numpy(ids_PT1.astype(np.int64)).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         features = teacher(ids[:, :-1], states)
-    final_ND = features.final_BTD.flatten(0, 1).float()
-    if not torch.isfinite(final_ND).all():
-        raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
-    head_VD = teacher.head_weight.detach()
+        others = [(model, model(ids[:, :-1])) for model in ensemble.others]
+    own, *rest = (_output(model, found, precision) for model, found in [(teacher, features), *others])
     positions = TeacherPositions(
-        final_ND=final_ND,
-        head_VD=head_VD.bfloat16() if precision == "bfloat16" else head_VD,
+        final_ND=own.final_ND,
+        head_VD=own.head_VD,
         input_ids_N=ids[:, :-1].flatten(),
         labels_N=ids[:, 1:].flatten(),
         split=split,
         windows=rows,
+        others=tuple(rest),
+        shares=ensemble.shares,
     )
     return positions, {state.layer: found for state, found in features.hidden.items()}, ids_PT1
+
+
+def _output(model: Transformer, features: Features, precision: str) -> ComputedTargets:
+    """What a teacher's output head takes."""
+    final_ND = features.final_BTD.flatten(0, 1).float()
+    if not torch.isfinite(final_ND).all():
+        raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
+    head_VD = model.head_weight.detach()
+    return ComputedTargets(final_ND, head_VD.bfloat16() if precision == "bfloat16" else head_VD)
 
 
 def sample_hidden(
@@ -68,11 +81,21 @@ def sample_hidden(
 
 
 def sample_positions(
-    teacher: Transformer, windows: TokenWindows, split: str, rows: list[int], batch_windows: int, precision: str
+    teacher: Transformer,
+    windows: TokenWindows,
+    split: str,
+    rows: list[int],
+    batch_windows: int,
+    precision: str,
+    ensemble: Ensemble = ALONE,
 ) -> TeacherPositions:
     """The teacher at the positions of many windows, forwarded in batches."""
     batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
-    parts = [forward_windows(teacher, windows, split, batch, precision)[0] for batch in batches]
+    parts = [forward_windows(teacher, windows, split, batch, precision, ensemble=ensemble)[0] for batch in batches]
+    others = (
+        ComputedTargets(torch.cat([output.final_ND for output in outputs]), outputs[0].head_VD)
+        for outputs in zip(*(part.others for part in parts), strict=True)
+    )
     return TeacherPositions(
         final_ND=torch.cat([part.final_ND for part in parts]),
         head_VD=parts[0].head_VD,
@@ -80,4 +103,6 @@ def sample_positions(
         labels_N=torch.cat([part.labels_N for part in parts]),
         split=split,
         windows=rows,
+        others=tuple(others),
+        shares=ensemble.shares,
     )

@@ -24,6 +24,7 @@ from stages.data.tokenized import TokenizedCorpus
 from stages.data.tokens import TokenWindows
 from stages.dump.calibrate import Sample, calibrate
 from stages.dump.config import DumpConfig
+from stages.dump.ensemble import ALONE, Ensemble
 from stages.dump.extract import TeacherPositions
 from stages.dump.forward import sample_positions
 from stages.dump.hidden_calibrate import calibrate_hidden
@@ -50,8 +51,12 @@ def prepare(
     teacher_fingerprint: str,
     windows: TokenWindows,
     folder: Path,
+    ensemble: Ensemble = ALONE,
 ) -> Prepared:
-    """The spec of a dump, from the tables in `folder` if they were made from the same, else by calibration."""
+    """The spec of a dump, from the tables in `folder` if they were made from the same, else by calibration.
+
+    teacher_fingerprint: of `teacher` and the ensemble beside it.
+    """
     check_teacher(config, corpus, teacher)
     splits = split_specs(config, corpus)
     request = fingerprint_of(
@@ -69,7 +74,7 @@ def prepare(
     total = sum(split.num_windows for split in splits.values()) * corpus.context_length
     # One thread on a CPU, so that the tables do not depend on the number of cores.
     with torch_threads(1 if teacher.head_weight.device.type == "cpu" else torch.get_num_threads()):
-        sample = calibration_sample(config, teacher, windows, splits["train"].num_windows, total)
+        sample = calibration_sample(config, teacher, windows, splits["train"].num_windows, total, ensemble)
         fitted, calibration = calibrate(config, sample, request)
         tables = {f"target.{name}": table for name, table in fitted.tables.items()}
         hidden_spec = None
@@ -122,7 +127,12 @@ def with_tables(
 
 
 def calibration_sample(
-    config: DumpConfig, teacher: Transformer, windows: TokenWindows, num_windows: int, total_positions: int
+    config: DumpConfig,
+    teacher: Transformer,
+    windows: TokenWindows,
+    num_windows: int,
+    total_positions: int,
+    ensemble: Ensemble = ALONE,
 ) -> Sample:
     """Windows spread evenly over the train split to fit on, and others between them to measure on."""
     num_measured = max(1, min(num_windows // 2, round(MEASURED_POSITIONS / windows.context_length)))
@@ -133,13 +143,13 @@ def calibration_sample(
     fitted = [window for place, window in enumerate(chosen) if place not in places] or measured
     student = near_student(teacher)
 
-    def positions_of(model: Transformer, rows: list[int]) -> TeacherPositions:
-        return sample_positions(model, windows, "train", rows, config.batch_windows, config.precision)
+    def positions_of(model: Transformer, rows: list[int], beside: Ensemble) -> TeacherPositions:
+        return sample_positions(model, windows, "train", rows, config.batch_windows, config.precision, beside)
 
-    near = positions_of(student, measured)
+    near = positions_of(student, measured, ALONE)
     return Sample(
-        fit=positions_of(teacher, fitted),
-        measure=positions_of(teacher, measured),
+        fit=positions_of(teacher, fitted, ensemble),
+        measure=positions_of(teacher, measured, ensemble),
         student=FeaturePairs(near.final_ND, near.head_VD.float()),
         student_name=f"the teacher with {NOISE_SHARE:.0%} noise on its weights",
         total_positions=total_positions,

@@ -50,7 +50,8 @@ def cache_fidelity(
     if (found := model_fingerprint(teacher_folder)) != cache.spec.teacher_fingerprint:
         raise CacheMismatchError(
             f"{cache_folder}: was made by another teacher: {teacher_folder} has fingerprint {found}, expected "
-            f"{cache.spec.teacher_fingerprint}; give the run that made this cache with --run-dir"
+            f"{cache.spec.teacher_fingerprint}; give the run that made this cache with --run-dir (one of several "
+            "teachers, cache.ensemble, is not measured)"
         )
     teacher = load_model(teacher_folder).eval()
     student = load_model(student_folder).eval() if student_folder else near_student(teacher)

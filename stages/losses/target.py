@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stages.losses.mixed import MixedTarget
+
 _LOWEST_LOG_MASS = -1e3
 """Stands for no mass at all where a sum over the vocabulary would meet 0 times infinity."""
 
@@ -207,7 +209,7 @@ class DrawnTarget:
     temperature: float
 
 
-FullTarget = SpreadTarget | LogitsTarget | RescaledTarget
+FullTarget = SpreadTarget | LogitsTarget | RescaledTarget | MixedTarget
 Target = HeadTarget | RenormalisedTarget | PartialTarget | FullTarget | DrawnTarget
 Rows = slice | Tensor
 """Which positions: consecutive ones, or any by number."""

@@ -76,7 +76,7 @@ def test_cached_and_online_students_are_told_apart(copied_run: Path) -> None:
         ("teacher", "teacher.training.device=gpu", "device 'gpu': cannot be used here"),
         ("dump-logits", "cache.hidden_layers=[9]", "found [9], but the teacher has 2 blocks"),
         ("distill", "distill.hidden.layers={2=0}", "hidden states of layers [0] are asked for"),
-        ("distill", "distill.hidden.layers={1=9}", "found teacher layers [9], but the teacher has 2 blocks"),
+        ("distill", "distill.hidden.layers={1=9}", "found teacher layers [9], but of the teacher there are [1, 2]"),
     ],
 )
 def test_a_refused_start_does_not_stand_in_the_way_of_the_right_one(

@@ -1,0 +1,65 @@
+"""Several teachers as one: the mixture of their distributions at temperature 1.
+
+Shapes: N positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cache.hashing import sha256_of_file
+from stages.data.tokenized import TokenizedCorpus
+from stages.dump.config import DumpConfig
+from stages.errors import CheckpointError
+from stages.losses.mixed import log_mixture
+from stages.losses.target import ComputedTargets, LogitsTarget, Rows
+from stages.models.folder import TOKENIZER_NAME, load_model
+from stages.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The teachers beside the run's own. shares: of all of them, the run's own first, summing to one."""
+
+    others: tuple[Transformer, ...]
+    shares: tuple[float, ...]
+
+
+ALONE = Ensemble((), (1.0,))
+"""The run's own teacher and no other."""
+
+
+def load_ensemble(config: DumpConfig, data_folder: Path, corpus: TokenizedCorpus, device: torch.device) -> Ensemble:
+    """The teachers that the config names; refuses one whose ids are not those of the corpus."""
+    others = []
+    for member in config.ensemble:
+        model = load_model(member.path)
+        path = member.path / TOKENIZER_NAME
+        found = sha256_of_file(path) if path.is_file() else None
+        if found != corpus.tokenizer_sha256:
+            what = f"a tokenizer with SHA-256 {found}" if found else "no tokenizer"
+            raise CheckpointError(
+                f"cache.ensemble: {path}: found {what}, expected that of {data_folder / TOKENIZER_NAME} with SHA-256 "
+                f"{corpus.tokenizer_sha256}: distributions are mixed id by id; give a teacher of this tokenizer"
+            )
+        if model.vocab_size != corpus.vocab_size:
+            raise CheckpointError(
+                f"cache.ensemble: {member.path}: found {model.vocab_size} output entries, expected "
+                f"{corpus.vocab_size}, one for each id of {data_folder / TOKENIZER_NAME}; give a teacher whose "
+                "vocabulary is not padded"
+            )
+        others.append(model.to(device).eval())
+    return Ensemble(tuple(others), config.shares)
+
+
+@dataclass(frozen=True)
+class TeacherMixture:
+    """Targets of several teachers at the same positions: log sum_k share_k softmax(z_k) takes the place of logits."""
+
+    parts: tuple[ComputedTargets, ...]
+    shares: tuple[float, ...]
+
+    def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> LogitsTarget:
+        """At temperature 1, so that p_tau is proportional to the mixture to the power 1 / tau."""
+        return LogitsTarget(log_mixture((part.chunk(rows, dtype).log_probs(1.0) for part in self.parts), self.shares))

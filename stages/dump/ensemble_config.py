@@ -1,0 +1,25 @@
+"""Settings of teachers beside the run's own, whose distributions are mixed before anything is kept."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, model_fingerprint
+from stages.settings import Section, neutral
+
+
+class EnsembleMember(Section):
+    """A further teacher beside the run's own, with the same tokenizer; all of them are in memory at the dump."""
+
+    path: Annotated[
+        Path,
+        neutral("folder of a finished model, a teacher or a student; its content is what counts, not where it is"),
+    ]
+    weight: Annotated[float, Field(gt=0, description="its weight; weights are divided by the sum of all")] = 1.0
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the model, None if it is not here."""
+        is_here = all((self.path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+        return model_fingerprint(self.path) if is_here else None
