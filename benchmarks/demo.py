@@ -76,9 +76,9 @@ def main() -> None:
     titles = [title for title, _ in (*COLUMNS.values(), *_TRAIN.values())]
     rows = [["teacher, FP32", *cells([teacher])]]
     for name, summaries in students.items():
-        alpha = workspace.config.for_student(name).distill.alpha
+        loss = loss_text(workspace.config.for_student(name).distill.model_dump(mode="json"))
         label = "with the teacher" if name == DEFAULT_STUDENT else name
-        rows.append([f"ternary student, {label}, alpha {alpha:g}", *cells(summaries)])
+        rows.append([f"ternary student, {label}, alpha {loss}", *cells(summaries)])
     info = cache_info(workspace.cache)
     steps = {name: workspace.config.for_student(name).distill.training.steps for name in students}
     result = {

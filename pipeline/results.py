@@ -1,6 +1,7 @@
 """Tables of what a run achieved, from the summaries on disk."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from pipeline.errors import MissingInputError
 from pipeline.provenance import read_provenance
 from pipeline.workspace import Workspace
+from stages.losses.config import DEFAULT_ALPHA
 
 COLUMNS = {
     "perplexity": ("perplexity", "{:.2f}"),
@@ -25,7 +27,7 @@ class Row:
 
     name: str
     taught_by: str | None
-    alpha: float | None
+    loss: str | None
     summary: dict[str, Any]
 
 
@@ -38,9 +40,22 @@ def run_rows(workspace: Workspace) -> list[Row]:
     for name in [*configured, *(name for name in found if name not in configured)]:
         folder = workspace.student(name)
         record = read_provenance(folder)
-        alpha = record.settings["distill"]["alpha"] if record else None
-        rows.append(Row(name, workspace.config.teacher_of(name) or "teacher", alpha, read_summary(folder)))
+        loss = loss_text(record.settings["distill"]) if record else None
+        rows.append(Row(name, workspace.config.teacher_of(name) or "teacher", loss, read_summary(folder)))
     return rows
+
+
+def loss_text(distill: Mapping[str, Any]) -> str:
+    """A student's terms on distributions in a few words, from its recorded settings; alpha alone, of the shorthand."""
+    terms = distill.get("losses")
+    if not terms:
+        alpha = distill["alpha"]
+        return _setting_text(DEFAULT_ALPHA if alpha is None else alpha)
+    return ", ".join(f"{term['kind']} {_setting_text(term['weight'])}" for term in terms)
+
+
+def _setting_text(setting: float | Mapping[str, Any]) -> str:
+    return f"{setting:g}" if isinstance(setting, int | float) else str(setting["kind"])
 
 
 def has_summary(folder: Path) -> bool:
@@ -72,7 +87,7 @@ def run_table(workspace: Workspace) -> str:
     rows = run_rows(workspace)
     is_chain = bool(workspace.config.stages)
     titles = [title for title, _ in COLUMNS.values()]
-    header = ["model", *["taught by"] * is_chain, "alpha", *titles, "steps", "positions/s", "peak RSS, MiB"]
+    header = ["model", *["taught by"] * is_chain, "alpha or terms", *titles, "steps", "positions/s", "peak RSS, MiB"]
     lines = []
     for row in rows:
         train = row.summary["train"] or {}  # none of a teacher that was given
@@ -80,7 +95,7 @@ def run_table(workspace: Workspace) -> str:
             [
                 row.name,
                 *[row.taught_by or "-"] * is_chain,
-                _cell(row.alpha, "{:g}"),
+                row.loss or "-",
                 *(_cell(row.summary["validation"].get(key), form) for key, (_, form) in COLUMNS.items()),
                 _cell(train.get("steps"), "{}"),
                 _cell(train.get("positions_per_s"), "{:,.0f}"),

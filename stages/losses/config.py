@@ -18,7 +18,7 @@ from stages.losses.terms_config import (
 )
 from stages.settings import Section
 
-_DEFAULT_ALPHA = 0.5
+DEFAULT_ALPHA = 0.5
 
 
 class LossConfig(Section):
@@ -73,7 +73,7 @@ class LossConfig(Section):
     @property
     def label_share(self) -> float | Schedule:
         """alpha, of the shorthand."""
-        return _DEFAULT_ALPHA if self.alpha is None else self.alpha
+        return DEFAULT_ALPHA if self.alpha is None else self.alpha
 
     @property
     def terms(self) -> tuple[AnyTerm, ...]:
