@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.environment import environment
 from pipeline.cache_info import cache_info
 from pipeline.config import DEFAULT_STUDENT, load_config
-from pipeline.results import COLUMNS, read_summary, text_table
+from pipeline.results import COLUMNS, loss_text, read_summary, text_table
 from pipeline.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"

@@ -5,7 +5,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from stages.settings import Section
 from stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
+_SAYS_THE_SAME = {"losses": ("alpha", "temperature"), "alpha": ("losses",), "temperature": ("losses",)}
 _VARIANT_SECTIONS = {"student", "distill", "evaluate"}
 _STAGE_SECTIONS = _VARIANT_SECTIONS | {"cache"}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -101,8 +102,9 @@ def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
         raise ConfigError(f"{path}: found no config there; configs in this checkout: {shipped}") from exc
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read as TOML: {exc}") from exc
+    given: set[str] = set()
     for assignment in assignments:
-        _assign(plain, assignment)
+        given.add(_assign(plain, assignment, given))
     problems = list(_problems(plain))
     if problems:
         raise ConfigError(f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -134,7 +136,8 @@ def check_link_name(name: str, config: Config) -> str:
     return name
 
 
-def _assign(plain: dict[str, Any], assignment: str) -> None:
+def _assign(plain: dict[str, Any], assignment: str, given: set[str]) -> str:
+    """Set one key, and take away what it displaces unless that was `given` by an assignment too; the key."""
     key, separator, text = assignment.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {assignment}: expected dotted.key=value")
@@ -148,7 +151,11 @@ def _assign(plain: dict[str, Any], assignment: str) -> None:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {assignment}: {parent} is a value, not a table")
+    for other in _displaced({last}):
+        if ".".join([*parents, other]) not in given:
+            table.pop(other, None)
     table[last] = value
+    return ".".join([*parents, last])
 
 
 def _problems(plain: dict[str, Any]) -> Iterator[str]:
@@ -249,12 +256,24 @@ def section_types(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
+def _displaced(keys: Iterable[str]) -> set[str]:
+    """What settings that are given take the place of, since they say the same in another way."""
+    return {other for key in keys for other in _SAYS_THE_SAME.get(key, ())}
+
+
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, tables merged key by key; a table of another kind takes the other's place."""
+    """`base` with `changes` laid over it, tables merged key by key.
+
+    A table of another kind takes the other's place, and so do a map of layers, and one way to say the loss another.
+    """
     if "kind" in changes and changes["kind"] != base.get("kind"):
         return dict(changes)
-    merged = dict(base)
+    displaced = _displaced(changes)
+    merged = {key: value for key, value in base.items() if key not in displaced}
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if isinstance(old, dict) and isinstance(value, dict) and key != "layers":
+            merged[key] = _merged(old, value)
+        else:
+            merged[key] = value
     return merged

@@ -12,6 +12,7 @@ from pipeline.results import run_rows
 from pipeline.workspace import Workspace
 from stages.distill.caches import open_caches
 from stages.distill.config import DistillConfig
+from stages.distill.distill import CO_TEACHER
 from stages.errors import CheckpointError
 from stages.evaluate.evaluate import evaluate
 from stages.models.folder import CONFIG_NAME, load_model, pick_device
@@ -23,7 +24,8 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
     """Held-out metrics per model; all finished models of the run if none is named. Writes evaluation.json.
 
     Each student is judged by its own teacher, everything else by that of the last link. Teacher metrics come from the
-    validation targets of the link's cache, or caches, or from the teacher itself where there is no cache.
+    teacher that moved with the student, if there is one in its folder; else from the validation targets of the link's
+    cache, or caches, or from the teacher itself where there is no cache.
     """
     folders = {name: _folder(workspace, name) for name in names or [row.name for row in run_rows(workspace)]}
     if not folders:
@@ -34,10 +36,14 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
     for name, folder in folders.items():
         link = workspace.link(workspace.config.link_names[0] if name == "teacher" else name)
         distill = link.config.for_student(link.name).distill
-        key = (link.cache, distill.caches, distill.shares, distill.tail)
-        if key not in sources:
-            sources[key] = _source(link, distill)
-        source = sources[key]
+        moved = folder / CO_TEACHER
+        if (moved / CONFIG_NAME).is_file():
+            source: TargetSource = _online(link, moved)
+        else:
+            key = (link.cache, distill.caches, distill.shares, distill.tail)
+            if key not in sources:
+                sources[key] = _source(link, distill)
+            source = sources[key]
         model = load_model(folder).to(device)
         if (folder / TOKENIZER_NAME).read_bytes() != source.tokenizer_path.read_bytes():
             raise CheckpointError(f"{folder}: found another tokenizer than {source.tokenizer_path}, expected the same")
@@ -61,5 +67,11 @@ def _source(link: Workspace, distill: DistillConfig) -> TargetSource:
         return open_caches(open_cache(link.cache), distill, device)
     dump = link.config.for_student(link.name).cache
     is_the_teacher = not dump.ensemble and (link.teacher / CONFIG_NAME).is_file()
-    teacher = load_model(link.teacher) if is_the_teacher else None
-    return OnlineSource(link.data, device, teacher=teacher, temperature=dump.profile.temperature)
+    return _online(link, link.teacher if is_the_teacher else None)
+
+
+def _online(link: Workspace, teacher: Path | None) -> OnlineSource:
+    device = pick_device(link.config.distill.training.device)
+    temperature = link.config.for_student(link.name).cache.profile.temperature
+    model = load_model(teacher) if teacher else None
+    return OnlineSource(link.data, device, teacher=model, temperature=temperature)

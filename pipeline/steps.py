@@ -320,7 +320,22 @@ class Distill(Step):
     def settings(self) -> dict[str, Any]:
         """The student's sections, with its shape resolved."""
         student = {**self.config.student.numbers(), "model": self.shape().numbers()}
-        return {"student": student, "distill": {**self.config.distill.numbers(), "targets": self.targets()}}
+        targets = self.targets()
+        distill = {**self.config.distill.numbers(), "targets": targets}
+        if targets == "online":  # what a cache would say of itself
+            cache = self.config.cache
+            distill["windows"] = {
+                "max_train_windows": cache.max_train_windows,
+                "temperature": cache.profile.temperature,
+                "hidden_stride": cache.hidden.stride,
+            }
+        shape = self._co_trained_shape()
+        return {"student": student, "distill": distill} | ({"co_teacher": shape.numbers()} if shape else {})
+
+    def _co_trained_shape(self) -> ModelConfig | None:
+        """The shape of a teacher that is trained beside the student; None if there is none."""
+        online = self.config.distill.online
+        return Teacher(self.workspace).shape() if online is not None and online.co_train else None
 
     def targets(self) -> str:
         """Cached or online: what `auto` stands for here.
@@ -365,7 +380,7 @@ class Distill(Step):
             teacher.folder,
             self.config.evaluate,
             self.inputs(),
-            Teacher(self.workspace).shape(),
+            self._co_trained_shape(),
         )
         return summary.fingerprints["student"]
 

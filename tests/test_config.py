@@ -162,3 +162,22 @@ def test_sections_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config(ROOT / "configs" / "test.toml").distill.alpha = 0.1  # type: ignore[misc]
     assert Config.model_config["extra"] == "forbid"
+
+
+def test_one_way_to_say_the_loss_takes_the_place_of_the_other(tmp_path: Path) -> None:
+    variants = (
+        "[variants.a.distill]\nlosses = [{ kind = 'total_variation' }]\n"
+        "[variants.b.distill]\nhidden.layers = { 1 = 2 }\n"
+    )
+    text = MINIMAL + "alpha = 0.2\nhidden.layers = { 1 = 1, 2 = 2 }\n"
+    path = write(tmp_path, text + variants)
+    terms = "distill.losses=[{kind='reverse_kl'}]"
+    distill = load_config(path, (terms,)).distill
+    assert (distill.alpha, [term.kind for term in distill.terms]) == (None, ["reverse_kl"])
+    with pytest.raises(ConfigError, match="give either losses, or alpha and temperature"):
+        load_config(path, (terms, "distill.alpha=0.3"))
+    config = load_config(path)
+    assert [term.kind for term in config.for_student("a").distill.terms] == ["total_variation"]
+    hidden = config.for_student("b").distill.hidden
+    assert hidden is not None
+    assert hidden.layers == {1: 2}, "a map of layers is one setting"

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from cache.profiles.profile import Need, TailTreatment
 
+MINING = "mining by divergence"
+"""What picking positions by their forward KL is called."""
 _OF_ENTRIES_ALONE = {"logit_mse", "ranking", "top1_hinge"}
 """Losses that look at single entries alone, and at no tail."""
 
@@ -29,7 +31,7 @@ def _reasons(
             f"decoupled_kd of labels is asked for, but this {profile} cache does not know the probability of labels "
             "outside its head; set of = 'top1', or use a cache with profile transform without distill.tail"
         )
-    if need.divergence in _OF_ENTRIES_ALONE:
+    if need.divergence in _OF_ENTRIES_ALONE and treatment != "uniform":
         return
     if treatment in {"renormalise", "zero"}:
         yield from _reasons_without_tail(need, treatment, profile)
@@ -55,7 +57,7 @@ def _reasons_without_tail(need: Need, treatment: TailTreatment, profile: str) ->
             "tail: a renormalised head above temperature 1 teaches a distribution that the teacher does not have, and "
             "ruins students; use temperature 1, or a cache with profile transform"
         )
-    if treatment == "zero" and need.divergence != "forward_kl":
+    if treatment == "zero" and need.divergence not in {"forward_kl", MINING}:
         yield (
             f"{need.divergence} is asked for with tail 'zero', whose probabilities sum to less than one: that is a "
             "weight of the position for forward_kl, and no distribution for other losses; use tail 'bucket'"

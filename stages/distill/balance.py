@@ -24,12 +24,14 @@ class Balance(nn.Module):
     """
 
     log_factors_J: Tensor
+    is_known_J: Tensor
 
     def __init__(self, config: BalanceConfig, labels: Sequence[str]) -> None:
         super().__init__()
         self._config = config
         self._labels = list(labels)
         self.register_buffer("log_factors_J", torch.zeros(len(labels), dtype=torch.float64))
+        self.register_buffer("is_known_J", torch.zeros(len(labels), dtype=torch.bool))
 
     def factor(self, label: str) -> float:
         """What the weight of a term is multiplied by now."""
@@ -40,7 +42,7 @@ class Balance(nn.Module):
         return step % self._config.every == 0
 
     def observe(self, weights: Mapping[str, float], norms: Mapping[str, float]) -> None:
-        """Take note of weights before any factor, and of norms at weight one."""
+        """Take note of weights before any factor and tau^power, and of norms at weight one with tau^power in them."""
         known = {label: norm for label, norm in norms.items() if norm > 0 and weights.get(label, 0) > 0}
         if not known:
             return
@@ -48,7 +50,8 @@ class Balance(nn.Module):
         mean = sum(weights[label] * norm for label, norm in known.items()) / total
         for label, norm in known.items():
             j = self._labels.index(label)
-            kept = self._config.smoothing if float(self.log_factors_J[j]) else 0.0
+            kept = self._config.smoothing if bool(self.is_known_J[j]) else 0.0
+            self.is_known_J[j] = True
             self.log_factors_J[j] = kept * self.log_factors_J[j] + (1 - kept) * math.log(mean / norm)
 
 

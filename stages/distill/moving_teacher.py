@@ -1,10 +1,9 @@
 """Teachers that move while the student learns: trained beside it, or a moving average of weights."""
 
 import copy
-from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.distill.config import DistillConfig
 from stages.distill.objective import Objective
@@ -27,17 +26,21 @@ class MovingTeacher(nn.Module):
     labels alone. Moving average: Tarvainen and Valpola 2017, Mean Teacher (arXiv 1703.01780).
     """
 
+    num_steps: Tensor
+
     def __init__(self, config: OnlineConfig, student: Transformer, trained: Transformer | None) -> None:
         """`trained` is the teacher that config.co_train asks for, with its first weights."""
         super().__init__()
         self._decay = config.ema
         self.trained = trained
-        self._averaged = student if config.ema_of == "student" else trained
+        self._averaged = (student if config.ema_of == "student" else trained,)  # not a part of this module
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.average: Transformer | None = None
         if config.ema is not None:
-            assert self._averaged is not None, "checked with the config"
-            self.average = copy.deepcopy(self._averaged).requires_grad_(requires_grad=False)
-            if self._averaged.quantize is not None and self._averaged.quantize.is_ternary:
+            (averaged,) = self._averaged
+            assert averaged is not None, "checked with the config"
+            self.average = copy.deepcopy(averaged).requires_grad_(requires_grad=False)
+            if averaged.quantize is not None and averaged.quantize.is_ternary:
                 say(
                     "warning: distill.online.ema averages the latent weights of a ternary model; averaged latent "
                     "weights round to other trits than those that were trained, which is known to hurt"
@@ -52,12 +55,17 @@ class MovingTeacher(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Move the average by one step: average = decay * average + (1 - decay) * weights."""
-        if self.average is None or self._decay is None:
+        """Move the average by one step: average = d * average + (1 - d) * weights.
+
+        After n steps d = min(decay, 1 - 1 / (n + 1)), so that first weights do not outlast their use.
+        """
+        (averaged,) = self._averaged
+        if self.average is None or averaged is None or self._decay is None:
             return
-        assert self._averaged is not None, "checked with the config"
-        for mean, weight in zip(self.average.parameters(), self._averaged.parameters(), strict=True):
-            mean.lerp_(weight, 1 - self._decay)
+        self.num_steps += 1
+        decay = min(self._decay, 1 - 1 / (int(self.num_steps) + 1))
+        for mean, weight in zip(self.average.parameters(), averaged.parameters(), strict=True):
+            mean.lerp_(weight, 1 - decay)
 
 
 class CoTraining(nn.Module):
@@ -111,14 +119,20 @@ class CoTraining(nn.Module):
 
     def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
         """The student's total plus the cross-entropy of the teacher that is trained; neither moves the other."""
-        values = self.objective.forward(self.source.with_teacher(batch, self.objective.signals), info)
+        with torch.autocast(batch.input_ids_BT.device.type, enabled=False):  # as any online teacher
+            taught = self.source.with_teacher(batch, self.objective.signals)
+        values = self.objective.forward(taught, info)
         trained = self.moving.trained
         if trained is None:
             return values
         final_ND = trained(batch.input_ids_BT).final_BTD.flatten(0, 1)
         terms = [WeightedTerm(1.0, CrossEntropy(), "teacher_cross_entropy")]
         own = chunked_head_loss(final_ND, trained.head_weight, batch.labels_BT.flatten(), None, terms)
-        return replace(values, total=values.total + own.total, terms={**values.terms, **own.terms})
+        telemetry = {what: dict(found) for what, found in values.telemetry.items()}
+        if telemetry:
+            telemetry["weights"]["teacher_cross_entropy"] = 1.0
+            telemetry["weighted"]["teacher_cross_entropy"] = float(own.total.detach())
+        return LossValues(values.total + own.total, {**values.terms, **own.terms}, telemetry)
 
     def after_step(self, values: LossValues) -> None:
         """Let schedules see the step that is done, and move the average."""

@@ -3,6 +3,7 @@
 Shapes: B batch, T positions, N = B T, D width.
 """
 
+import statistics
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,7 @@ class Objective(nn.Module):
         labels = [*self.terms.labels, *(loss.name for loss, _ in state_losses)]
         self.balance = Balance(config.balance, labels) if config.balance else None
         self._faint = FaintTerms()
+        self._due: list[tuple[dict[str, float], dict[str, float]]] = []  # weights and norms of each micro-batch
 
     @property
     def signals(self) -> Signals:
@@ -119,13 +121,20 @@ class Objective(nn.Module):
         weights |= {loss.name: weight for loss, weight in self._state_losses}
         norms = self._gradient_norms(positions, plain, features.hidden, batch)
         telemetry = self._telemetry(info, found, weights, norms)
-        if self.balance is not None and is_due:
-            self.balance.observe(weights, norms)
+        if is_due:
+            shares = self.terms.shares(info.step)
+            scaled = {label: norm * weights[label] / shares.get(label, weights[label]) for label, norm in norms.items()}
+            self._due.append((shares | {loss.name: weight for loss, weight in self._state_losses}, scaled))
         return LossValues(total, found, telemetry if info.is_logged else {})
 
     def after_step(self, values: LossValues) -> None:
-        """Let adaptive temperatures see the step that is done."""
+        """Let adaptive temperatures and the balance see the step that is done."""
         self.terms.observe(values.terms)
+        if self.balance is not None and self._due:
+            weights, first = self._due[0]
+            means = {label: statistics.fmean(norms[label] for _, norms in self._due) for label in first}
+            self.balance.observe(weights, means)
+        self._due.clear()
 
     def _factor(self, label: str) -> float:
         return 1.0 if self.balance is None else self.balance.factor(label)
@@ -134,13 +143,14 @@ class Objective(nn.Module):
         labels_N, weights_N = batch.labels_BT.flatten(), None
         if self._config.entropy_weights is not None and batch.entropy_BT is not None:
             weights_N = (1 + batch.entropy_BT.flatten()) ** self._config.entropy_weights.power
-            weights_N = weights_N / weights_N.mean()
         positions = Positions(final_ND, self.student.head_weight, labels_N, batch.targets, weights_N)
         mining = self._config.mining
-        if mining is None:
-            return positions
-        tau = self._mining_temperature
-        return positions.kept(hardest(final_ND, self.student.head_weight, labels_N, batch.targets, mining, tau))
+        if mining is not None:
+            tau = self._mining_temperature
+            kept_M = hardest(final_ND, self.student.head_weight, labels_N, batch.targets, mining, tau)
+            positions = positions.kept(kept_M)
+        weights_N = positions.weights_N
+        return positions if weights_N is None else replace(positions, weights_N=weights_N / weights_N.mean())
 
     def _gradient_norms(
         self, positions: Positions, terms: list[WeightedTerm], hidden: dict[State, Tensor], batch: TargetBatch
@@ -180,7 +190,8 @@ def _layers(
     where: str, layers: LayerMap, student: Transformer, source: TargetSource, output: HiddenOutput
 ) -> dict[int, int]:
     found = resolved_layers(layers, student.config.layers, source.known_layers(output))
-    if beyond := [layer for layer in found if not 0 <= layer <= student.config.layers]:
+    first = 0 if output == "residual" else 1
+    if beyond := [layer for layer in found if not first <= layer <= student.config.layers]:
         raise TargetsError(
             f"distill.{where}.layers: found student layers {beyond}, but the student has {student.config.layers} blocks"
         )

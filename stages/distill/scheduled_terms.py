@@ -43,6 +43,11 @@ class ScheduledTerms(nn.Module):
         """What logs call the terms."""
         return self._labels
 
+    def shares(self, step: int) -> dict[str, float]:
+        """Weights of a step without tau^power; those of zero are left out."""
+        weights = {label: self._weight(term, step) for label, term in zip(self._labels, self._terms, strict=True)}
+        return {label: weight for label, weight in weights.items() if weight > 0}
+
     def at(self, step: int) -> list[WeightedTerm]:
         """The terms of a step, their weights with tau^power in them; those of weight zero are left out."""
         found = []

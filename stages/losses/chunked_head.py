@@ -31,12 +31,16 @@ def chunked_head_loss(
     terms: Sequence[WeightedTerm],
     position_weights_N: Tensor | None = None,
 ) -> LossValues:
-    """Sum of weight_j * mean over positions of term_j, and each mean; differentiable in `final_ND` and `head_VD`.
+    """Sum of weight_j * mean over positions of term_j, zero without terms; and each mean.
+
+    Differentiable in `final_ND` and `head_VD`.
 
     position_weights_N: by which positions count in the terms that need the teacher; None if all count alike. Logits
     are final @ head^T in the autocast type if autocast is on, else in their own; so are the products that rebuild the
     teacher's. Terms are computed in float32.
     """
+    if not terms:  # schedules may bring all weights to zero
+        return LossValues(final_ND.sum() * 0.0, {})
     needs_teacher = any(weighted.term.needs_teacher for weighted in terms)
     num_positions = len(labels_N)
 

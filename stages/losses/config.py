@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from cache.profiles.head_needs import MINING
 from cache.profiles.profile import Need, TailTreatment
 from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
 from stages.losses.schedule import Schedule, Share, StepSchedule, Temperature, values_of
@@ -65,6 +66,12 @@ class LossConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_have_terms(self) -> Self:
+        if self.entropy_weights is not None and not any(term.needs_teacher for term in self.terms):
+            raise ValueError("entropy_weights: they count in terms that need the teacher's distribution, found none")
+        return self
+
+    @model_validator(mode="after")
     def _alpha_stays_a_share(self) -> Self:
         if self.alpha is not None and max(values_of(self.alpha)) > 1:
             raise ValueError("alpha must stay between 0 and 1")
@@ -119,4 +126,4 @@ class LossConfig(Section):
             else:
                 yield Need(term.divergence, values[0], values[1], self.tail)
         if self.mines_by_divergence:
-            yield Need("forward_kl", dump_temperature, None, self.tail)
+            yield Need(MINING, dump_temperature, None, self.tail)

@@ -39,10 +39,12 @@ class DecoupledKD(Divergence):
         target_N1 = p_N1 * (log_p_N1 - log_q_N1) + rest_p_N1 * (log_rest_p_N1 - log_rest_q_N1)
         other_p_NC, other_q_NC = other_p_NC - log_rest_p_N1, other_q_NC - log_rest_q_N1
         share_p_NC, share_q_NC = other_p_NC.exp(), other_q_NC.exp()
+        # Where the target has all the mass, as in a renormalised head of one entry, the others have no shares.
+        beta_N1 = torch.where(log_rest_p_N1 > LOWEST_LOG_PROB / 2, self.beta, 0.0)
         others_N = (share_p_NC * (other_p_NC - other_q_NC)).sum(dim=-1)
-        slope_NC = (self.beta - self.alpha * rest_p_N1) * share_q_NC - self.beta * share_p_NC
+        slope_NC = (beta_N1 - self.alpha * rest_p_N1) * share_q_NC - beta_N1 * share_p_NC
         slope_NC.scatter_(-1, place_N1, -self.alpha * p_N1)
-        return self.alpha * target_N1[:, 0] + self.beta * others_N, slope_NC
+        return self.alpha * target_N1[:, 0] + beta_N1[:, 0] * others_N, slope_NC
 
     def _place(self, cells: Cells, labels_N: Tensor) -> Tensor:
         """The cell of the target class, (N, 1)."""

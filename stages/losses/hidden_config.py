@@ -2,12 +2,18 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
-from cache.hidden import HiddenOutput
 from stages.settings import Section
 
-LayerMap = dict[int, int] | Literal["all", "uniform"]
+
+def _pairs(layers: dict[int, int] | str) -> dict[int, int] | str:
+    if isinstance(layers, dict) and (not layers or min(*layers, *layers.values()) < 0):
+        raise ValueError("expected at least one pair of layers, none negative")
+    return layers
+
+
+LayerMap = Annotated[dict[int, int] | Literal["all", "uniform"], AfterValidator(_pairs)]
 
 
 def resolved_layers(layers: LayerMap, student_depth: int, known: tuple[int, ...]) -> dict[int, int]:
@@ -54,13 +60,6 @@ class HiddenLossConfig(Section):
         float | None, Field(gt=0, description="peak, with the student's schedule; none takes the student's")
     ] = None
 
-    @field_validator("layers")
-    @classmethod
-    def _maps_something(cls, layers: LayerMap) -> LayerMap:
-        if isinstance(layers, dict) and (not layers or min(*layers, *layers.values()) < 0):
-            raise ValueError("expected at least one pair of layers, none negative")
-        return layers
-
 
 class RelationsConfig(Section):
     """Attention relations of one layer: who attends to whom in queries, keys and values (MiniLM)."""
@@ -73,8 +72,3 @@ class RelationsConfig(Section):
     heads: Annotated[
         int, Field(ge=1, description="relation heads that every width is cut into, in student and teacher alike")
     ]
-
-
-def held(output: HiddenOutput) -> str:
-    """How messages call what a cache holds of a layer."""
-    return {"residual": "residual streams", "qkv": "queries, keys and values"}.get(output, f"{output} outputs")

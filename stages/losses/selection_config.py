@@ -8,7 +8,7 @@ from stages.settings import Section
 
 
 class MiningConfig(Section):
-    """Online hard example mining: of every batch only the hardest positions contribute to the loss."""
+    """Online hard example mining: of every batch only the hardest positions count in the terms on distributions."""
 
     fraction: Annotated[float, Field(gt=0, lt=1, description="share of the positions of a batch that are kept")]
     by: Annotated[

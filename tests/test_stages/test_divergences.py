@@ -268,6 +268,22 @@ def test_closed_form_gradients_pass_gradcheck(kind: str, tau: float) -> None:
             assert torch.autograd.gradcheck(lambda z, t=term, y=target: value(t, z, y), (student,)), name
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_decoupled_kd_of_a_renormalised_entry_compares_it_with_the_rest_alone(top_k: int) -> None:
+    """One entry has all the mass: the others have no shares to compare. Rows of head_of have one or two entries."""
+    teacher = normal(0, 4, 9)
+    term, target = (
+        term_of("decoupled_kd", 1.0, of="top1", alpha=1.0, beta=3.0),
+        RenormalisedTarget(head_of(teacher, top_k, 1.0)),
+    )
+    student = normal(1, 4, 9).requires_grad_()
+    found = value(term, student, target)
+    for row in range(0, 4, 2 if top_k == 2 else 1):
+        q = softmax(student[row].tolist(), 1.0)
+        assert float(found[row].detach()) == pytest.approx(-math.log(q[int(teacher[row].argmax())]), rel=1e-6)
+    assert torch.autograd.gradcheck(lambda z: value(term, z, target), (student,))
+
+
 def test_decoupled_kd_of_labels_passes_gradcheck() -> None:
     term, target = term_of("decoupled_kd", 2.0, beta=2.0), LogitsTarget(normal(0, 3, 9))
     assert torch.autograd.gradcheck(lambda z: value(term, z, target), (normal(1, 3, 9).requires_grad_(),))

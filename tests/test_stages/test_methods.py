@@ -225,7 +225,7 @@ def test_an_average_follows_the_weights_and_that_of_ternary_ones_is_warned_of(
     first.initialize(torch.Generator().manual_seed(0))
     student, average = load_model(tmp_path / "c"), load_model(tmp_path / "c" / "co_teacher")
     for start, end, mean in zip(first.parameters(), student.parameters(), average.parameters(), strict=True):
-        torch.testing.assert_close(mean, 0.75 * start + 0.25 * end)
+        torch.testing.assert_close(mean, 0.5 * start + 0.5 * end)
 
 
 @pytest.mark.parametrize(
@@ -291,3 +291,24 @@ def test_telemetry_says_what_each_term_weighs_from_the_first_step_on(run: Path, 
         assert sum(record["weighted"].values()) == pytest.approx(record["loss"], rel=1e-5)
         assert sum(record["gradient_share"].values()) == pytest.approx(1)
         assert record["temperatures"] == {"forward_kl": 2.0}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_balance_brings_gradients_to_the_ratio_of_the_weights_at_any_temperature(
+    run: Path, whole: Path, tmp_path: Path, accumulation: int
+) -> None:
+    training = {"steps": 4, "learning_rate": 1e-5, "batch_windows": 8, "log_every": 1, "accumulation": accumulation}
+    changes = {"alpha": 0.25, "temperature": 5.0, "balance": {"every": 1, "smoothing": 0.0}}
+    log = trace(run, whole, tmp_path / "s", targets="cached", training=training, **changes)
+    share = log[-1]["gradient_share"]
+    assert share["forward_kl"] / share["cross_entropy"] == pytest.approx(3.0, rel=0.15)
+    first = log[0]["gradient_share"]
+    assert first["forward_kl"] / first["cross_entropy"] != pytest.approx(3.0, rel=0.3)
+
+
+def test_a_weight_may_fall_to_zero(run: Path, whole: Path, tmp_path: Path) -> None:
+    losses = [{"kind": "forward_kl", "weight": {"kind": "linear", "start": 1.0, "end": 0.0}}]
+    relations = {"layers": "all", "heads": 2}
+    log = trace(run, whole, tmp_path / "s", targets="cached", losses=losses, relations=relations)
+    assert set(log[0]["terms"]) == {"forward_kl", "relations"}
+    assert set(log[-1]["terms"]) == {"relations"}

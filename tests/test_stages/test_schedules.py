@@ -99,7 +99,7 @@ def test_an_adaptive_temperature_falls_after_patience_and_its_state_is_kept() ->
             {"losses": [{"kind": "decoupled_kd"}, {"kind": "ranking", "weight": 0}]},
             [Need("decoupled_kd of labels", 2.0)],
         ),
-        ({"alpha": 1.0, "mining": {"fraction": 0.5, "by": "divergence"}}, [Need("forward_kl", 2.0)]),
+        ({"alpha": 1.0, "mining": {"fraction": 0.5, "by": "divergence"}}, [Need("mining by divergence", 2.0)]),
     ],
 )
 def test_needs_are_those_of_every_temperature_that_comes_up(changes: dict[str, object], needs: list[Need]) -> None:
@@ -118,6 +118,8 @@ def test_needs_are_those_of_every_temperature_that_comes_up(changes: dict[str, o
         ({"alpha": {"kind": "adaptive", "start": 1, "bound_nats": 1}}, "a table whose kind is that of a schedule"),
         ({"temperature": {"kind": "adaptive", "start": 1, "lowest": 2, "bound_nats": 1}}, r"lowest \(2\) must not"),
         ({"hidden": {"layers": {}}}, "at least one pair of layers"),
+        ({"relations": {"layers": {}, "heads": 2}}, "at least one pair of layers"),
+        ({"alpha": 1.0, "entropy_weights": {"power": 1}}, "count in terms that need the teacher's distribution"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, object], message: str) -> None:
@@ -229,8 +231,17 @@ def test_balance_makes_the_gradients_norms_as_the_weights_are() -> None:
     assert size["b"] / size["a"] == pytest.approx(4.0)
     assert sum(size.values()) == pytest.approx(0.2 * 10 + 0.8 * 0.1), "the total stays as it was"
     before = balance.factor("a")
-    balance.observe(given_weights, {"a": 20.0, "b": 0.2})
-    assert balance.factor("a") == pytest.approx(math.sqrt(before * before)), "smoothed, and only ratios count"
+    balance.observe(given_weights, {"a": 10.0, "b": 10.0})
+    assert balance.factor("a") == pytest.approx(math.sqrt(before * 1.0)), "half of the old logarithm, half of the new"
+
+
+def test_without_a_term_the_head_gives_zero_and_no_gradient() -> None:
+    final = torch.randn(3, 5).requires_grad_()
+    values = chunked_head_loss(final, torch.randn(7, 5), torch.zeros(3).long(), None, [])
+    values.total.backward()
+    assert (float(values.total.detach()), values.terms) == (0.0, {})
+    assert final.grad is not None
+    assert (final.grad == 0).all()
 
 
 def test_faint_terms_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
