@@ -16,8 +16,10 @@ RUN := $(TRISTILL) run --config $(CONFIG) $(ARGS) --until
 teacher dump-logits distill evaluate: $(VENV)/.installed
 	$(RUN) $@
 
+# Two at a time, with one thread of torch each; then those that want the machine for themselves.
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not alone' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'alone and not slow' $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow $(ARGS)

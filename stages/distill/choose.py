@@ -69,10 +69,8 @@ def cached_source(config: DistillConfig, student_depth: int, places: Places, dev
 
 def online_source(config: DistillConfig, dump: DumpConfig, places: Places, device: torch.device) -> OnlineSource:
     """The teacher, loaded and frozen unless it moves with the student, over the windows that a dump would hold."""
-    needed = [(places.data, "data.json", "tokenize")]
-    if config.online is None:
-        needed.append((places.teacher, CONFIG_NAME, "teacher"))
-    for folder, name, command in needed:
+    data, teacher_folder = (places.data, "data.json", "tokenize"), (places.teacher, CONFIG_NAME, "teacher")
+    for folder, name, command in (data,) if config.online is not None else (teacher_folder, data):
         if not (folder / name).is_file():
             raise TargetsError(
                 f"{folder}: online targets need it, and {name} is not there; run `tristill {command}`, or dump a cache "

@@ -132,7 +132,7 @@ def test_a_given_teacher_is_taken_as_it_is_and_trained_by_nobody(
     assert summary["validation"]["loss_nats"] == pytest.approx(own["validation"]["loss_nats"])
     assert summary["fingerprint"] == own["fingerprints"]["student"]
     assert record(tmp_path / "run" / "students" / "student")["inputs"]["teacher"] == summary["fingerprint"]
-    assert "| teacher | -     |" in outcome.stdout
+    assert "| teacher | -              |" in outcome.stdout
     # Where it came from may go, or be elsewhere: its content is what counts.
     (tmp_path / "given").rename(tmp_path / "moved")
     assert on(tmp_path / "run", "run", "--dry-run", config=given).stdout == "nothing to do\n"

@@ -17,6 +17,8 @@ import pytest
 
 from conftest import ENVIRONMENT, ROOT
 
+pytestmark = pytest.mark.alone
+
 COMMANDS = ("tokenize", "teacher", "dump-logits", "distill")
 ARTEFACTS = ("data", "teacher", "cache", "students/student")
 SLOW_DOWN = ("--set", "teacher.training.checkpoint_every=3", "--set", "distill.training.checkpoint_every=3")
