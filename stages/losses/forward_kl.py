@@ -27,6 +27,7 @@ class ForwardKL(Divergence):
     """
 
     name: ClassVar[str] = "forward_kl"
+    sign: ClassVar[float] = -1.0
 
     def per_position(
         self, student: StudentChunk, labels_N: Tensor, target: Target | None, weight: float | Tensor = 1.0
@@ -34,19 +35,19 @@ class ForwardKL(Divergence):
         """See DistributionTerm."""
         if isinstance(target, DrawnTarget):
             return self._drawn(student, target, weight)
-        assert target is not None, "a source is chosen for the signals that the losses need"
-        cells = Cells.of(student, target, self.temperature)
-        value_N, slope_NC = self.compare(cells, labels_N)
-        if student.wants_gradient:
-            cells.add_gradient(slope_NC, weight, total=-1.0 if cells.sums_to_one else None)
-        return value_N
+        return super().per_position(student, labels_N, target, weight)
+
+    def total_slope(self, cells: Cells) -> float | None:
+        """The sum of p."""
+        return 1.0 if cells.sums_to_one else None
 
     def compare(self, cells: Cells, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """See Divergence; the slope is -p."""
         del labels_N
         p_NC = cells.log_p_NC.exp()
-        value_N = ((cells.log_p_NC - cells.log_q_NC) * p_NC).sum(dim=-1)
-        return value_N, p_NC.neg_()
+        is_large = cells.ids_NK is None
+        ratio_NC = cells.log_p_NC.sub_(cells.log_q_NC) if is_large else cells.log_p_NC - cells.log_q_NC
+        return ratio_NC.mul_(p_NC).sum(dim=-1), p_NC
 
     def _drawn(self, student: StudentChunk, target: DrawnTarget, weight: float | Tensor) -> Tensor:
         assert self.temperature == target.temperature, "draws serve their own temperature only"
