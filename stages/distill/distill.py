@@ -113,9 +113,9 @@ def model_size(shape: ModelConfig, student: StudentConfig, vocab_size: int) -> M
     """Parameters and packed bytes of a student."""
     quantize = student.quantize
     parameters = shape.parameters(vocab_size)
-    coded = shape.linear_parameters if quantize.packed_bits else 0
-    scales_per_block = sum(rows if quantize.has_scale_per_row else 1 for rows, _ in shape.linear_shapes.values())
-    scales = shape.layers * scales_per_block if coded else 0
+    shapes = [found for name, found in shape.all_linear_shapes(vocab_size).items() if quantize.covers(name)]
+    coded = sum(rows * columns for rows, columns in shapes) if quantize.packed_bits else 0
+    scales = sum(quantize.num_scales(rows, columns) for rows, columns in shapes)
     return ModelSize(
         parameters=parameters,
         ternary_parameters=coded if quantize.is_ternary else 0,

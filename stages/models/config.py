@@ -59,12 +59,17 @@ class ModelConfig(Section):
             "mlp.down_proj": (self.width, self.mlp_width),
         }
 
-    @property
-    def linear_parameters(self) -> int:
-        """Weights in the linear layers of all blocks: those that become ternary in a student."""
-        return self.layers * sum(rows * columns for rows, columns in self.linear_shapes.values())
+    def all_linear_shapes(self, vocab_size: int) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer by its full name, the output head last."""
+        blocks = {
+            f"model.layers.{layer}.{name}": shape
+            for layer in range(self.layers)
+            for name, shape in self.linear_shapes.items()
+        }
+        return {**blocks, "lm_head": (vocab_size, self.width)}
 
     def parameters(self, vocab_size: int) -> int:
         """All parameters."""
         norms = self.layers * (2 * self.width + (self.width + self.mlp_width) * self.subln) + self.width
-        return self.linear_parameters + norms + vocab_size * self.width * (1 if self.tied_embeddings else 2)
+        linear = self.layers * sum(rows * columns for rows, columns in self.linear_shapes.values())
+        return linear + norms + vocab_size * self.width * (1 if self.tied_embeddings else 2)

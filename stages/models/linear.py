@@ -1,17 +1,36 @@
-"""The linear layers of the blocks: full precision, or quantised weights with 8-bit activations (BitLinear)."""
+"""Linear layers with quantised weights and 8-bit activations (BitLinear)."""
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
+from stages.errors import StageError
 from stages.quantize.absmax import absmax_quantize
-from stages.quantize.absmean import absmean_quantize
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.learned import initial_step, learned_quantize
-from stages.quantize.nbit import nbit_quantize
+from stages.quantize.absmean import absmean_ternary
+from stages.quantize.config import QuantizeConfig, group_columns
+from stages.quantize.learned import (
+    initial_seq_step,
+    initial_step,
+    learned_quantize,
+    learned_ternary,
+    seq_ternary,
+    through_step,
+)
+from stages.quantize.nbit import largest_level, nbit_quantize
 from stages.quantize.straight_through import straight_through
+from stages.quantize.ternary import TernaryWeight
+from stages.quantize.twn import twn_ternary
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """What was made of the weights when they were last changed."""
+
+    made_of: tuple[int, ...]
+    values_OI: Tensor
+    ternary: TernaryWeight | None
 
 
 class QuantizedLinear(nn.Linear):
@@ -20,51 +39,123 @@ class QuantizedLinear(nn.Linear):
     Wang et al. 2023, BitNet (arXiv 2310.11453) and Ma et al. 2024 (arXiv 2402.17764). The norm that those papers put
     inside the layer is the block's own RMSNorm, and SubLN where it is configured.
 
-    `log_step` is there for weights of a learned step size only, a scalar: step = exp(log_step) is positive by
-    construction, and a step of AdamW, which is as large as the learning rate, changes it by a fraction of itself. (Jain
-    et al. 2020, arXiv 1903.08066, appendix B, learn logarithms of thresholds for these reasons.)
+    Weights are quantised when they have changed, which is once per optimizer step, and not at every use.
+
+    `log_step` is there for weights of a learned step size only, a scalar or one per row: step = exp(log_step) is
+    positive by construction, and a step of AdamW, which is as large as the learning rate, changes it by a fraction of
+    itself. (Jain et al. 2020, arXiv 1903.08066, appendix B, learn logarithms of thresholds for these reasons.)
     """
 
-    def __init__(self, in_features: int, out_features: int, quantize: QuantizeConfig) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(
+        self, in_features: int, out_features: int, quantize: QuantizeConfig, weight: Tensor | None = None
+    ) -> None:
+        """With `weight`, (out_features, in_features), the layer has that one, which it may share."""
+        super().__init__(in_features, out_features, bias=False, device=None if weight is None else "meta")
+        if weight is not None:
+            self.weight = weight
         self.quantize = quantize
-        self.log_step = nn.Parameter(torch.zeros(())) if quantize.weights == "nbit-learned" else None
+        steps = (out_features,) if quantize.scale_per == "row" else ()
+        self.log_step = nn.Parameter(self.weight.new_zeros(steps)) if quantize.has_learned_step else None
+        self._quantized: _Quantized | None = None
         self.fit_step()
 
+    @torch.no_grad()
     def fit_step(self) -> None:
         """Set the learned step, if there is one, to its initial value for the weights that are here now."""
-        if self.log_step is not None:
-            with torch.no_grad():
-                self.log_step.copy_(initial_step(self.weight, self._bits).log())
+        if self.log_step is None:
+            return
+        per = self.quantize.scale_per
+        first_R1 = (
+            initial_seq_step(self.weight, per)
+            if self.quantize.weights == "seq"
+            else initial_step(self.weight, self._bits, per)
+        )
+        self.log_step.copy_(first_R1.log().reshape(self.log_step.shape))
+
+    def ternary(self) -> TernaryWeight:
+        """Trits and scales of the weights that are here now, with no gradient; of a ternary code only."""
+        found = self._current().ternary
+        assert found is not None, f"{self.quantize.weights} is not ternary"
+        return found
 
     def quantized_weight(self) -> Tensor:
         """Q_w(W), differentiable, of the weight's shape and dtype: what the layer multiplies by."""
-        match self.quantize.weights:
-            case "absmean":
-                return straight_through(self.weight, absmean_quantize)
-            case "nbit" | "nbit-diffused" as code:
-                quantize = partial(nbit_quantize, bits=self._bits, error_diffusion=code == "nbit-diffused")
-                return straight_through(self.weight, quantize)
-            case "nbit-learned":
-                assert self.log_step is not None, "made with the layer"
-                return learned_quantize(self.weight, self.log_step.exp(), self._bits)
-            case "none":
-                return self.weight
+        if self.quantize.weights == "none":
+            return self.weight
+        values_OI = self._current().values_OI
+        if self.log_step is None:
+            return straight_through(self.weight, values_OI)
+        return through_step(self.weight, self._step_R1(self.log_step), values_OI, largest_level(self._bits))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if self.quantize.activations == "absmax-int8":
-            x = straight_through(x, absmax_quantize)
-        return F.linear(x, self.quantized_weight())
+        return F.linear(self.quantized_input(x), self.quantized_weight())
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Q_a(x), differentiable."""
+        return x if self.quantize.activations == "none" else straight_through(x, absmax_quantize(x))
+
+    @torch.no_grad()
+    def _current(self) -> _Quantized:
+        """The weights quantised, from memory unless they or the step were written to since."""
+        sources = [self.weight] if self.log_step is None else [self.weight, self.log_step]
+        made_of = tuple(number for source in sources for number in (source.data_ptr(), _num_writes(source)))
+        if self._quantized is None or self._quantized.made_of != made_of:
+            ternary = self._quantize_to_trits() if self.quantize.is_ternary else None
+            values_OI = self._quantize_to_bits() if ternary is None else ternary.dequantized()
+            self._quantized = _Quantized(made_of, values_OI, ternary)
+        return self._quantized
+
+    def _quantize_to_trits(self) -> TernaryWeight:
+        match self.quantize.weights:
+            case "absmean":
+                return absmean_ternary(self.weight, self.quantize.scale_per)
+            case "twn":
+                return twn_ternary(self.weight, self.quantize.scale_per)
+        assert self.log_step is not None, "made with the layer"
+        quantize = seq_ternary if self.quantize.weights == "seq" else learned_ternary
+        return quantize(self.weight, self._step_R1(self.log_step))
+
+    def _quantize_to_bits(self) -> Tensor:
+        if self.log_step is not None:
+            return learned_quantize(self.weight, self._step_R1(self.log_step), self._bits)
+        return nbit_quantize(self.weight, self._bits, error_diffusion=self.quantize.weights == "nbit-diffused")
+
+    def _step_R1(self, log_step: Tensor) -> Tensor:  # noqa: N802 - shape suffix
+        return log_step.exp().reshape(-1, 1)
 
     @property
     def _bits(self) -> int:
-        assert self.quantize.bits is not None, "the config refuses an nbit code without bits"
-        return self.quantize.bits
+        assert self.quantize.packed_bits is not None, "the config refuses an nbit code without bits"
+        return self.quantize.packed_bits
 
 
-def make_linear(in_features: int, out_features: int, quantize: QuantizeConfig | None) -> nn.Linear:
-    """A linear layer without bias; quantised if `quantize` is given."""
-    if quantize is None:
-        return nn.Linear(in_features, out_features, bias=False)
-    return QuantizedLinear(in_features, out_features, quantize)
+def _num_writes(tensor: Tensor) -> int:
+    """How often torch counted a write to its memory; see torch.autograd.graph.increment_version."""
+    return tensor._version  # noqa: SLF001 - the name under which torch documents it
+
+
+def quantize_linears(model: nn.Module, quantize: QuantizeConfig) -> None:
+    """Replace the linear layers that the config names, in place; their weights remain.
+
+    Raises StageError for a pattern that names none, and for rows that cannot be cut into the groups that are asked for.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for pattern in quantize.layers:
+        if not any(quantize.model_copy(update={"layers": (pattern,)}).covers(name) for name in linears):
+            raise StageError(
+                f"student.quantize.layers: found {pattern!r}, which names no linear layer; there are, for example, "
+                f"{', '.join([*list(linears)[:3], 'lm_head'])}"
+            )
+    group = group_columns(quantize.scale_per)
+    for name, linear in linears.items():
+        if not quantize.covers(name):
+            continue
+        if linear.in_features % group:
+            raise StageError(
+                f"{name}: found rows of {linear.in_features} weights, expected a multiple of {group}, as "
+                f"student.quantize.scale_per = {quantize.scale_per!r} asks for; the next widths that serve are "
+                f"{linear.in_features // group * group or group} and {-(-linear.in_features // group) * group}"
+            )
+        quantized = QuantizedLinear(linear.in_features, linear.out_features, quantize, linear.weight)
+        model.set_submodule(name, quantized)

@@ -8,7 +8,7 @@ Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
-from stages.models.linear import QuantizedLinear, make_linear
+from stages.models.linear import QuantizedLinear, quantize_linears
 from stages.models.past import LayerPast
 from stages.quantize.config import QuantizeConfig
 
@@ -51,27 +51,34 @@ class Transformer(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.quantize = quantize
-        self.model = Decoder(config, vocab_size, quantize)
+        self.model = Decoder(config, vocab_size)
         self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
         if config.tied_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        if quantize is not None:
+            quantize_linears(self, quantize)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix, (V, D)."""
-        return self.lm_head.weight
+        """The output matrix, (V, D), quantised if it is to be."""
+        return self.lm_head.quantized_weight() if isinstance(self.lm_head, QuantizedLinear) else self.lm_head.weight
+
+    def quantized_linears(self) -> dict[str, QuantizedLinear]:
+        """The quantised layers by name, in order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, QuantizedLinear)}
 
     def forward(
         self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
     ) -> Features:
         """Features of every position. With `past`, one per block, they follow the positions there and are added."""
         features: Features = self.model(input_ids_BT, states, past)
+        if isinstance(self.lm_head, QuantizedLinear):
+            return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))
         return features
 
     def logits(self, input_ids_BT: Tensor) -> Tensor:
         """Logits of every position, (B, T, V): for small inputs; training uses the chunked head."""
-        logits_BTV: Tensor = self.lm_head(self(input_ids_BT).final_BTD)
-        return logits_BTV
+        return F.linear(self(input_ids_BT).final_BTD, self.head_weight)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Normal with deviation 0.02; the projections into the residual stream by 1 / sqrt(2 layers) less (GPT-2).
@@ -80,7 +87,7 @@ class Transformer(nn.Module):
         students of one seed have the same weights, whatever their code.
         """
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 0:
+            if name.endswith(".log_step"):
                 continue
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
@@ -92,19 +99,18 @@ class Transformer(nn.Module):
 
     def fit_steps(self) -> None:
         """Set every learned quantisation step to its initial value for the weights that are here now."""
-        for module in self.modules():
-            if isinstance(module, QuantizedLinear):
-                module.fit_step()
+        for layer in self.quantized_linears().values():
+            layer.fit_step()
 
 
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, quantize: QuantizeConfig | None) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config, quantize) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(
@@ -127,12 +133,12 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, quantize: QuantizeConfig | None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.self_attn = Attention(config, quantize)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = SwiGLU(config, quantize)
+        self.mlp = SwiGLU(config)
 
     def forward(
         self,
@@ -155,14 +161,14 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, quantize: QuantizeConfig | None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         kv_width = config.num_kv_heads * config.head_width
-        self.q_proj = make_linear(config.width, config.width, quantize)
-        self.k_proj = make_linear(config.width, kv_width, quantize)
-        self.v_proj = make_linear(config.width, kv_width, quantize)
-        self.o_proj = make_linear(config.width, config.width, quantize)
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
         self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
 
     def forward(
@@ -194,11 +200,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); Shazeer 2020, GLU Variants Improve Transformer (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, quantize: QuantizeConfig | None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = make_linear(config.width, config.mlp_width, quantize)
-        self.up_proj = make_linear(config.width, config.mlp_width, quantize)
-        self.down_proj = make_linear(config.mlp_width, config.width, quantize)
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
         self.ffn_sub_norm = nn.RMSNorm(config.mlp_width, eps=config.norm_eps) if config.subln else nn.Identity()
 
     def forward(self, x_BTD: Tensor) -> Tensor:

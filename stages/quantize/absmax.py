@@ -1,11 +1,13 @@
 """8-bit activations by the absolute maximum of each position: BitNet b1.58."""
 
+import torch
 from torch import Tensor
 
 _LARGEST_CODE = 127
 _SMALLEST_ABSMAX = 1e-5
 
 
+@torch.no_grad()
 def absmax_quantize(activations: Tensor) -> Tensor:
     """round(x * s) / s with s = 127 / max |x| over the last dimension, clipped to [-128, 127].
 

@@ -1,31 +1,49 @@
 """Which quantisers a student uses."""
 
-from typing import Annotated, Literal, Self
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.settings import Section
 
-WeightCode = Literal["absmean", "nbit", "nbit-diffused", "nbit-learned", "none"]
+WeightCode = Literal["absmean", "twn", "learned", "seq", "nbit", "nbit-diffused", "nbit-learned", "none"]
+ScalePer = Literal["tensor", "row", "group-128", "group-256"]
+
+_OLDEST = ("weights", "bits", "activations")
+_TERNARY = ("absmean", "twn", "learned", "seq")
 
 
 class QuantizeConfig(Section):
-    """Quantisation of the linear layers of all blocks; embeddings, norms and the head stay in full precision."""
+    """Quantisation of linear layers; embeddings and norms stay in full precision."""
 
     weights: Annotated[
         WeightCode,
         Field(
-            description="absmean: ternary, BitNet b1.58; nbit: symmetric levels, the largest weight of each row on the "
-            "last; nbit-diffused: the same, each rounding error added to the next weight of its row; nbit-learned: "
-            "symmetric levels, their distance learned per matrix (LSQ); none: an FP32 student"
+            description="ternary: absmean (BitNet b1.58), twn (a threshold of 0.7 mean |W|), learned (LSQ), seq "
+            "(stretched elastic, ParetoQ). nbit: symmetric levels, the largest weight of each row on the last; "
+            "nbit-diffused: the same, each rounding error added to the next weight of its row; nbit-learned: symmetric "
+            "levels, their distance learned per matrix (LSQ). none: an FP32 student"
         ),
     ] = "absmean"
+    scale_per: Annotated[
+        ScalePer,
+        Field(description="what of a ternary matrix shares a scale; groups are of neighbouring columns of a row"),
+    ] = "tensor"
     bits: Annotated[
         int | None,
         Field(
             ge=2, le=8, description="bits per weight of an nbit code, 2^bits - 1 levels; none: the code has no choice"
         ),
     ] = None
+    layers: Annotated[
+        tuple[str, ...],
+        Field(
+            min_length=1,
+            description="which linear layers, by patterns of their names (`*` is any text, `[0-3]` one of these): "
+            "model.layers.N.self_attn.{q,k,v,o}_proj, model.layers.N.mlp.{gate,up,down}_proj, and lm_head",
+        ),
+    ] = ("model.layers.*",)
     activations: Annotated[
         Literal["absmax-int8", "none"], Field(description="absmax-int8: 8 bits per position, BitNet b1.58")
     ] = "absmax-int8"
@@ -42,13 +60,34 @@ class QuantizeConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scales_are_of_ternary_codes(self) -> Self:
+        if self.scale_per != "tensor" and not self.is_ternary:
+            raise ValueError(
+                f"scale_per = {self.scale_per!r} belongs to the ternary codes, and found weights = {self.weights!r}; "
+                "leave it out"
+            )
+        if self.scale_per.startswith("group") and self.has_learned_step:
+            raise ValueError(
+                f"scale_per = {self.scale_per!r}: the step of weights = {self.weights!r} is learned per tensor or per "
+                "row; set one of these, or weights to absmean or twn"
+            )
+        return self
+
+    def numbers(self) -> dict[str, Any]:
+        """See Section. Settings that are newer than students on disk count only where they are not the default."""
+        plain = super().numbers()
+        newer = {name: field.default for name, field in type(self).model_fields.items() if name not in _OLDEST}
+        return {name: value for name, value in plain.items() if name not in newer or getattr(self, name) != newer[name]}
+
+    def covers(self, name: str) -> bool:
+        """Whether the linear layer of that name is quantised."""
+        return any(fnmatchcase(name, pattern) for pattern in self.layers)
+
     @property
     def is_ternary(self) -> bool:
-        """Whether weights are ternary by their absolute mean, BitNet b1.58.
-
-        Codes of 2 bits have three levels too, and are not meant: their scale is another.
-        """
-        return self.weights == "absmean"
+        """Whether weights are -1, 0 or 1 times a scale."""
+        return self.weights in _TERNARY
 
     @property
     def is_nbit(self) -> bool:
@@ -56,11 +95,24 @@ class QuantizeConfig(Section):
         return self.weights.startswith("nbit")
 
     @property
+    def has_learned_step(self) -> bool:
+        """Whether the scale is a parameter that is trained."""
+        return self.weights in {"learned", "seq", "nbit-learned"}
+
+    @property
     def packed_bits(self) -> int | None:
         """Bits of a packed weight; None in full precision."""
         return 2 if self.is_ternary else self.bits
 
-    @property
-    def has_scale_per_row(self) -> bool:
-        """Whether each row of a matrix has a scale of its own, and not the matrix one."""
-        return self.weights in {"nbit", "nbit-diffused"}
+    def num_scales(self, rows: int, columns: int) -> int:
+        """Scales of a matrix; none in full precision."""
+        if self.packed_bits is None:
+            return 0
+        if self.weights in {"nbit", "nbit-diffused"} or self.scale_per == "row":
+            return rows
+        return 1 if self.scale_per == "tensor" else rows * columns // group_columns(self.scale_per)
+
+
+def group_columns(scale_per: ScalePer) -> int:
+    """Columns of a group; 1 where rows are not cut."""
+    return int(scale_per.removeprefix("group-")) if scale_per.startswith("group-") else 1

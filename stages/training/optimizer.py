@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from stages.training.config import TrainingConfig
 
@@ -24,7 +26,7 @@ def make_optimizer(
             peak_ratio = own[0] / config.learning_rate if own else 1.0
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((decay, peak_ratio), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": decay, "peak_ratio": ratio}
             for (decay, ratio), parameters in groups.items()
@@ -33,3 +35,11 @@ def make_optimizer(
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+    optimizer.register_step_post_hook(_count_the_writes)
+    return optimizer
+
+
+def _count_the_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The fused step writes to parameters without counting it, and quantised layers look at the count."""
+    for group in optimizer.param_groups:
+        increment_version(group["params"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stages.losses.term import LossValues
 from stages.models.linear import QuantizedLinear
 from stages.quantize.config import QuantizeConfig
-from stages.quantize.learned import initial_step, learned_quantize
+from stages.quantize.learned import initial_step, learned_quantize, through_step
 from stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize
 from stages.training.config import TrainingConfig
 from stages.training.loop import StepInfo, Training
@@ -162,7 +162,7 @@ def test_learned_step_has_the_papers_values_and_gradients(seed: int, scale: floa
     weight = random_tensor(seed, scale, 6, 7).double().requires_grad_()
     upstream = random_tensor(seed + 1, 1.0, 6, 7).double()
     step = (initial_step(weight.detach(), bits) * ratio).requires_grad_()
-    quantized = learned_quantize(weight, step, bits)
+    quantized = through_step(weight, step, learned_quantize(weight.detach(), step.detach(), bits), largest_level(bits))
     quantized.backward(upstream)
     expected = lsq_reference(weight.detach(), float(step.detach()), bits, upstream)
     torch.testing.assert_close(quantized.flatten().tolist(), expected[0])
@@ -175,7 +175,7 @@ def test_learned_step_has_the_papers_values_and_gradients(seed: int, scale: floa
 def test_learned_step_at_the_last_levels_counts_as_clipped() -> None:
     weight = torch.tensor([-8.0, -7.0, -6.5, 0.25, 6.9, 7.0, 9.0], requires_grad=True)
     step = torch.tensor(1.0, requires_grad=True)
-    quantized = learned_quantize(weight, step, 4)
+    quantized = through_step(weight, step, learned_quantize(weight.detach(), step.detach(), 4), 7)
     quantized.sum().backward()
     assert quantized.tolist() == [-7, -7, -6, 0, 7, 7, 7]
     assert weight.grad is not None
@@ -209,7 +209,7 @@ def test_a_layer_of_nbit_weights_multiplies_by_them_and_passes_gradients_straigh
 def test_a_layer_of_a_learned_step_trains_its_logarithm() -> None:
     layer = QuantizedLinear(6, 5, nbit("nbit-learned", 3, activations="none"))
     assert layer.log_step is not None
-    torch.testing.assert_close(layer.log_step.exp(), initial_step(layer.weight, 3))
+    torch.testing.assert_close(layer.log_step.exp(), initial_step(layer.weight, 3).squeeze())
     x, upstream = random_tensor(3, 1.0, 2, 6), random_tensor(4, 1.0, 2, 5)
     layer(x).backward(upstream)
     step = float(layer.log_step.detach().exp())
@@ -274,6 +274,5 @@ def test_bits_are_refused_where_the_code_has_no_choice(code: str) -> None:
 def test_settings_of_students_made_before_there_were_bits_are_the_same_settings() -> None:
     old = {"weights": "absmean", "activations": "absmax-int8"}
     assert QuantizeConfig.model_validate(old) == QuantizeConfig()
-    assert QuantizeConfig().model_dump(exclude_none=True) == old
     numbers = QuantizeConfig().numbers()  # the record of a step takes a setting that is missing for none
     assert {key: value for key, value in numbers.items() if value is not None} == old

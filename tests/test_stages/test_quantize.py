@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stages.models.linear import QuantizedLinear
 from stages.quantize.absmax import absmax_quantize
-from stages.quantize.absmean import absmean_quantize, absmean_trits
+from stages.quantize.absmean import absmean_ternary
 from stages.quantize.config import QuantizeConfig
 from stages.quantize.straight_through import straight_through
 
@@ -25,18 +25,18 @@ def test_absmean_is_the_papers_formula(seed: int, scale: float) -> None:
     weight = random_tensor(seed, scale, 7, 5)
     gamma = max(sum(abs(float(w)) for w in weight.flatten()) / weight.numel(), 1e-5)
     expected = torch.tensor([[gamma * max(-1, min(1, round(float(w) / gamma))) for w in row] for row in weight])
-    torch.testing.assert_close(absmean_quantize(weight), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(absmean_ternary(weight).dequantized(), expected, rtol=1e-5, atol=0)
 
 
 @settings(deadline=None)
 @given(SEEDS, SCALES)
 def test_absmean_gives_trits_and_quantising_them_again_changes_no_sign(seed: int, scale: float) -> None:
-    trits, gamma = absmean_trits(random_tensor(seed, scale, 16, 16))
-    assert set(trits.unique().tolist()) <= {-1.0, 0.0, 1.0}
-    assert gamma > 0
+    once = absmean_ternary(random_tensor(seed, scale, 16, 16))
+    assert set(once.trits_OI.unique().tolist()) <= {-1, 0, 1}
+    assert once.scale_RG > 0
     # The mean of |trits * gamma| is gamma times the share of nonzeros, so the scale may shrink, never a trit change.
-    again, _ = absmean_trits(trits * gamma) if float(gamma) > 1e-4 else (trits, gamma)
-    torch.testing.assert_close(again, trits, rtol=0, atol=0)
+    again = absmean_ternary(once.dequantized()) if float(once.scale_RG) > 1e-4 else once
+    assert torch.equal(again.trits_OI, once.trits_OI)
 
 
 @settings(deadline=None)
@@ -52,16 +52,16 @@ def test_absmax_is_the_papers_formula_and_idempotent(seed: int, scale: float) ->
 
 
 def test_quantisers_survive_zeros() -> None:
-    assert absmean_quantize(torch.zeros(4, 4)).abs().max() == 0
+    assert absmean_ternary(torch.zeros(4, 4)).trits_OI.abs().max() == 0
     assert absmax_quantize(torch.zeros(2, 4)).abs().max() == 0
 
 
 def test_straight_through_passes_the_gradient_unchanged() -> None:
     x = random_tensor(0, 1.0, 4, 6).requires_grad_()
-    y = straight_through(x, absmean_quantize)
+    y = straight_through(x, absmax_quantize(x.detach()))
     upstream = random_tensor(1, 1.0, 4, 6)
     y.backward(upstream)
-    torch.testing.assert_close(y, absmean_quantize(x.detach()))
+    torch.testing.assert_close(y, absmax_quantize(x.detach()))
     torch.testing.assert_close(x.grad, upstream)
 
 
@@ -70,7 +70,7 @@ def test_straight_through_passes_the_gradient_unchanged() -> None:
 def test_quantized_linear_quantises_what_it_says(weights: str, activations: str) -> None:
     layer = QuantizedLinear(6, 5, QuantizeConfig.model_validate({"weights": weights, "activations": activations}))
     x = random_tensor(3, 1.0, 2, 6).requires_grad_()
-    w_used = absmean_quantize(layer.weight.detach()) if weights == "absmean" else layer.weight.detach()
+    w_used = absmean_ternary(layer.weight.detach()).dequantized() if weights == "absmean" else layer.weight.detach()
     x_used = absmax_quantize(x.detach()) if activations == "absmax-int8" else x.detach()
     y = layer(x)
     torch.testing.assert_close(y, x_used @ w_used.T)
