@@ -1,15 +1,16 @@
 """Linear layers with quantised weights and 8-bit activations (BitLinear)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from stages.errors import StageError
-from stages.quantize.absmax import absmax_quantize
+from stages.quantize.absmax import ActivationCodes, absmax_codes, absmax_quantize
 from stages.quantize.absmean import absmean_ternary
 from stages.quantize.config import QuantizeConfig, group_columns
+from stages.quantize.integer_product import integer_product, multiplies_integers
 from stages.quantize.learned import (
     initial_seq_step,
     initial_step,
@@ -31,6 +32,13 @@ class _Quantized:
     made_of: tuple[int, ...]
     values_OI: Tensor
     ternary: TernaryWeight | None
+    rounded: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """values_OI in the dtype that products are computed in."""
+        if dtype not in self.rounded:
+            self.rounded[dtype] = self.values_OI.to(dtype)
+        return self.rounded[dtype]
 
 
 class QuantizedLinear(nn.Linear):
@@ -89,7 +97,21 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return F.linear(self.quantized_input(x), self.quantized_weight())
+        return self.multiply(x, self.codes_of(x))
+
+    def codes_of(self, x: Tensor) -> ActivationCodes | None:
+        """The codes of x, if the layer multiplies integers."""
+        ternary = self._current().ternary if self.quantize.activations == "absmax-int8" else None
+        return None if ternary is None or not multiplies_integers(x, ternary) else absmax_codes(x)
+
+    def multiply(self, x: Tensor, codes: ActivationCodes | None) -> Tensor:
+        """As forward, with codes of x that other layers may share."""
+        current = self._current()
+        if codes is None or current.ternary is None:
+            return F.linear(self.quantized_input(x), self.quantized_weight())
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return integer_product(x, codes, self.quantized_weight(), current.ternary, current.in_dtype(dtype))
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q_a(x), differentiable."""
@@ -133,6 +155,12 @@ class QuantizedLinear(nn.Linear):
 def _num_writes(tensor: Tensor) -> int:
     """How often torch counted a write to its memory; see torch.autograd.graph.increment_version."""
     return tensor._version  # noqa: SLF001 - the name under which torch documents it
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Every layer's product with the same x, whose 8-bit codes are made once."""
+    codes = next((layer.codes_of(x) for layer in layers if isinstance(layer, QuantizedLinear)), None)
+    return [layer.multiply(x, codes) if isinstance(layer, QuantizedLinear) else layer(x) for layer in layers]
 
 
 def quantize_linears(model: nn.Module, quantize: QuantizeConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
-from stages.models.linear import QuantizedLinear, quantize_linears
+from stages.models.linear import QuantizedLinear, project, quantize_linears
 from stages.models.past import LayerPast
 from stages.quantize.config import QuantizeConfig
 
@@ -176,7 +176,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """What attention adds to the residual stream; and queries, keys and values before rotation, (B, T, ..)."""
         batch, positions, _ = x_BTD.shape
-        projections = [self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
+        projections = project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BHTE, k_BGTE, v_BGTE = (self._split_heads(projected) for projected in projections)
         k_BGTE = rotate(k_BGTE, rotation)
         seen = None
@@ -209,7 +209,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """What the MLP adds to the residual stream."""
-        out_BTD: Tensor = self.down_proj(self.ffn_sub_norm(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)))
+        gate, up = project(x_BTD, self.gate_proj, self.up_proj)
+        out_BTD: Tensor = self.down_proj(self.ffn_sub_norm(F.silu(gate) * up))
         return out_BTD
 
 

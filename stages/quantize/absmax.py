@@ -7,13 +7,39 @@ _LARGEST_CODE = 127
 _SMALLEST_ABSMAX = 1e-5
 
 
+class ActivationCodes:
+    """Inputs of a layer as integers. Shapes: N positions, I inputs.
+
+    codes_NI: int8, from -127 to 127. step_N1: positive, float32. codes * step is the quantised input.
+    """
+
+    def __init__(self, codes_NI: Tensor, step_N1: Tensor) -> None:
+        self.codes_NI = codes_NI
+        self.step_N1 = step_N1
+        self._values: dict[torch.dtype, Tensor] = {}
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """codes * step, (N, I), computed in float32 and once for all layers that share the codes."""
+        if dtype not in self._values:
+            self._values[dtype] = self.codes_NI.float().mul_(self.step_N1).to(dtype)
+        return self._values[dtype]
+
+
+@torch.no_grad()
+def absmax_codes(activations: Tensor) -> ActivationCodes:
+    """round(x * s), half to even, with s = 127 / max |x| over the last dimension; and step = 1 / s. In float32.
+
+    Ma et al. 2024 (arXiv 2402.17764), section 2: per-token absmax without zero point. The absolute maximum is taken as
+    at least 1e-5.
+    """
+    exact_NI = activations.flatten(0, -2).float()
+    scaled_NI = exact_NI.abs()
+    scale_N1 = _LARGEST_CODE / scaled_NI.amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_ABSMAX)
+    torch.mul(exact_NI, scale_N1, out=scaled_NI)  # the same memory: on large inputs it costs more than the arithmetic
+    return ActivationCodes(scaled_NI.round_().to(torch.int8), scale_N1.reciprocal_())
+
+
 @torch.no_grad()
 def absmax_quantize(activations: Tensor) -> Tensor:
-    """round(x * s) / s with s = 127 / max |x| over the last dimension, clipped to [-128, 127].
-
-    Same shape and dtype, computed in float32. Ma et al. 2024 (arXiv 2402.17764), section 2: per-token absmax without
-    zero point. The absolute maximum is taken as at least 1e-5. Not differentiable: see straight_through.
-    """
-    exact = activations.float()
-    scale = _LARGEST_CODE / exact.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_ABSMAX)
-    return (exact * scale).round_().clamp_(-_LARGEST_CODE - 1, _LARGEST_CODE).div_(scale).to(activations.dtype)
+    """round(x * s) / s, see absmax_codes; of the shape and dtype of x. Its gradient: see straight_through."""
+    return absmax_codes(activations).values(activations.dtype).view(activations.shape)
