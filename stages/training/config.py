@@ -12,7 +12,7 @@ _NEWER = ("second_phase", "weight_decay_until")
 class SecondPhase(Section):
     """A learning rate that falls at once, at a step of the training, and follows the schedule from there on.
 
-    The defaults are those of BitNet b1.58 (Microsoft 2024, The Era of 1-bit LLMs: Training Tips, Code and FAQ).
+    The defaults are of BitNet b1.58 (Ma et al. 2024, The Era of 1-bit LLMs: Training Tips, Code and FAQ, table 2).
     """
 
     start: Annotated[float, Field(gt=0, lt=1, description="share of the steps before it")] = 0.5

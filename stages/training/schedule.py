@@ -11,7 +11,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     cosine: Loshchilov and Hutter 2017, SGDR (arXiv 1608.03983), equation 5, one cycle. linear: straight to the end.
     trapezoid: constant, then linear over the last decay_fraction of the steps (Zhai et al. 2022, arXiv 2106.04560).
     All end at final_lr_fraction of the peak. In the second phase, if there is one, all of it times lr_fraction
-    (Microsoft 2024, The Era of 1-bit LLMs: Training Tips, Code and FAQ).
+    (Ma et al. 2024, The Era of 1-bit LLMs: Training Tips, Code and FAQ, figure 1c).
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -32,6 +32,6 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 def weight_decay(config: TrainingConfig, step: int) -> float:
     """The decay of matrices at step `step`, counted from 0: the configured one for weight_decay_until of the steps.
 
-    Zero from there on: Ma et al. 2025, BitNet b1.58 2B4T (arXiv 2504.12285), section 2.2.
+    Zero from there on (Ma et al. 2024, The Era of 1-bit LLMs: Training Tips, Code and FAQ, figure 1d).
     """
     return config.weight_decay if step < config.decayed_steps else 0.0
