@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.students import METRICS, StudentTable, main
-from stages.quantize.config import QuantizeConfig
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,9 @@ RECIPES: dict[str, Recipe] = {
     "scale per row": Recipe(quantize={"scale_per": "row"}),
     "scale per group of 256": Recipe(quantize={"scale_per": "group-256"}),
     "activations: none": Recipe(quantize={"activations": "none"}),
-}
-WARMUPS: dict[str, Recipe] = {
     "lambda warm-up, linear, a fifth": Recipe(warmup=0.2),
     "from the teacher's weights, lambda warm-up": Recipe(init="teacher", warmup=0.2),
 }
-if "warmup" in QuantizeConfig.model_fields:  # a setting to come
-    RECIPES |= WARMUPS
 
 
 def change(base: dict[str, Any], name: str) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class QuantizedLinear(nn.Linear):
     Wang et al. 2023, BitNet (arXiv 2310.11453) and Ma et al. 2024 (arXiv 2402.17764). The norm that those papers put
     inside the layer is the block's own RMSNorm, and SubLN where it is configured.
 
+    With `strength` lambda below 1, quantisation being turned on, inputs and weights are x + lambda (Q(x) - x).
+
     Weights are quantised when they have changed, which is once per optimizer step, and not at every use.
 
     `log_step` is there for weights of a learned step size only, a scalar or one per row: step = exp(log_step) is
@@ -64,6 +66,7 @@ class QuantizedLinear(nn.Linear):
         self.quantize = quantize
         steps = (out_features,) if quantize.scale_per == "row" else ()
         self.log_step = nn.Parameter(self.weight.new_zeros(steps)) if quantize.has_learned_step else None
+        self.strength = 1.0
         self._quantized: _Quantized | None = None
         self.fit_step()
 
@@ -92,8 +95,11 @@ class QuantizedLinear(nn.Linear):
             return self.weight
         values_OI = self._current().values_OI
         if self.log_step is None:
-            return straight_through(self.weight, values_OI)
-        return through_step(self.weight, self._step_R1(self.log_step), values_OI, largest_level(self._bits))
+            quantized_OI = straight_through(self.weight, values_OI)
+        else:
+            step_R1 = self._step_R1(self.log_step)
+            quantized_OI = through_step(self.weight, step_R1, values_OI, largest_level(self._bits))
+        return quantized_OI if self.strength == 1 else torch.lerp(self.weight, quantized_OI, self.strength)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -101,21 +107,25 @@ class QuantizedLinear(nn.Linear):
 
     def codes_of(self, x: Tensor) -> ActivationCodes | None:
         """The codes of x, if the layer multiplies integers."""
-        ternary = self._current().ternary if self.quantize.activations == "absmax-int8" else None
-        return None if ternary is None or not multiplies_integers(x, ternary) else absmax_codes(x)
+        if self.quantize.activations == "none" or not self.quantize.is_ternary or self.strength < 1:
+            return None
+        return absmax_codes(x) if multiplies_integers(x, self.ternary()) else None
 
     def multiply(self, x: Tensor, codes: ActivationCodes | None) -> Tensor:
         """As forward, with codes of x that other layers may share."""
-        current = self._current()
-        if codes is None or current.ternary is None:
+        if codes is None:
             return F.linear(self.quantized_input(x), self.quantized_weight())
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return integer_product(x, codes, self.quantized_weight(), current.ternary, current.in_dtype(dtype))
+        values_OI = self._current().in_dtype(dtype)
+        return integer_product(x, codes, self.quantized_weight(), self.ternary(), values_OI)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q_a(x), differentiable."""
-        return x if self.quantize.activations == "none" else straight_through(x, absmax_quantize(x))
+        if self.quantize.activations == "none":
+            return x
+        quantized = straight_through(x, absmax_quantize(x))
+        return quantized if self.strength == 1 else torch.lerp(x, quantized, self.strength)
 
     @torch.no_grad()
     def _current(self) -> _Quantized:

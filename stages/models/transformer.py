@@ -19,6 +19,7 @@ from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
 from stages.models.linear import QuantizedLinear, project, quantize_linears
 from stages.models.past import LayerPast
+from stages.models.subln import SubNorm
 from stages.quantize.config import QuantizeConfig
 
 _INITIAL_STD = 0.02
@@ -97,6 +98,12 @@ class Transformer(nn.Module):
             nn.init.normal_(parameter, std=std, generator=generator)
         self.fit_steps()
 
+    def quantize_by(self, strength: float) -> None:
+        """Turn quantisation, and SubLN with it, on by so much: from 0, full precision, to 1."""
+        for module in self.modules():
+            if isinstance(module, QuantizedLinear | SubNorm):
+                module.strength = strength
+
     def fit_steps(self) -> None:
         """Set every learned quantisation step to its initial value for the weights that are here now."""
         for layer in self.quantized_linears().values():
@@ -169,7 +176,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
         self.v_proj = nn.Linear(config.width, kv_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
+        self.attn_sub_norm = SubNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], past: LayerPast | None = None
@@ -205,7 +212,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
-        self.ffn_sub_norm = nn.RMSNorm(config.mlp_width, eps=config.norm_eps) if config.subln else nn.Identity()
+        self.ffn_sub_norm = SubNorm(config.mlp_width, eps=config.norm_eps) if config.subln else nn.Identity()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """What the MLP adds to the residual stream."""
