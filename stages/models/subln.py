@@ -1,6 +1,6 @@
 """SubLN: a norm before the output projections of attention and MLP, which full precision does without.
 
-Shapes: D width.
+Shapes: N positions, D width.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,18 @@ class SubNorm(nn.RMSNorm):
 
 @torch.no_grad()
 def fit_to_inputs(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Set the weights of every SubNorm to the root mean square of what reaches it in `forward`, a number each.
+    """Set the weights of every SubNorm so that it changes what reaches it in `forward` as little as it can.
 
-    So a norm that was put into a trained model changes the size of what passes as little as it can.
+    With u = x / rms(x), sum over positions of (x - w u)^2 is least at w = sum x u / sum u^2, for each of the D weights;
+    one where a weight has no input. A norm that was put into a trained model so begins near the identity.
     """
-    mean_squares: dict[SubNorm, float] = {}
+    fitted: dict[SubNorm, Tensor] = {}
 
     def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, SubNorm), "hooks are on these alone"
-        mean_squares[norm] = float(inputs[0].float().square().mean())
+        x_ND = inputs[0].flatten(0, -2).float()
+        u_ND = F.rms_norm(x_ND, norm.normalized_shape, None, norm.eps)
+        fitted[norm] = (x_ND * u_ND).sum(dim=0) / u_ND.square().sum(dim=0)
 
     handles = [norm.register_forward_pre_hook(look) for norm in model.modules() if isinstance(norm, SubNorm)]
     try:
@@ -43,5 +46,5 @@ def fit_to_inputs(model: nn.Module, forward: Callable[[], object]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    for norm, mean_square in mean_squares.items():
-        norm.weight.fill_(mean_square**0.5)
+    for norm, weight_D in fitted.items():
+        norm.weight.copy_(weight_D.nan_to_num(nan=1.0))
