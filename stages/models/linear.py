@@ -127,16 +127,24 @@ class QuantizedLinear(nn.Linear):
         quantized = straight_through(x, absmax_quantize(x))
         return quantized if self.strength == 1 else torch.lerp(x, quantized, self.strength)
 
-    @torch.no_grad()
     def _current(self) -> _Quantized:
-        """The weights quantised, from memory unless they or the step were written to since."""
+        """The weights quantised; in a compiled graph, which cannot look for changes, as `refresh` left them."""
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        assert self._quantized is not None, "refreshed before a graph that was compiled runs"
+        return self._quantized
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Quantise the weights again if they or the step were written to since the last time."""
+        if self.quantize.weights == "none":
+            return
         sources = [self.weight] if self.log_step is None else [self.weight, self.log_step]
         made_of = tuple(number for source in sources for number in (source.data_ptr(), _num_writes(source)))
         if self._quantized is None or self._quantized.made_of != made_of:
             ternary = self._quantize_to_trits() if self.quantize.is_ternary else None
             values_OI = self._quantize_to_bits() if ternary is None else ternary.dequantized()
             self._quantized = _Quantized(made_of, values_OI, ternary)
-        return self._quantized
 
     def _quantize_to_trits(self) -> TernaryWeight:
         match self.quantize.weights:

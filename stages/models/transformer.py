@@ -58,6 +58,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         if quantize is not None:
             quantize_linears(self, quantize)
+        self._quantized_layers = tuple(self.quantized_linears().values())
 
     @property
     def head_weight(self) -> Tensor:
@@ -72,6 +73,8 @@ class Transformer(nn.Module):
         self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
     ) -> Features:
         """Features of every position. With `past`, one per block, they follow the positions there and are added."""
+        for layer in self._quantized_layers:
+            layer.refresh()
         features: Features = self.model(input_ids_BT, states, past)
         if isinstance(self.lm_head, QuantizedLinear):
             return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))

@@ -1,5 +1,7 @@
 """8-bit activations by the absolute maximum of each position: BitNet b1.58."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,22 +9,17 @@ _LARGEST_CODE = 127
 _SMALLEST_ABSMAX = 1e-5
 
 
-class ActivationCodes:
-    """Inputs of a layer as integers. Shapes: N positions, I inputs.
+class ActivationCodes(NamedTuple):
+    """Inputs of a layer as integers: codes * step. Shapes: N positions, I inputs."""
 
-    codes_NI: int8, from -127 to 127. step_N1: positive, float32. codes * step is the quantised input.
-    """
-
-    def __init__(self, codes_NI: Tensor, step_N1: Tensor) -> None:
-        self.codes_NI = codes_NI
-        self.step_N1 = step_N1
-        self._values: dict[torch.dtype, Tensor] = {}
+    codes_NI: Tensor
+    """int8, from -127 to 127."""
+    step_N1: Tensor
+    """Positive, float32."""
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """codes * step, (N, I), computed in float32 and once for all layers that share the codes."""
-        if dtype not in self._values:
-            self._values[dtype] = self.codes_NI.float().mul_(self.step_N1).to(dtype)
-        return self._values[dtype]
+        """codes * step, (N, I), computed in float32."""
+        return self.codes_NI.float().mul_(self.step_N1).to(dtype)
 
 
 @torch.no_grad()

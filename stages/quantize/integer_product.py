@@ -37,29 +37,42 @@ def integer_product(
     gradients are computed in. These are straight-through: with g that arrives, g Q_w(W) for x and g^T Q_a(x) for the
     weight, in the dtype of the result.
     """
-    product: Tensor = _IntegerProduct.apply(x, codes, weight_OI, ternary, values_OI)  # type: ignore[no-untyped-call]
+    product: Tensor = _IntegerProduct.apply(  # type: ignore[no-untyped-call]
+        x, codes.codes_NI, codes.step_N1, weight_OI, ternary.trits_OI, ternary.scale_RG, values_OI
+    )
     return product
 
 
 class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: ActivationCodes, weight_OI: Tensor, ternary: TernaryWeight, values_OI: Tensor
+        ctx: Any,
+        x: Tensor,
+        codes_NI: Tensor,
+        step_N1: Tensor,
+        weight_OI: Tensor,
+        trits_OI: Tensor,
+        scale_R1: Tensor,
+        values_OI: Tensor,
     ) -> Tensor:
-        ctx.codes, ctx.values_OI, ctx.x_shape = codes, values_OI, x.shape
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight_OI.dtype
+        ctx.save_for_backward(codes_NI, step_N1, values_OI)
+        ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight_OI.dtype
         # Converting first and scaling in place is twice as fast as a product of mixed types.
-        y_NO = torch._int_mm(codes.codes_NI, ternary.trits_OI.T).float()  # noqa: SLF001 - has no other name
-        if ternary.scale_RG.numel() == 1:
-            y_NO.mul_(codes.step_N1 * ternary.scale_RG)
+        y_NO = torch._int_mm(codes_NI, trits_OI.T).float()  # noqa: SLF001 - has no other name
+        if scale_R1.numel() == 1:
+            y_NO.mul_(step_N1 * scale_R1)
         else:
-            y_NO.mul_(codes.step_N1).mul_(ternary.scale_RG.T)
+            y_NO.mul_(step_N1).mul_(scale_R1.T)
         return y_NO.to(values_OI.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        dtype = ctx.values_OI.dtype
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes_NI, step_N1, values_OI = ctx.saved_tensors
+        dtype = values_OI.dtype
         g_NO = gradients[0].flatten(0, -2).to(dtype)
-        gx = (g_NO @ ctx.values_OI).to(ctx.x_dtype).view(ctx.x_shape) if ctx.needs_input_grad[0] else None
-        gw = (g_NO.T @ ctx.codes.values(dtype)).to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
-        return gx, None, gw, None, None
+        gx = gw = None
+        if ctx.needs_input_grad[0]:
+            gx = (g_NO @ values_OI).to(ctx.x_dtype).view(ctx.x_shape)
+        if ctx.needs_input_grad[3]:
+            gw = (g_NO.T @ ActivationCodes(codes_NI, step_N1).values(dtype)).to(ctx.weight_dtype)
+        return gx, None, None, gw, None, None, None
