@@ -198,11 +198,13 @@ def test_a_curriculum_shows_easy_windows_first_and_resumes_in_its_middle(
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_a_co_trained_teacher_is_the_teacher_trained_alone(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_co_trained_teacher_is_the_teacher_trained_alone(run: Path, tmp_path: Path, precision: str) -> None:
     """Neither model moves the other: gradients, clipping and learning rates are apart."""
     online = {"co_train": True, "learning_rate": 5e-3}
-    trace(run, tmp_path, tmp_path / "student", targets="online", online=online, alpha=0.3)
-    config = distill_config().training.model_copy(update={"learning_rate": 5e-3})
+    training = distill_config().training.model_copy(update={"precision": precision})
+    trace(run, tmp_path, tmp_path / "student", targets="online", online=online, alpha=0.3, training=training)
+    config = training.model_copy(update={"learning_rate": 5e-3})
     source = OnlineSource(run / "data", CPU, max_train_windows=700)
     alone = Transformer(SHAPE, source.vocab_size)
     alone.initialize(torch.Generator().manual_seed(config.seed))
