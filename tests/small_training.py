@@ -39,9 +39,14 @@ def make_run(folder: Path) -> Path:
         }
     )
     tokenize_corpus(data, folder / "data")
-    settings = {"model": SHAPE.model_dump(), "training": {"steps": 30, "learning_rate": 1e-2, "batch_windows": 8}}
-    train_teacher(TeacherConfig.model_validate(settings), folder / "data", folder / "teacher", EvaluateConfig())
+    make_teacher(folder, "teacher", SHAPE, steps=30)
     return folder
+
+
+def make_teacher(run: Path, name: str, shape: ModelConfig, steps: int) -> None:
+    """A teacher of the run's tokens in a folder of the run."""
+    settings = {"model": shape.model_dump(), "training": {"steps": steps, "learning_rate": 1e-2, "batch_windows": 8}}
+    train_teacher(TeacherConfig.model_validate(settings), run / "data", run / name, EvaluateConfig())
 
 
 def dump_config(**changes: object) -> DumpConfig:
