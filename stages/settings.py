@@ -1,7 +1,7 @@
 """The base of all config sections: frozen, closed, documented; some fields are marked as affecting no numbers."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -14,12 +14,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    newer: ClassVar[tuple[str, ...]] = ()
+    """Fields that are newer than artefacts on disk, whose records lack them."""
+
     def numbers(self) -> dict[str, Any]:
-        """The settings that affect results, as plain JSON values; the rest may change without invalidating anything."""
+        """The settings that affect results, as plain JSON values; the rest may change without invalidating anything.
+
+        Newer ones count only where they are not the default, so that older records remain valid.
+        """
         plain = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if not affects_numbers(field):
+            if not affects_numbers(field) or (name in self.newer and value == field.default):
                 del plain[name]
             elif isinstance(value, Section):
                 plain[name] = value.numbers()

@@ -8,6 +8,7 @@ Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a 
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -75,7 +76,10 @@ class Transformer(nn.Module):
         """Features of every position. With `past`, one per block, they follow the positions there and are added."""
         for layer in self._quantized_layers:
             layer.refresh()
-        features: Features = self.model(input_ids_BT, states, past)
+        # A graph is compiled for one strength; there is no compiling one for each step of a warm-up.
+        is_on = all(layer.strength == 1 for layer in self._quantized_layers)
+        with nullcontext() if is_on else torch.compiler.set_stance("force_eager"):
+            features: Features = self.model(input_ids_BT, states, past)
         if isinstance(self.lm_head, QuantizedLinear):
             return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))
         return features

@@ -1,7 +1,7 @@
 """Which quantisers a student uses."""
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,12 +11,13 @@ from stages.settings import Section
 WeightCode = Literal["absmean", "twn", "learned", "seq", "nbit", "nbit-diffused", "nbit-learned", "none"]
 ScalePer = Literal["tensor", "row", "group-128", "group-256"]
 
-_OLDEST = ("weights", "bits", "activations")
 _TERNARY = ("absmean", "twn", "learned", "seq")
 
 
 class QuantizeConfig(Section):
     """Quantisation of linear layers; embeddings and norms stay in full precision."""
+
+    newer = ("scale_per", "layers", "warmup")
 
     weights: Annotated[
         WeightCode,
@@ -79,12 +80,6 @@ class QuantizeConfig(Section):
                 "row; set one of these, or weights to absmean or twn"
             )
         return self
-
-    def numbers(self) -> dict[str, Any]:
-        """See Section. Settings that are newer than students on disk count only where they are not the default."""
-        plain = super().numbers()
-        newer = {name: field.default for name, field in type(self).model_fields.items() if name not in _OLDEST}
-        return {name: value for name, value in plain.items() if name not in newer or getattr(self, name) != newer[name]}
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer of that name is quantised."""

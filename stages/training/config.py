@@ -1,12 +1,10 @@
 """Settings of a training run, teacher's or student's."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.settings import Section, neutral
-
-_NEWER = ("second_phase", "weight_decay_until")
 
 
 class SecondPhase(Section):
@@ -21,6 +19,8 @@ class SecondPhase(Section):
 
 class TrainingConfig(Section):
     """AdamW with a schedule. A position is one prediction; a step sees batch_windows * accumulation windows."""
+
+    newer = ("second_phase", "weight_decay_until", "compile")
 
     steps: Annotated[int, Field(ge=1, description="optimizer steps")]
     batch_windows: Annotated[int, Field(ge=1, description="windows per forward pass")] = 32
@@ -51,6 +51,9 @@ class TrainingConfig(Section):
     precision: Annotated[
         Literal["float32", "bfloat16"], Field(description="bfloat16: matrix products under autocast; weights stay FP32")
     ] = "float32"
+    compile: Annotated[
+        bool, Field(description="torch.compile: faster steps after a slow first one; needs a C++ compiler on a CPU")
+    ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
     log_every: Annotated[int, neutral("steps between lines of metrics.jsonl", ge=1)] = 10
@@ -74,12 +77,6 @@ class TrainingConfig(Section):
                 f"expected one after the warm-up ({self.warmup_steps} steps) and before the end"
             )
         return self
-
-    def numbers(self) -> dict[str, Any]:
-        """See Section. Settings that are newer than models on disk count only where they are not the default."""
-        plain = super().numbers()
-        defaults = {name: type(self).model_fields[name].default for name in _NEWER}
-        return {name: value for name, value in plain.items() if getattr(self, name) != defaults.get(name, ...)}
 
     @property
     def second_phase_step(self) -> int:

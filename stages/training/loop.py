@@ -15,7 +15,7 @@ from torch import nn
 from stages.errors import StageError
 from stages.losses.term import LossValues
 from stages.progress import Progress
-from stages.resources import peak_rss_mib
+from stages.resources import keep_freed_memory, peak_rss_mib
 from stages.training.checkpoint import TrainingState, clear_checkpoints, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.interrupt import deferred_interrupt
@@ -90,6 +90,7 @@ class Training(Generic[Batch]):
 
         Ctrl-C saves a checkpoint, then raises KeyboardInterrupt. A loss that is not finite raises StageError.
         """
+        keep_freed_memory()
         config = self._config
         optimizer = make_optimizer(self._module, config, self._learning_rates)
         self._folder.mkdir(parents=True, exist_ok=True)

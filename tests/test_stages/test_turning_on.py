@@ -194,3 +194,28 @@ def test_the_log_of_a_student_has_the_health_of_every_layer(run: Path, tmp_path:
         for what in ("zeros", "flips", "to_boundary", "scale"):
             assert list(record[what]) == names  # type: ignore[call-overload]
     assert any(flips > 0 for flips in records[-1]["flips"].values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_compiled_student_trains_as_an_eager_one_through_a_warm_up(run: Path, tmp_path: Path) -> None:
+    student = StudentConfig(quantize=QuantizeConfig(warmup=WarmupConfig(steps=3)))
+    training = {"steps": 6, "learning_rate": 1e-2, "batch_windows": 8, "log_every": 1}
+    found = {}
+    for is_compiled in (False, True):
+        config = distill_config(training={**training, "compile": is_compiled})
+        _, found[is_compiled] = student_of(
+            run, run / "cache", tmp_path / str(is_compiled), config, dump_config(), student
+        )
+    for eager, compiled in zip(found[False], found[True], strict=True):
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert list(load_model(tmp_path / "True").state_dict()) == list(load_model(tmp_path / "False").state_dict())
+
+
+def test_compiling_without_a_compiler_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = distill_config(training={"steps": 2, "learning_rate": 1e-2, "batch_windows": 8, "compile": True})
+    with pytest.raises(
+        StageError, match=r"training.compile: found no C\+\+ compiler \(no-such-compiler\), which torch.c"
+    ):
+        student_of(run, run / "cache", tmp_path / "s", config, dump_config())
