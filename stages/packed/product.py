@@ -1,0 +1,73 @@
+"""Products with a packed matrix, which is never unpacked as a whole.
+
+Shapes: T positions, O outputs, I inputs, G groups of inputs with a scale of their own, R is O or 1.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.packed.layout import PackedWeight
+
+_FEW_POSITIONS = 2  # measured: up to here bags are faster, at every width from 256 to 2048
+_BLOCK_WEIGHTS = 1 << 18  # unpacked at once, a byte each
+_LONGEST_SUM = 1 << 16  # terms of at most 128 * 2 whose partial sums float32 holds exactly
+
+
+def packed_product(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
+    """x W^T, (T, O) float32, on the CPU.
+
+    is_whole says that x holds whole numbers from -128 to 127: the sums before they are scaled are exact then.
+    """
+    if len(x_TI) <= _FEW_POSITIONS and weight.num_inputs <= _LONGEST_SUM and has_bags():
+        return product_by_bags(x_TI, weight)
+    return product_by_blocks(x_TI, weight, is_whole=is_whole)
+
+
+def has_bags() -> bool:
+    """Whether this build of torch has the operator of `product_by_bags`."""
+    return hasattr(torch.ops.quantized, "embedding_bag_2bit_rowwise_offsets")
+
+
+def product_by_bags(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    """As `packed_product`, read straight from the packed bytes: the fastest for a position or two.
+
+    The sum over i of x_i times row i is what torch calls a bag of 2-bit embeddings with weights. A bag is one group of
+    one position, cut once more into one part for each thread. Whole numbers are summed exactly: no partial sum of at
+    most 65536 terms reaches 2^24.
+    """
+    num_positions, num_inputs = x_TI.shape
+    group = num_inputs // weight.num_groups
+    bag = -(-group // torch.get_num_threads())
+    starts = torch.arange(0, num_inputs, group, dtype=torch.int32)[:, None]
+    starts = (starts + torch.arange(0, group, bag, dtype=torch.int32)).flatten()
+    columns = torch.arange(num_inputs, dtype=torch.int32)
+    if num_positions > 1:
+        starts = torch.cat([starts + num_inputs * position for position in range(num_positions)])
+        columns = columns.repeat(num_positions)
+    bags: Tensor = torch.ops.quantized.embedding_bag_2bit_rowwise_offsets(
+        weight.rows_IN, columns, starts, per_sample_weights=x_TI.reshape(-1)
+    )
+    if len(bags) == num_positions and weight.scale_RG.numel() == 1:
+        return bags[:, : weight.num_outputs] * weight.scale_RG
+    sums_TGO = bags[:, : weight.num_outputs].view(num_positions, weight.num_groups, -1, weight.num_outputs).sum(2)
+    return (sums_TGO * weight.scale_RG.T).sum(1)
+
+
+def product_by_blocks(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
+    """As `packed_product`, unpacking some columns at a time: the faster the more positions share that work.
+
+    Whole numbers are multiplied as int8 and summed in int32. (On processors without VNNI oneDNN adds pairs of products
+    in 16 bits; with trits these are at most 2 * 255.)
+    """
+    group = weight.num_inputs // weight.num_groups
+    columns = max(1, _BLOCK_WEIGHTS // weight.num_outputs)
+    x_TI = x_TI.to(torch.int8) if is_whole else x_TI
+    out_TO = torch.zeros(len(x_TI), weight.num_outputs)
+    for number in range(weight.num_groups):
+        sums_TO = torch.zeros(len(x_TI), weight.num_outputs, dtype=torch.int32 if is_whole else torch.float32)
+        for first in range(number * group, (number + 1) * group, columns):
+            last = min(first + columns, (number + 1) * group)
+            part, trits = x_TI[:, first:last].contiguous(), weight.trits(first, last).contiguous()
+            sums_TO += torch._int_mm(part, trits) if is_whole else part @ trits.float()  # noqa: SLF001 - its only name
+        out_TO += sums_TO * weight.scale_RG[:, number]
+    return out_TO
