@@ -65,9 +65,9 @@ def rotated_heads(name: str, config: ModelConfig) -> int | None:
 
 def interleave(weight_OI: Tensor, heads: int) -> Tensor:
     """Rows of each head from halves (a0 a1 .. b0 b1 ..) to pairs (a0 b0 a1 b1 ..)."""
-    return weight_OI.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return weight_OI.view(heads, 2, -1, weight_OI.shape[1]).transpose(1, 2).flatten(0, 2)
 
 
 def halves(weight_OI: Tensor, heads: int) -> Tensor:
     """The inverse of `interleave`."""
-    return weight_OI.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return weight_OI.view(heads, -1, 2, weight_OI.shape[1]).transpose(1, 2).flatten(0, 2)

@@ -18,11 +18,13 @@ def import_gguf() -> Any:
     return gguf
 
 
-def find_transformers() -> Any | None:
+def find_transformers(*, packed: bool) -> Any | None:
     """The `transformers` package; None if it, or what it loads packed weights with, is not installed."""
     try:
-        import accelerate  # noqa: F401 - transformers wants it for packed weights
         import transformers
+
+        if packed:
+            import accelerate  # noqa: F401 - transformers wants it there
     except ImportError:
         return None
     return transformers
