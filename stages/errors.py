@@ -5,6 +5,7 @@ StageError
     TokenizerError      a tokenizer that cannot be read or does not fit
     CheckpointError     a model or training state that cannot be read or does not fit
     TargetsError        the signals that the losses need are not to be had
+    ExportError         a model that a format cannot hold, or an export that does not compute what its model does
 """
 
 
@@ -26,3 +27,7 @@ class CheckpointError(StageError):
 
 class TargetsError(StageError):
     """The signals that the losses need are not to be had."""
+
+
+class ExportError(StageError):
+    """A format cannot hold the model, or what was written does not compute what the model does."""
