@@ -13,7 +13,9 @@ from click.core import ParameterSource
 
 from cache import SplitName
 from cache.manifest import load_manifest
-from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name, load_config
+from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
+from pipeline.generate_command import generate
+from pipeline.options import run_options, workspace_of
 from pipeline.runner import execute, plan, run_steps
 from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
@@ -32,44 +34,7 @@ class Group(click.Group):
         return list(self.commands)
 
 
-def run_options(command: _Command) -> _Command:
-    """The options of every command: which config, what to change in it, and which run folder."""
-    for option in reversed(
-        (
-            click.option(
-                "--config",
-                "config_path",
-                type=click.Path(path_type=Path),
-                default=Path("configs/demo.toml"),
-                show_default=True,
-                help="TOML file with the settings of the run.",
-            ),
-            click.option(
-                "--set",
-                "assignments",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="Change one setting, by its dotted key; may be repeated.",
-            ),
-            click.option(
-                "--run-dir",
-                type=click.Path(path_type=Path, file_okay=False),
-                show_default="runs/<config name>",
-                help="Folder of the run.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 force_option = click.option("--force", is_flag=True, help="Remove what an earlier run left and build anew.")
-
-
-def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> Workspace:
-    """The checked config and the run folder; a run's own config.toml belongs to the folder it is in."""
-    default = config_path.parent if config_path.name == RUN_CONFIG_NAME else Path("runs") / config_path.stem
-    return Workspace(load_config(config_path, assignments), run_dir or default)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -246,6 +211,9 @@ def export(
 
     types = ternary_types(ternary_type) if export_format == "gguf" else ()
     export_model(workspace_of(config_path, assignments, run_dir), name, export_format, types, out, click.echo)
+
+
+cli.add_command(generate)
 
 
 @cli.group()

@@ -48,3 +48,12 @@ def memory_use(model: nn.Module) -> MemoryUse:
         dense_weights=sum(tensor.numel() for tensor in others),
         dense_bytes=sum(tensor.nbytes for tensor in others),
     )
+
+
+def memory_text(model: nn.Module) -> str:
+    """How a model lies in memory, in a line."""
+    use = memory_use(model)
+    dense = f"{use.dense_weights:,} numbers in FP32, {use.dense_bytes / 2**20:.2f} MiB"
+    if not use.packed_weights:
+        return f"no ternary weights to pack, runs as it is: {dense}"
+    return f"{use.packed_weights:,} weights packed in {use.packed_bytes / 2**20:.2f} MiB; {dense}"
