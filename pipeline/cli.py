@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from cache import SplitName
 from cache.manifest import load_manifest
 from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
+from pipeline.evaluate_command import evaluate, print_evaluation
 from pipeline.generate_command import generate
 from pipeline.options import run_options, workspace_of
 from pipeline.runner import execute, plan, run_steps
@@ -68,7 +69,7 @@ def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ..
     changes = [part for assignment in assignments for part in ("--set", assignment)]
     run_steps(steps, ["--config", str(config_path), *changes, "--run-dir", str(workspace.run_dir)])
     if until == "evaluate":
-        _evaluate(workspace, (), as_json=False)
+        print_evaluation(workspace, (), as_json=False)
     elif until == "distill":
         _print_results(workspace)
 
@@ -148,22 +149,7 @@ def distill(
     _run_step(Distill(workspace, check_student_name(name)), force)
 
 
-@cli.command()
-@click.argument("names", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@run_options
-def evaluate(
-    names: tuple[str, ...], as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
-) -> None:
-    """Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
-
-    The result is also written to evaluation.json in the run folder.
-
-    \b
-    Example:
-        tristill evaluate teacher student runs/other/students/student
-    """
-    _evaluate(workspace_of(config_path, assignments, run_dir), names, as_json=as_json)
+cli.add_command(evaluate)
 
 
 @cli.command()
@@ -377,14 +363,6 @@ def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
 def _run_step(step: Step, force: bool) -> None:
     execute(step, force=force)
     click.echo(str(step.folder))
-
-
-def _evaluate(workspace: Workspace, names: tuple[str, ...], *, as_json: bool) -> None:
-    from pipeline.evaluation import evaluate_models
-    from pipeline.results import metrics_table
-
-    metrics = evaluate_models(workspace, names)
-    click.echo(json.dumps(metrics, indent=2) if as_json else metrics_table(metrics))
 
 
 def _print_results(workspace: Workspace) -> None:

@@ -1,6 +1,5 @@
 """A linear layer whose only weight is packed."""
 
-import torch
 from torch import Tensor, nn
 
 from stages.packed.activations import absmax_codes
@@ -10,7 +9,7 @@ from stages.quantize.ternary import TernaryWeight
 
 
 class PackedLinear(nn.Module):
-    """y = Q_a(x) W^T as QuantizedLinear computes it, on the CPU, for inference; see PackedWeight for what is kept.
+    """y = Q_a(x) W^T as QuantizedLinear computes it, on the CPU, with no gradient; see PackedWeight for what is kept.
 
     With 8-bit activations the product is one of whole numbers, exact, and the scales of weights and position follow it:
     y differs from QuantizedLinear's by the rounding of the latter's float32 sums alone.
@@ -32,7 +31,6 @@ class PackedLinear(nn.Module):
         """The weight."""
         return PackedWeight(self.rows_IN, self.scale_RG, self.out_features)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), of x's dtype, computed in float32."""
         x_TI = x.reshape(-1, self.in_features)

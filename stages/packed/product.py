@@ -3,6 +3,8 @@
 Shapes: T positions, O outputs, I inputs, G groups of inputs with a scale of their own, R is O or 1.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -36,21 +38,26 @@ def product_by_bags(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     most 65536 terms reaches 2^24.
     """
     num_positions, num_inputs = x_TI.shape
-    group = num_inputs // weight.num_groups
-    bag = -(-group // torch.get_num_threads())
-    starts = torch.arange(0, num_inputs, group, dtype=torch.int32)[:, None]
-    starts = (starts + torch.arange(0, group, bag, dtype=torch.int32)).flatten()
-    columns = torch.arange(num_inputs, dtype=torch.int32)
-    if num_positions > 1:
-        starts = torch.cat([starts + num_inputs * position for position in range(num_positions)])
-        columns = columns.repeat(num_positions)
+    columns, starts = _bags(num_positions, num_inputs, num_inputs // weight.num_groups, torch.get_num_threads())
     bags: Tensor = torch.ops.quantized.embedding_bag_2bit_rowwise_offsets(
         weight.rows_IN, columns, starts, per_sample_weights=x_TI.reshape(-1)
     )
-    if len(bags) == num_positions and weight.scale_RG.numel() == 1:
-        return bags[:, : weight.num_outputs] * weight.scale_RG
-    sums_TGO = bags[:, : weight.num_outputs].view(num_positions, weight.num_groups, -1, weight.num_outputs).sum(2)
-    return (sums_TGO * weight.scale_RG.T).sum(1)
+    sums = bags[:, : weight.num_outputs]
+    if len(bags) > num_positions:
+        sums = sums.view(num_positions, weight.num_groups, -1, weight.num_outputs).sum(2)
+        return (sums * weight.scale_RG.T).sum(1)
+    return sums * weight.scale_RG.T
+
+
+@lru_cache(maxsize=64)
+def _bags(num_positions: int, num_inputs: int, group: int, threads: int) -> tuple[Tensor, Tensor]:
+    """The column of each weight of all bags, and the first weight of each bag: int32, made once a shape."""
+    bag = -(-group // threads)
+    starts = torch.arange(0, num_inputs, group, dtype=torch.int32)[:, None]
+    starts = (starts + torch.arange(0, group, bag, dtype=torch.int32)).flatten()
+    positions = torch.arange(num_positions, dtype=torch.int32)[:, None]
+    columns = torch.arange(num_inputs, dtype=torch.int32).repeat(num_positions)
+    return columns, (positions * num_inputs + starts).flatten()
 
 
 def product_by_blocks(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
