@@ -1,6 +1,5 @@
 """The whole numbers behind 8-bit activations."""
 
-import torch
 from torch import Tensor
 
 _LARGEST_CODE = 127
@@ -13,6 +12,5 @@ def absmax_codes(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     Their quotient is absmax_quantize(x), bit for bit, and with the same source. Computed in float32; no gradient.
     """
     exact_TI = x_TI.float()
-    absmax_T1 = torch.linalg.vector_norm(exact_TI, ord=torch.inf, dim=-1, keepdim=True)
-    scale_T1 = _LARGEST_CODE / absmax_T1.clamp_(min=_SMALLEST_ABSMAX)
+    scale_T1 = _LARGEST_CODE / exact_TI.abs().amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_ABSMAX)
     return (exact_TI * scale_T1).round_(), scale_T1

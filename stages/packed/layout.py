@@ -1,7 +1,7 @@
 """A ternary matrix in memory: four trits to a byte.
 
 Shapes: O rows (outputs), I columns (inputs), R is O or 1, G groups of I / G neighbouring columns, N bytes of a packed
-row, C columns of a block.
+row.
 """
 
 from dataclasses import dataclass
@@ -44,11 +44,16 @@ class PackedWeight:
         """G."""
         return self.scale_RG.shape[1]
 
-    def trits(self, first: int, last: int) -> Tensor:
-        """Columns first .. last - 1 of the trits, transposed: (C, O) int8."""
-        codes_CN = self.rows_IN[first:last, :-_TAIL_BYTES]
-        words = _trits_of_bytes().index_select(0, codes_CN.reshape(-1).int())
-        return words.view(torch.int8).view(last - first, -1)[:, : self.num_outputs]
+    def trits(self, inputs: range, outputs: range) -> Tensor:
+        """The trits of neighbouring inputs and outputs, transposed, int8: their numbers are those of its two sizes.
+
+        The first output is a multiple of 4.
+        """
+        assert outputs.start % TRITS_PER_BYTE == 0, "the caller cuts between bytes"
+        last_byte = -(-outputs.stop // TRITS_PER_BYTE)
+        codes = self.rows_IN[inputs.start : inputs.stop, outputs.start // TRITS_PER_BYTE : last_byte]
+        words = _trits_of_bytes().index_select(0, codes.reshape(-1).int())
+        return words.view(torch.int8).view(len(inputs), -1)[:, : len(outputs)].contiguous()
 
 
 def pack(weight: TernaryWeight) -> PackedWeight:
@@ -63,7 +68,8 @@ def pack(weight: TernaryWeight) -> PackedWeight:
 
 def unpack(packed: PackedWeight) -> TernaryWeight:
     """The matrix that was packed."""
-    return TernaryWeight(packed.trits(0, packed.num_inputs).T.contiguous(), packed.scale_RG)
+    trits_IO = packed.trits(range(packed.num_inputs), range(packed.num_outputs))
+    return TernaryWeight(trits_IO.T.contiguous(), packed.scale_RG)
 
 
 @cache

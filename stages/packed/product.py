@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stages.packed.layout import PackedWeight
+from stages.packed.layout import TRITS_PER_BYTE, PackedWeight
 
 _FEW_POSITIONS = 2  # measured: up to here bags are faster, at every width from 256 to 2048
-_BLOCK_WEIGHTS = 1 << 18  # unpacked at once, a byte each
+_BLOCK_WEIGHTS = 1 << 20  # unpacked at once, a byte each
 _LONGEST_SUM = 1 << 16  # terms of at most 128 * 2 whose partial sums float32 holds exactly
 
 
@@ -61,20 +61,23 @@ def _bags(num_positions: int, num_inputs: int, group: int, threads: int) -> tupl
 
 
 def product_by_blocks(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
-    """As `packed_product`, unpacking some columns at a time: the faster the more positions share that work.
+    """As `packed_product`, unpacking the weights of some outputs at a time: the more positions, the faster each.
 
     Whole numbers are multiplied as int8 and summed in int32. (On processors without VNNI oneDNN adds pairs of products
     in 16 bits; with trits these are at most 2 * 255.)
     """
     group = weight.num_inputs // weight.num_groups
-    columns = max(1, _BLOCK_WEIGHTS // weight.num_outputs)
     x_TI = x_TI.to(torch.int8) if is_whole else x_TI
-    out_TO = torch.zeros(len(x_TI), weight.num_outputs)
-    for number in range(weight.num_groups):
-        sums_TO = torch.zeros(len(x_TI), weight.num_outputs, dtype=torch.int32 if is_whole else torch.float32)
-        for first in range(number * group, (number + 1) * group, columns):
-            last = min(first + columns, (number + 1) * group)
-            part, trits = x_TI[:, first:last].contiguous(), weight.trits(first, last).contiguous()
-            sums_TO += torch._int_mm(part, trits) if is_whole else part @ trits.float()  # noqa: SLF001 - its only name
-        out_TO += sums_TO * weight.scale_RG[:, number]
+    parts = [x_TI[:, first : first + group].contiguous() for first in range(0, weight.num_inputs, group)]
+    out_TO = torch.empty(len(x_TI), weight.num_outputs)
+    step = max(1, _BLOCK_WEIGHTS // group // TRITS_PER_BYTE) * TRITS_PER_BYTE
+    for first in range(0, weight.num_outputs, step):
+        outputs = range(first, min(first + step, weight.num_outputs))
+        block = out_TO[:, first : outputs.stop]
+        for number, part in enumerate(parts):
+            trits = weight.trits(range(number * group, (number + 1) * group), outputs)
+            sums = torch._int_mm(part, trits) if is_whole else part @ trits.float()  # noqa: SLF001 - its only name
+            scale = weight.scale_RG[:, number]
+            scaled = sums * (scale if len(scale) == 1 else scale[first : outputs.stop])
+            block.copy_(scaled) if number == 0 else block.add_(scaled)
     return out_TO

@@ -56,7 +56,7 @@ def test_all_forms_are_measured_side_by_side(finished_run: Path, tmp_path: Path)
     assert sizes["GGUF TQ1_0"] < sizes["GGUF TQ2_0"] < sizes["fp16"]
     assert by_form["packed"].of_fp32 == sizes["packed"] / fp32
     for form in [
-        form for form in found.forms if form.form not in {"fp16"} and (form.model, form.form) != ("student", "FP32")
+        form for form in found.forms if form.form != "fp16" and (form.model, form.form) != ("student", "FP32")
     ]:
         assert form.why_not is None
         assert form.runtime == ("llama.cpp" if form.form.startswith("GGUF") else "PyTorch")

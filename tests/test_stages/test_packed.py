@@ -87,7 +87,7 @@ def test_products_of_whole_numbers_are_exact_before_they_are_scaled(
     sums_TOG = torch.einsum("tgc,ogc->tog", whole, trits)
     expected = (sums_TOG * weight.scale_RG.double()).sum(-1).float()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many parts a sum is cut into
-    monkeypatch.setattr("stages.packed.product._BLOCK_WEIGHTS", 100 * outputs)
+    monkeypatch.setattr("stages.packed.product._BLOCK_WEIGHTS", 20 * inputs)
     for found in (product_by_bags(codes, pack(weight)), product_by_blocks(codes, pack(weight), is_whole=True)):
         if scale_per == "group-128":
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)  # nine scaled sums of up to 1e4
