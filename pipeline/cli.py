@@ -13,11 +13,12 @@ from click.core import ParameterSource
 
 from cache import SplitName
 from cache.manifest import load_manifest
-from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name, load_config
+from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
+from pipeline.export_command import export
+from pipeline.options import run_options, workspace_of
 from pipeline.runner import execute, plan, run_steps
 from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.export.formats import ExportFormat, ternary_types
 from stages.progress import Progress, say
 
 _STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
@@ -32,44 +33,7 @@ class Group(click.Group):
         return list(self.commands)
 
 
-def run_options(command: _Command) -> _Command:
-    """The options of every command: which config, what to change in it, and which run folder."""
-    for option in reversed(
-        (
-            click.option(
-                "--config",
-                "config_path",
-                type=click.Path(path_type=Path),
-                default=Path("configs/demo.toml"),
-                show_default=True,
-                help="TOML file with the settings of the run.",
-            ),
-            click.option(
-                "--set",
-                "assignments",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="Change one setting, by its dotted key; may be repeated.",
-            ),
-            click.option(
-                "--run-dir",
-                type=click.Path(path_type=Path, file_okay=False),
-                show_default="runs/<config name>",
-                help="Folder of the run.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 force_option = click.option("--force", is_flag=True, help="Remove what an earlier run left and build anew.")
-
-
-def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> Workspace:
-    """The checked config and the run folder; a run's own config.toml belongs to the folder it is in."""
-    default = config_path.parent if config_path.name == RUN_CONFIG_NAME else Path("runs") / config_path.stem
-    return Workspace(load_config(config_path, assignments), run_dir or default)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -201,51 +165,7 @@ def evaluate(
     _evaluate(workspace_of(config_path, assignments, run_dir), names, as_json=as_json)
 
 
-@cli.command()
-@click.argument("name", default=DEFAULT_STUDENT)
-@click.option(
-    "--format",
-    "export_format",
-    type=click.Choice(["hf", "bitnet", "gguf"]),
-    required=True,
-    help="hf: transformers, dequantised; bitnet: transformers, packed; gguf: llama.cpp.",
-)
-@click.option(
-    "--type",
-    "ternary_type",
-    type=click.Choice(["tq2_0", "tq1_0", "both"]),
-    default="tq2_0",
-    show_default=True,
-    help="Ternary blocks of a GGUF file: fast, or small.",
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), show_default="exports/NAME in the run folder", help="Folder or file."
-)
-@run_options
-def export(
-    name: str,
-    export_format: ExportFormat,
-    ternary_type: str,
-    out: Path | None,
-    config_path: Path,
-    assignments: tuple[str, ...],
-    run_dir: Path | None,
-) -> None:
-    """Write a student, by name or model folder, as another program reads it, and check it against the student there.
-
-    Exits with 1, and keeps nothing, if what the other program computes is not what the student does.
-
-    \b
-    Examples:
-        tristill export --format gguf
-        tristill export no-teacher --format hf --out models/no-teacher
-    """
-    if export_format == "gguf" and ternary_type == "both" and out is not None:
-        raise click.UsageError("--type both writes two files, and --out names one; leave one of them out")
-    from pipeline.exporting import export_model
-
-    types = ternary_types(ternary_type) if export_format == "gguf" else ()
-    export_model(workspace_of(config_path, assignments, run_dir), name, export_format, types, out, click.echo)
+cli.add_command(export)
 
 
 @cli.group()

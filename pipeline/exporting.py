@@ -30,7 +30,7 @@ from stages.export.gguf import write_gguf
 from stages.export.hugging_face import write_hugging_face
 from stages.export.parity import HeldOut, Parity
 from stages.export.student import Student, load_student
-from stages.models.description import CONFIG_NAME, model_fingerprint
+from stages.models.description import model_fingerprint
 from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetSource
 
@@ -64,7 +64,7 @@ def export_model(
 
     Raises ExportError for a student that the format cannot hold, and for an export past its bounds, which is removed.
     """
-    folder = _model_folder(workspace, name)
+    folder = workspace.model_folder(name)
     wanted = [_wanted(workspace, folder.name, export_format, kind, out) for kind in ternary_types or (None,)]
     for one in wanted:
         _refuse_to_replace(one)
@@ -198,17 +198,6 @@ def _wanted(
     if kind is None:
         return Wanted(export_format, out or folder / export_format)
     return Wanted(export_format, out or folder / (f"{name}.gguf" if kind == "TQ2_0" else f"{name}-{kind}.gguf"), kind)
-
-
-def _model_folder(workspace: Workspace, name: str) -> Path:
-    places = [workspace.run_dir / "teacher"] if name == "teacher" else [workspace.student(name), Path(name)]
-    for folder in places:
-        if (folder / CONFIG_NAME).is_file():
-            return folder
-    raise MissingInputError(
-        f"{name}: found no model in {' or '.join(str(place) for place in places)}; run `tristill distill`, or name "
-        "another one"
-    )
 
 
 def _source(link: Workspace) -> TargetSource:
