@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from cache import open_cache
 from cache.atomic import sync_folder, write_atomically
 from cache.hashing import sha256_of_file
@@ -30,11 +28,10 @@ from stages.export.gguf import write_gguf
 from stages.export.hugging_face import write_hugging_face
 from stages.export.parity import HeldOut, Parity
 from stages.export.student import Student, load_student
-from stages.models.description import model_fingerprint
+from stages.models.folder import model_fingerprint, pick_device
 from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetSource
 
-_CPU = torch.device("cpu")
 _RECORD_STEP = "export"
 
 
@@ -202,9 +199,9 @@ def _wanted(
 
 def _source(link: Workspace) -> TargetSource:
     if (link.data / "data.json").is_file():
-        return OnlineSource(link.data, _CPU)
+        return OnlineSource(link.data, pick_device("cpu"))
     if (link.cache / MANIFEST_NAME).is_file():
-        return open_caches(open_cache(link.cache), link.config.for_student(link.name).distill, _CPU)
+        return open_caches(open_cache(link.cache), link.config.for_student(link.name).distill, pick_device("cpu"))
     raise MissingInputError(
         f"found neither tokens in {link.data} nor a cache in {link.cache}, and an export is checked on held-out text; "
         "run `tristill tokenize`, or name the run that the model is of by --config or --run-dir"
