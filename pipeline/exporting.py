@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from cache import open_cache
 from cache.atomic import sync_folder, write_atomically
 from cache.hashing import sha256_of_file
@@ -30,11 +28,10 @@ from stages.export.gguf import write_gguf
 from stages.export.hugging_face import write_hugging_face
 from stages.export.parity import HeldOut, Parity
 from stages.export.student import Student, load_student
-from stages.models.description import CONFIG_NAME, model_fingerprint
+from stages.models.folder import model_fingerprint, pick_device
 from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetSource
 
-_CPU = torch.device("cpu")
 _RECORD_STEP = "export"
 
 
@@ -64,7 +61,7 @@ def export_model(
 
     Raises ExportError for a student that the format cannot hold, and for an export past its bounds, which is removed.
     """
-    folder = _model_folder(workspace, name)
+    folder = workspace.model_folder(name)
     wanted = [_wanted(workspace, folder.name, export_format, kind, out) for kind in ternary_types or (None,)]
     for one in wanted:
         _refuse_to_replace(one)
@@ -200,22 +197,11 @@ def _wanted(
     return Wanted(export_format, out or folder / (f"{name}.gguf" if kind == "TQ2_0" else f"{name}-{kind}.gguf"), kind)
 
 
-def _model_folder(workspace: Workspace, name: str) -> Path:
-    places = [workspace.run_dir / "teacher"] if name == "teacher" else [workspace.student(name), Path(name)]
-    for folder in places:
-        if (folder / CONFIG_NAME).is_file():
-            return folder
-    raise MissingInputError(
-        f"{name}: found no model in {' or '.join(str(place) for place in places)}; run `tristill distill`, or name "
-        "another one"
-    )
-
-
 def _source(link: Workspace) -> TargetSource:
     if (link.data / "data.json").is_file():
-        return OnlineSource(link.data, _CPU)
+        return OnlineSource(link.data, pick_device("cpu"))
     if (link.cache / MANIFEST_NAME).is_file():
-        return open_caches(open_cache(link.cache), link.config.for_student(link.name).distill, _CPU)
+        return open_caches(open_cache(link.cache), link.config.for_student(link.name).distill, pick_device("cpu"))
     raise MissingInputError(
         f"found neither tokens in {link.data} nor a cache in {link.cache}, and an export is checked on held-out text; "
         "run `tristill tokenize`, or name the run that the model is of by --config or --run-dir"

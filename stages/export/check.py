@@ -14,7 +14,7 @@ from stages.export.gguf_reader import check_gguf, read_gguf
 from stages.export.llama_cpp_runtime import llama_cpp_runtime
 from stages.export.packages import find_transformers, find_xllamacpp
 from stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, Bounds, HeldOut, Parity, Runtime, measure_parity
-from stages.export.rounding import as_trained, rounded_in_blocks, rounded_per_position, without_rounding
+from stages.export.rounding import as_trained, in_blocks, rounded_in_blocks, rounded_per_position, without_rounding
 from stages.export.student import Student
 from stages.export.tokenizer_parity import tokenizer_parity
 from stages.export.transformers_runtime import TransformersRuntime
@@ -101,7 +101,7 @@ def judge_file(student: Student, path: Path, text: HeldOut) -> Verdict:
     references = [rounded_in_blocks(model), as_trained(model)]
     if find_xllamacpp() is None:
         file = read_gguf(path)
-        back = rounded_in_blocks(file.model(), {name.removesuffix(".weight") for name in file.ternary})
+        back = in_blocks("the file, read back", file.model(), file.ternary)
         return _verdict(back, references, text, _POSITIONS_PER_WINDOW, INT8_BOUNDS, None)
     few = HeldOut(text.ids[:_LLAMA_CPP_WINDOWS], text.labels[:_LLAMA_CPP_WINDOWS])
     per_window = min(max(_LLAMA_CPP_ENTRIES // model.vocab_size, 32), 256) // len(few.ids)

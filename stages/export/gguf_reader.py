@@ -13,6 +13,7 @@ from stages.export.gguf import exported_tensors
 from stages.export.gguf_layout import architecture, halves, our_name, rotated_heads
 from stages.export.gguf_tokenizer import GgufTokenizer, TokenType, gguf_tokenizer
 from stages.export.packages import import_gguf
+from stages.export.student import plain_transformer
 from stages.models.config import ModelConfig
 from stages.models.transformer import Transformer
 
@@ -32,13 +33,7 @@ class GgufFile:
 
     def model(self) -> Transformer:
         """A transformer with these weights, in full precision."""
-        with torch.device("meta"):
-            model = Transformer(self.config, len(self.tokenizer.tokens))
-        tensors = dict(self.tensors)
-        if self.config.tied_embeddings:
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        model.load_state_dict(tensors, assign=True)
-        return model.eval()
+        return plain_transformer(self.config, self.tensors)
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stages.errors import ExportError
-from stages.export.llama_cpp import LlamaCpp
+from stages.export import llama_cpp_process
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_loaded: list[LlamaCpp] = []
-"""Of the process of its own: the one file that it has."""
 
 
 class LlamaCppRuntime:
@@ -28,20 +25,22 @@ class LlamaCppRuntime:
         self._pool = pool
         self._path = path
         self._vocab_size = vocab_size
-        self.name = f"llama.cpp (xllamacpp {self._of_the_process(_load, path, context_length)})"
+        self.name = f"llama.cpp (xllamacpp {self._of_the_process(llama_cpp_process.load, path, context_length)})"
 
     def log_probs(self, ids_T: Tensor, positions_P: Tensor) -> Tensor:
         """See Runtime."""
         lengths = [position + 1 for position in positions_P.tolist()]
-        return torch.from_numpy(self._of_the_process(_log_probs, ids_T.tolist(), lengths, self._vocab_size))
+        return torch.from_numpy(
+            self._of_the_process(llama_cpp_process.log_probs, ids_T.tolist(), lengths, self._vocab_size)
+        )
 
     def greedy(self, ids: Sequence[int], num_tokens: int) -> list[int]:
         """The most likely ids after `ids`, up to an end of text."""
-        return self._of_the_process(_greedy, list(ids), num_tokens)
+        return self._of_the_process(llama_cpp_process.greedy, list(ids), num_tokens)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text; names of special tokens in it are those tokens."""
-        return self._of_the_process(_tokenize, text)
+        return self._of_the_process(llama_cpp_process.tokenize, text)
 
     def _of_the_process(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         try:
@@ -57,20 +56,3 @@ def llama_cpp_runtime(path: Path, context_length: int, vocab_size: int) -> Itera
     """The file in llama.cpp, for as long as the block lasts."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield LlamaCppRuntime(pool, path, context_length, vocab_size)
-
-
-def _load(path: Path, context_length: int) -> str:
-    _loaded[:] = [LlamaCpp(path, context_length)]
-    return _loaded[0].version
-
-
-def _log_probs(ids: list[int], lengths: list[int], vocab_size: int) -> np.ndarray:
-    return np.stack([_loaded[0].log_probs(ids[:length], vocab_size) for length in lengths])
-
-
-def _greedy(ids: list[int], num_tokens: int) -> list[int]:
-    return _loaded[0].greedy(ids, num_tokens)
-
-
-def _tokenize(text: str) -> list[int]:
-    return _loaded[0].tokenize(text)

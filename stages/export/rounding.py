@@ -8,7 +8,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from stages.export.formats import BLOCK_COLUMNS
-from stages.export.student import float_activations, int8_activations
+from stages.export.gguf import exported_tensors
+from stages.export.student import float_activations, int8_activations, plain_transformer
 from stages.models.transformer import Transformer
 from stages.quantize.absmax import absmax_quantize
 
@@ -53,19 +54,26 @@ def without_rounding(model: Transformer) -> TorchRuntime:
 
 def rounded_per_position(model: Transformer) -> TorchRuntime:
     """The student's weights with 8 bits per position, whatever it was trained with: what packed layers compute."""
-    return TorchRuntime("int8 activations per position", int8_activations(model))
+    return TorchRuntime("int8 per position", int8_activations(model))
 
 
-def rounded_in_blocks(model: Transformer, ternary: Collection[str] | None = None) -> TorchRuntime:
-    """The same weights with 8 bits per block of 256 before every ternary layer: what llama.cpp computes.
+def rounded_in_blocks(model: Transformer) -> TorchRuntime:
+    """The student as llama.cpp computes it from ternary blocks: 8 bits per block of 256 columns of activations.
 
-    `ternary`: names of these layers in a model in full precision; a student of ours knows them, and gets a twin.
+    Scales, embedding and the other matrices are rounded to float16, as a GGUF file holds them; the file is not read.
+    Without that, a rounding of 1e-4 in a scale sends other activations over the edges of their 8 bits.
     """
-    twin = model if ternary is not None else float_activations(model)
-    names = set(model.quantized_linears()) if ternary is None else set(ternary)
-    round_before(twin, names - {"lm_head"}, int8_blocks)
-    name = "int8 activations per block of 256" if ternary is None else "the file, read back"
-    return TorchRuntime(name, twin, int8_blocks if "lm_head" in names else None)
+    found = list(exported_tensors(model))
+    twin = plain_transformer(model.config, {name: values for name, values, _ in found})
+    ternary = {name for name, _, is_ternary in found if is_ternary}
+    return in_blocks("float16 scales, int8 per block of 256", twin, ternary)
+
+
+def in_blocks(name: str, model: Transformer, ternary: Collection[str]) -> TorchRuntime:
+    """A model in full precision whose matrices of these names get int8 activations per block of 256."""
+    layers = {tensor.removesuffix(".weight") for tensor in ternary}
+    round_before(model, layers - {"lm_head"}, int8_blocks)
+    return TorchRuntime(name, model, int8_blocks if "lm_head" in layers else None)
 
 
 def round_before(model: nn.Module, names: Collection[str], rounding: Rounding) -> None:

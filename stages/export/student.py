@@ -1,11 +1,14 @@
 """A trained student as it is exported, and its twins that compute as other runtimes do."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ExportError
+from stages.models.config import ModelConfig
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, model_fingerprint, read_config
 from stages.models.folder import load_model
 from stages.models.transformer import Transformer
@@ -56,6 +59,16 @@ def int8_activations(model: Transformer) -> Transformer:
     twin = Transformer(model.config, model.vocab_size, quantize)
     twin.load_state_dict(model.state_dict())
     return twin.eval()
+
+
+def plain_transformer(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Transformer:
+    """A model in full precision with these weights; its head is the embedding if `tensors` has none."""
+    shape = config.model_copy(update={"tied_embeddings": "lm_head.weight" not in tensors})
+    with torch.device("meta"):
+        model = Transformer(shape, len(tensors["model.embed_tokens.weight"]))
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]} if shape.tied_embeddings else {}
+    model.load_state_dict({**tensors, **head}, assign=True)
+    return model.eval()
 
 
 def plain_linears(model: Transformer) -> dict[str, nn.Linear]:

@@ -1,5 +1,6 @@
 """An exported folder in transformers itself."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ class TransformersRuntime:
         transformers.utils.logging.set_verbosity_error()
         arguments = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, **arguments
-            ).eval()
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **arguments)
+            with warnings.catch_warnings():
+                # What the library and torch deprecate among themselves, seen when packed layers are first imported.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, use_safetensors=True, **arguments
+                ).eval()
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **arguments)
         except Exception as exc:  # the library raises many kinds
             first_line = (str(exc).splitlines() or [""])[0]
             raise ExportError(f"{folder}: transformers cannot load it ({type(exc).__name__}: {first_line})") from exc
