@@ -91,7 +91,7 @@ def judge_folder(student: Student, kind: Literal["hf", "bitnet"], folder: Path, 
         return _verdict(back, references, text, _POSITIONS_PER_WINDOW, bounds, None)
     theirs = TransformersRuntime(transformers, folder)
     tokenizer = load_tokenizer(student.tokenizer_json)
-    num_texts = tokenizer_parity(tokenizer, theirs.tokenize, student.end_of_text_id, text.ids, theirs.name)
+    num_texts = tokenizer_parity(tokenizer, theirs.tokenize, text.ids, theirs.name)
     return _verdict(theirs, references, text, _POSITIONS_PER_WINDOW, bounds, num_texts)
 
 
@@ -107,7 +107,7 @@ def judge_file(student: Student, path: Path, text: HeldOut) -> Verdict:
     per_window = min(max(_LLAMA_CPP_ENTRIES // model.vocab_size, 32), 256) // len(few.ids)
     with llama_cpp_runtime(path, student.context_length, model.vocab_size) as theirs:
         tokenizer = load_tokenizer(student.tokenizer_json)
-        num_texts = tokenizer_parity(tokenizer, theirs.tokenize, student.end_of_text_id, text.ids, theirs.name)
+        num_texts = tokenizer_parity(tokenizer, theirs.tokenize, text.ids, theirs.name)
         return _verdict(theirs, references, few, per_window, INT8_BOUNDS, num_texts)
 
 

@@ -20,18 +20,20 @@ _STRINGS = (
     "DON'T Don't don't DON\u2019T 'tis '''",
     "\x00\x01\x7f\x1b[0m",
 )
+_MOST_ADDED_TOKENS = 50
 
 
 def tokenizer_parity(
     tokenizer: Tokenizer,
     tokenize: Callable[[str], list[int]],
-    end_of_text_id: int,
     windows: Sequence[Tensor],
     name: str,
 ) -> int:
     """The number of texts that were compared. Raises ExportError with the first text of other ids."""
-    special = tokenizer.id_to_token(end_of_text_id) or ""
-    texts = [*_STRINGS, special, f"a{special}b {special}\n{special}{special}"]
+    texts = [*_STRINGS]
+    for added in list(tokenizer.get_added_tokens_decoder().values())[:_MOST_ADDED_TOKENS]:
+        token = added.content
+        texts += [token, f"a{token}b {token}\n{token}{token}"]
     texts += [tokenizer.decode(ids_T.tolist(), skip_special_tokens=False) for ids_T in windows]
     for text in texts:
         expected, found = tokenizer.encode(text, add_special_tokens=False).ids, tokenize(text)

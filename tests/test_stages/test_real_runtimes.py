@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from small_students import BPE, BYTES, CONTEXT, SHAPE, held_out_text, make_student, make_tokens
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from conftest import ROOT
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import ExportError
 from stages.export.bitnet import write_bitnet
@@ -29,6 +32,8 @@ from stages.export.llama_cpp_runtime import llama_cpp_runtime
 from stages.export.parity import HeldOut
 from stages.export.rounding import rounded_in_blocks
 from stages.export.student import Student, load_student
+from stages.export.tokenizer_parity import tokenizer_parity
+from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
@@ -46,9 +51,16 @@ STUDENTS = {
             weights="twn", scale_per="group-256", layers=("model.layers.0.*", "model.layers.1.mlp.*", "lm_head")
         ),
     ),
-    "rows, no rounding": (BPE, SHAPE, QuantizeConfig(scale_per="row", activations="none")),
+    "learned rows, no rounding": (BPE, SHAPE, QuantizeConfig(weights="seq", scale_per="row", activations="none")),
     "head of its own": (BPE, SHAPE, QuantizeConfig(layers=("model.layers.*.mlp.*", "lm_head"))),
 }
+LLAMA_3 = pre_tokenizers.Split(
+    Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    behavior="isolated",
+)
 Given = tuple[Student, HeldOut]
 
 
@@ -147,6 +159,32 @@ def test_llama_cpp_makes_the_tokenizers_ids(trained: Callable[[str], Given], nam
             assert llama_cpp.tokenize(one) == tokenizer.encode(one, add_special_tokens=False).ids, repr(one)
 
 
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+def test_llama_cpp_makes_the_ids_of_other_pre_tokenizers_that_it_knows(pre: str, tmp_path: Path) -> None:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+    first = pre_tokenizers.Digits(individual_digits=True) if pre == "smollm" else LLAMA_3
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        special_tokens=["<|endoftext|>", "<|other|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=16,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        [(ROOT / "pyproject.toml").read_text(), *["12 123 1234 it's We'LL \n\n  x"] * 9], trainer
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = Transformer(SHAPE, 810, QuantizeConfig())
+    model.initialize(torch.Generator().manual_seed(0))
+    student = Student(tmp_path, model.eval(), CONTEXT, 0, "")
+    with llama_cpp_runtime(write_file(student, tmp_path), CONTEXT, 810) as llama_cpp:
+        assert tokenizer_parity(tokenizer, llama_cpp.tokenize, [], "llama.cpp") == 15
+        for one in [(ROOT / "README.md").read_text()[:4000], "a1b22c333d4444 55555,666.7 WE'VE I'm"]:
+            assert llama_cpp.tokenize(one) == tokenizer.encode(one, add_special_tokens=False).ids
+
+
 def rewrite_tensor(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     reader = gguf.GGUFReader(path, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
@@ -195,6 +233,21 @@ def test_a_file_with_another_pre_tokenizer_fails_by_its_ids(trained: Callable[[s
         judge_file(student, path, text)
 
 
+def test_a_file_that_ends_llama_cpp_ends_no_more_than_its_own_process(
+    trained: Callable[[str], Given], tmp_path: Path
+) -> None:
+    student, text = trained("merges")
+    path = write_file(student, tmp_path)
+    reader = gguf.GGUFReader(path, "r+")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    first, second = (tokens.parts[tokens.data[token_id]] for token_id in (10, 11))
+    assert len(first) == len(second)
+    first[:] = second  # two tokens of one text, which llama.cpp asserts against
+    reader.data.flush()
+    with pytest.raises(ExportError, match=r"llama\.cpp ended its process over this file"):
+        judge_file(student, path, text)
+
+
 def test_a_file_that_llama_cpp_cannot_load_is_said_in_one_message(
     trained: Callable[[str], Given], tmp_path: Path
 ) -> None:
@@ -224,6 +277,19 @@ def test_transformers_gives_the_logits_of_the_student_without_rounding(
     assert verdict.to_trained.kl_nats < 1e-4
     architecture = json.loads((tmp_path / "config.json").read_text())["architectures"]
     assert architecture == ["BitNetForCausalLM" if student.model.config.subln else "LlamaForCausalLM"]
+
+
+def test_transformers_gives_the_logits_of_a_student_that_is_not_ternary(
+    trained: Callable[[str], Given], tmp_path: Path
+) -> None:
+    of_the_run, text = trained("merges")
+    model = Transformer(SHAPE, of_the_run.model.vocab_size, QuantizeConfig(weights="nbit-learned", bits=3))
+    model.initialize(torch.Generator().manual_seed(0))
+    student = replace(of_the_run, model=model.eval())
+    write_hugging_face(student, tmp_path)
+    verdict = check_folder(student, "hf", tmp_path, text)
+    assert verdict.broken == []
+    assert verdict.to_reference.max_logit_error < 1e-4
 
 
 @pytest.mark.parametrize("name", ["merges", "bytes, SubLN", "head of its own"])
