@@ -1,6 +1,7 @@
 # make distill   everything from text to an evaluated ternary student (CONFIG=configs/demo.toml)
 # make test      the tests
 CONFIG ?= configs/demo.toml
+FORMAT ?= gguf
 ARGS ?=
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -10,11 +11,16 @@ BIN := $(VENV)/bin
 TRISTILL := $(BIN)/tristill
 RUN := $(TRISTILL) run --config $(CONFIG) $(ARGS) --until
 
-.PHONY: teacher dump-logits distill evaluate test test-slow check format docs bench
+.PHONY: teacher dump-logits distill evaluate export test test-slow check format docs bench
 
 # The steps. Each runs all steps before it that are not up to date.
 teacher dump-logits distill evaluate: $(VENV)/.installed
 	$(RUN) $@
+
+# The student as another program reads it, checked there: FORMAT=gguf, hf or bitnet.
+export: $(VENV)/.installed-export
+	$(RUN) distill
+	$(TRISTILL) export --config $(CONFIG) $(ARGS) --format $(FORMAT)
 
 # Two at a time, with one thread of torch each; then those that want the machine for themselves.
 test: $(VENV)/.installed-dev
@@ -54,6 +60,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable .
 	touch $@
 
+$(VENV)/.installed-export: $(VENV)/.installed
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[hf,gguf]'
+	touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,tensorboard]'
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,tensorboard]'
 	touch $@

@@ -13,7 +13,11 @@ from click.core import ParameterSource
 
 from cache import SplitName
 from cache.manifest import load_manifest
-from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name, load_config
+from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
+from pipeline.evaluate_command import evaluate, print_evaluation
+from pipeline.export_command import export
+from pipeline.generate_command import generate
+from pipeline.options import run_options, workspace_of
 from pipeline.runner import execute, plan, run_steps
 from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
@@ -31,44 +35,7 @@ class Group(click.Group):
         return list(self.commands)
 
 
-def run_options(command: _Command) -> _Command:
-    """The options of every command: which config, what to change in it, and which run folder."""
-    for option in reversed(
-        (
-            click.option(
-                "--config",
-                "config_path",
-                type=click.Path(path_type=Path),
-                default=Path("configs/demo.toml"),
-                show_default=True,
-                help="TOML file with the settings of the run.",
-            ),
-            click.option(
-                "--set",
-                "assignments",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="Change one setting, by its dotted key; may be repeated.",
-            ),
-            click.option(
-                "--run-dir",
-                type=click.Path(path_type=Path, file_okay=False),
-                show_default="runs/<config name>",
-                help="Folder of the run.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 force_option = click.option("--force", is_flag=True, help="Remove what an earlier run left and build anew.")
-
-
-def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> Workspace:
-    """The checked config and the run folder; a run's own config.toml belongs to the folder it is in."""
-    default = config_path.parent if config_path.name == RUN_CONFIG_NAME else Path("runs") / config_path.stem
-    return Workspace(load_config(config_path, assignments), run_dir or default)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -102,7 +69,7 @@ def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ..
     changes = [part for assignment in assignments for part in ("--set", assignment)]
     run_steps(steps, ["--config", str(config_path), *changes, "--run-dir", str(workspace.run_dir)])
     if until == "evaluate":
-        _evaluate(workspace, (), as_json=False)
+        print_evaluation(workspace, (), as_json=False)
     elif until == "distill":
         _print_results(workspace)
 
@@ -182,22 +149,8 @@ def distill(
     _run_step(Distill(workspace, check_student_name(name)), force)
 
 
-@cli.command()
-@click.argument("names", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@run_options
-def evaluate(
-    names: tuple[str, ...], as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
-) -> None:
-    """Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
-
-    The result is also written to evaluation.json in the run folder.
-
-    \b
-    Example:
-        tristill evaluate teacher student runs/other/students/student
-    """
-    _evaluate(workspace_of(config_path, assignments, run_dir), names, as_json=as_json)
+for command in (evaluate, generate, export):
+    cli.add_command(command)
 
 
 @cli.group()
@@ -361,14 +314,6 @@ def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
 def _run_step(step: Step, force: bool) -> None:
     execute(step, force=force)
     click.echo(str(step.folder))
-
-
-def _evaluate(workspace: Workspace, names: tuple[str, ...], *, as_json: bool) -> None:
-    from pipeline.evaluation import evaluate_models
-    from pipeline.results import metrics_table
-
-    metrics = evaluate_models(workspace, names)
-    click.echo(json.dumps(metrics, indent=2) if as_json else metrics_table(metrics))
 
 
 def _print_results(workspace: Workspace) -> None:

@@ -27,7 +27,7 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
     teacher that moved with the student, if there is one in its folder; else from the validation targets of the link's
     cache, or caches, or from the teacher itself where there is no cache.
     """
-    folders = {name: _folder(workspace, name) for name in names or [row.name for row in run_rows(workspace)]}
+    folders = {name: workspace.model_folder(name) for name in names or [row.name for row in run_rows(workspace)]}
     if not folders:
         raise MissingInputError(f"{workspace.run_dir}: found no trained model; run `tristill run --until distill`")
     device = pick_device(workspace.config.distill.training.device)
@@ -51,14 +51,6 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
         metrics[name] = evaluate(model, source, evaluation, name).model_dump()
     write_atomically(workspace.run_dir / "evaluation.json", (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
-
-
-def _folder(workspace: Workspace, name: str) -> Path:
-    places = [workspace.run_dir / "teacher"] if name == "teacher" else [workspace.student(name), Path(name)]
-    for folder in places:
-        if (folder / CONFIG_NAME).is_file():
-            return folder
-    raise MissingInputError(f"{name}: found no model in {' or '.join(str(place) for place in places)}")
 
 
 def _source(link: Workspace, distill: DistillConfig) -> TargetSource:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import DEFAULT_STUDENT, Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, MissingInputError
 from stages.data.config import SyntheticText
+from stages.models.description import CONFIG_NAME
 
 RUN_CONFIG_NAME = "config.toml"
 
@@ -73,3 +74,16 @@ class Workspace:
     def student(self, name: str) -> Path:
         """One student."""
         return self.run_dir / "students" / name
+
+    def model_folder(self, name: str) -> Path:
+        """The folder of a model: `teacher`, a student of the run, or any model folder by its path."""
+        places = [self.run_dir / "teacher"] if name == "teacher" else [self.student(name), Path(name)]
+        for folder in places:
+            if (folder / CONFIG_NAME).is_file():
+                return folder
+        here = [path.parent for path in sorted(self.run_dir.glob(f"students/*/{CONFIG_NAME}"))]
+        here += [self.run_dir / "teacher"] if (self.run_dir / "teacher" / CONFIG_NAME).is_file() else []
+        raise MissingInputError(
+            f"{name}: found no model in {' or '.join(str(place) for place in places)}; "
+            + (f"there are {', '.join(path.name for path in here)}" if here else "run `tristill run --until distill`")
+        )

@@ -5,6 +5,8 @@ StageError
     TokenizerError      a tokenizer that cannot be read or does not fit
     CheckpointError     a model or training state that cannot be read or does not fit
     TargetsError        the signals that the losses need are not to be had
+    PromptError         a prompt, or a length of text, that a model has no room for
+    ExportError         a model that a format cannot hold, or an export that does not compute what its model does
 """
 
 
@@ -26,3 +28,11 @@ class CheckpointError(StageError):
 
 class TargetsError(StageError):
     """The signals that the losses need are not to be had."""
+
+
+class PromptError(StageError):
+    """A prompt, or the text that shall follow it, is longer than the model's context."""
+
+
+class ExportError(StageError):
+    """A format cannot hold the model, or what was written does not compute what the model does."""

@@ -14,9 +14,12 @@ PACKAGES = ("pipeline", "stages", "cache")
 MAY_IMPORT = {"pipeline": {"stages", "cache"}, "stages": {"cache"}, "cache": set()}
 THIRD_PARTY = {
     "pipeline": {"click", "pydantic", "pydantic_core", "tomli_w"},
-    "stages": {"torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers"},
+    "stages": {
+        "torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers",
+        "accelerate", "gguf", "xllamacpp",
+    },
     "cache": {"numpy", "h5py", "zstandard", "pydantic"},
-}
+}  # fmt: skip
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

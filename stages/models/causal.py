@@ -12,14 +12,19 @@ from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, read_config
 from stages.models.folder import is_ours, load_model
 from stages.models.generate import CausalModel, TransformerRollout
+from stages.models.transformer import Transformer
 
 
 def load_causal_model(folder: Path, device: torch.device) -> CausalModel:
     """The model in `folder`: a teacher or student of ours by our own code, anything else by transformers."""
-    config = read_config(folder / CONFIG_NAME)
-    if not is_ours(config):
+    if not is_ours(read_config(folder / CONFIG_NAME)):
         return _load_hugging_face(folder, device)
-    model = load_model(folder).to(device).eval()
+    return causal_model(load_model(folder).to(device).eval(), folder, device)
+
+
+def causal_model(model: Transformer, folder: Path, device: torch.device) -> CausalModel:
+    """A model of ours that is on the device, packed or not, with what its folder says of it."""
+    config = read_config(folder / CONFIG_NAME)
     try:
         end_of_text_id, max_positions = int(config["eos_token_id"]), int(config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError) as exc:

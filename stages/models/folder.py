@@ -26,6 +26,7 @@ __all__ = [
     "CONFIG_NAME",
     "TOKENIZER_NAME",
     "WEIGHTS_NAME",
+    "hugging_face_config",
     "load_model",
     "load_weights",
     "model_fingerprint",
@@ -48,7 +49,7 @@ def save_model(
         shutil.copyfile(tokenizer_json, folder / TOKENIZER_NAME)
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
-    _write_json(folder / CONFIG_NAME, _hugging_face_config(model, context_length, end_of_text_id))
+    _write_json(folder / CONFIG_NAME, hugging_face_config(model, context_length, end_of_text_id))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied_embeddings:
         del tensors["lm_head.weight"]
@@ -100,7 +101,8 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def _hugging_face_config(model: Transformer, context_length: int, end_of_text_id: int) -> dict[str, Any]:
+def hugging_face_config(model: Transformer, context_length: int, end_of_text_id: int) -> dict[str, Any]:
+    """The content of `config.json` for a model of this shape and code."""
     config = model.config
     description: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],

@@ -3,7 +3,7 @@
 Shapes: B rows, R rows still going, T positions, V vocabulary, K most likely ids, L the longest row, M new ids at most.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from stages.models.linear import QuantizedLinear
 from stages.models.past import LayerPast
 from stages.models.transformer import Transformer
 
@@ -45,7 +46,10 @@ class CausalModel:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an id is drawn: from p_tau, cut to the nucleus of mass `top_p` and renormalised; `max_tokens` times."""
+    """How an id is drawn: from p_tau, cut to the nucleus of mass `top_p` and renormalised; `max_tokens` times.
+
+    Temperature 0 takes the most likely id, the first of several.
+    """
 
     temperature: float
     top_p: float
@@ -62,7 +66,10 @@ class TransformerRollout:
     def feed(self, ids_RT: Tensor) -> Tensor:
         """As in Rollout; the head runs on the last position only."""
         last_RD = self._model(ids_RT, past=self._past).final_BTD[:, -1]
-        return F.linear(last_RD, self._model.head_weight).float()
+        head = self._model.lm_head
+        is_latent = isinstance(head, QuantizedLinear)  # it has quantised its input, last_RD, already
+        logits_RV = F.linear(last_RD, self._model.head_weight) if is_latent else head(last_RD)
+        return logits_RV.float()
 
     def keep(self, rows: Tensor) -> None:
         """As in Rollout."""
@@ -77,6 +84,8 @@ def draw(logits_RV: Tensor, uniform_R: Tensor, sampling: Sampling) -> Tensor:
     sampling.temperature sum to at least top_p takes part: Holtzman et al. 2020, The Curious Case of Neural Text
     Degeneration (arXiv 1904.09751), section 3.1. Sums are float64.
     """
+    if sampling.temperature == 0:
+        return logits_RV.argmax(dim=-1)
     p_RV = torch.softmax(logits_RV / sampling.temperature, dim=-1)
     if sampling.top_p == 1:
         mass_RV = p_RV.cumsum(dim=-1, dtype=torch.float64)
@@ -99,11 +108,25 @@ def _draw_from_nucleus(p_RV: Tensor, uniform_R: Tensor, top_p: float, num_sorted
     return drawn_R
 
 
-@torch.inference_mode()
 def generate(
     model: CausalModel, prompts: Sequence[Sequence[int]], sampling: Sampling, uniform_BM: Tensor
 ) -> list[list[int]]:
     """Each prompt, not empty, with what the model writes after it, up to a stop id or sampling.max_tokens new ids.
+
+    See `stream`, which gives the same ids one by one.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    for drawn in stream(model, prompts, sampling, uniform_BM):
+        for row, new_id in drawn:
+            rows[row].append(new_id)
+    return rows
+
+
+@torch.inference_mode()
+def stream(
+    model: CausalModel, prompts: Sequence[Sequence[int]], sampling: Sampling, uniform_BM: Tensor
+) -> Iterator[list[tuple[int, int]]]:
+    """Pairs of row and new id, as they are drawn, a list for every position; stop ids are not among them.
 
     Row b's m-th new id is drawn with uniform_BM[b, m], so that all randomness is the caller's. All rows stand at the
     same position, with no padding: while a row is still in its prompt, its next id is the prompt's, not the drawn one.
@@ -128,11 +151,13 @@ def generate(
         ids_BL[rows_R, position] = torch.where(is_new_R, drawn_R, ids_BL[rows_R, position])
         stopped = rows_R[is_new_R & torch.isin(drawn_R, stop_ids)]
         ends_B[stopped] = ends_B[stopped].clamp(max=position)  # a row that ended before may draw another stop id
+        has_new_R = is_new_R & (ends_B[rows_R] > position)
+        yield list(zip(rows_R[has_new_R].tolist(), drawn_R[has_new_R].tolist(), strict=True))
         position += 1
         going_R = ends_B[rows_R] > position
         num_going = int(going_R.sum())
         if not num_going:
-            return [row[:end] for row, end in zip(ids_BL.tolist(), ends_B.tolist(), strict=True)]
+            return
         if 2 * num_going <= len(rows_R):
             rows_R = rows_R[going_R]
             rollout.keep(going_R.nonzero()[:, 0])

@@ -121,7 +121,9 @@ def test_the_same_numbers_give_the_same_text_and_others_another() -> None:
 
 
 def nucleus(p_V: np.ndarray, top_p: float) -> set[int]:
-    """Reference: ids from the most likely down, until their probabilities reach top_p."""
+    """Reference: ids from the most likely down, until their probabilities reach top_p; all of them at 1."""
+    if top_p == 1:
+        return set(range(len(p_V)))
     kept, mass = set[int](), 0.0
     for i in np.argsort(-p_V, kind="stable"):
         if mass >= top_p:

@@ -1,0 +1,70 @@
+"""The command `evaluate`; see pipeline.cli."""
+
+import json
+from pathlib import Path
+
+import click
+
+from pipeline.options import run_options, workspace_of
+from pipeline.workspace import Workspace
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option(
+    "--packed", "is_packed", is_flag=True, help="Sizes and speeds as deployed, of `student` if none is given."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    show_default="all that torch uses",
+    help="With --packed: threads of every contender.",
+)
+@run_options
+def evaluate(
+    names: tuple[str, ...],
+    as_json: bool,
+    is_packed: bool,
+    threads: int | None,
+    config_path: Path,
+    assignments: tuple[str, ...],
+    run_dir: Path | None,
+) -> None:
+    """Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
+
+    The result is also written to evaluation.json in the run folder.
+
+    With --packed, instead of metrics: bytes on disk, and tokens per second of prompt and of generation, of students
+    with packed weights in PyTorch and as GGUF files in llama.cpp (extra `gguf`), beside their FP32 teacher; also
+    written to deployment.json.
+
+    \b
+    Examples:
+        tristill evaluate teacher student runs/other/students/student
+        tristill evaluate --packed --threads 1
+    """
+    if threads is not None and not is_packed:
+        raise click.UsageError("--threads belongs to --packed; leave it out, or add --packed")
+    workspace = workspace_of(config_path, assignments, run_dir)
+    if is_packed:
+        print_deployment(workspace, names, threads, as_json=as_json)
+    else:
+        print_evaluation(workspace, names, as_json=as_json)
+
+
+def print_evaluation(workspace: Workspace, names: tuple[str, ...], *, as_json: bool) -> None:
+    """Held-out metrics of models."""
+    from pipeline.evaluation import evaluate_models
+    from pipeline.results import metrics_table
+
+    metrics = evaluate_models(workspace, names)
+    click.echo(json.dumps(metrics, indent=2) if as_json else metrics_table(metrics))
+
+
+def print_deployment(workspace: Workspace, names: tuple[str, ...], threads: int | None, *, as_json: bool) -> None:
+    """Sizes and speeds of students as they are deployed."""
+    from pipeline.deployment import deployment_table, evaluate_deployment
+
+    found = evaluate_deployment(workspace, names, threads)
+    click.echo(found.model_dump_json(indent=2) if as_json else deployment_table(found))

@@ -1,0 +1,229 @@
+"""Exports of a student: where they go, and that only a checked one gets its final name.
+
+exports/NAME/hf/        hf.json        the record of an export stands beside it: what it was made of, and how far
+exports/NAME/bitnet/    bitnet.json    it is from its student. What has no record is not replaced.
+exports/NAME/NAME.gguf  NAME.gguf.json
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cache import open_cache
+from cache.atomic import sync_folder, write_atomically
+from cache.hashing import sha256_of_file
+from cache.layout import MANIFEST_NAME
+from pipeline.errors import MissingInputError, StaleError
+from pipeline.provenance import locked, new_provenance
+from pipeline.results import text_table
+from pipeline.workspace import Workspace
+from stages.distill.caches import open_caches
+from stages.errors import CheckpointError, ExportError
+from stages.export.bitnet import refuse_bitnet, write_bitnet
+from stages.export.check import NUM_WINDOWS, Verdict, check_file, check_folder
+from stages.export.formats import ExportFormat, TernaryType
+from stages.export.gguf import refuse_gguf, write_gguf
+from stages.export.gguf_tokenizer import gguf_tokenizer
+from stages.export.hugging_face import write_hugging_face
+from stages.export.packages import import_gguf
+from stages.export.parity import HeldOut, Parity
+from stages.export.student import Student, load_student
+from stages.models.folder import model_fingerprint, pick_device
+from stages.targets.online import OnlineSource
+from stages.targets.source import Epoch, Signals, TargetSource
+
+_RECORD_STEP = "export"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One export: of what form, and under which name."""
+
+    export_format: ExportFormat
+    path: Path
+    ternary_type: TernaryType | None = None
+
+    @property
+    def record(self) -> Path:
+        """Where its record stands."""
+        return self.path.with_name(f"{self.path.name}.json")
+
+
+def export_model(
+    workspace: Workspace,
+    name: str,
+    export_format: ExportFormat,
+    ternary_types: tuple[TernaryType, ...],
+    out: Path | None,
+    echo: Callable[[str], None],
+) -> None:
+    """Write and check the exports; what is found is told to `echo`.
+
+    Raises ExportError for a student that the format cannot hold, and for an export past its bounds, which is removed.
+    """
+    folder = workspace.model_folder(name)
+    wanted = [_wanted(workspace, folder.name, export_format, kind, out) for kind in ternary_types or (None,)]
+    for one in wanted:
+        _refuse_to_replace(one)
+    student = load_student(folder)
+    refuse(student, export_format)
+    text = held_out(workspace.link(name), student)
+    for one in wanted:
+        one.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(one.path.parent):
+            _export(student, one, text, echo)
+
+
+def refuse(student: Student, export_format: ExportFormat) -> None:
+    """Raises ExportError, with all reasons, for a student that the format cannot hold."""
+    if export_format == "gguf":
+        import_gguf()
+        refuse_gguf(student.model)
+        gguf_tokenizer(student.tokenizer_json, student.model.vocab_size)
+    elif export_format == "bitnet":
+        refuse_bitnet(student.model)
+
+
+def held_out(link: Workspace, student: Student) -> HeldOut:
+    """The first validation windows of the run's tokens, or of its cache where there are no tokens.
+
+    Raises CheckpointError for a student with another tokenizer.
+    """
+    source = _source(link)
+    if student.tokenizer_json.read_bytes() != source.tokenizer_path.read_bytes():
+        raise CheckpointError(
+            f"{student.folder}: found another tokenizer than {source.tokenizer_path}, expected the same: an export is "
+            "checked on held-out windows of the run that --config or --run-dir name; give the run that the model is of"
+        )
+    batch = next(iter(source.batches("validation", NUM_WINDOWS, Signals(), Epoch())))
+    length = min(student.context_length, batch.input_ids_BT.shape[1])
+    return HeldOut(tuple(batch.input_ids_BT[:, :length]), tuple(batch.labels_BT[:, :length]))
+
+
+def verdict_text(one: Wanted, verdict: Verdict) -> str:
+    """What was found, as a table and a line."""
+    header = ["student", "positions", "logit error, max", "mean", "KL, nats", "top-1", "perplexity", "of the export"]
+    rows = [_row(verdict.reference, verdict.to_reference), _row("as trained", verdict.to_trained)]
+    bounds = verdict.bounds
+    limits = [f"KL at most {bounds.kl_nats:g} nats", f"top-1 at least {bounds.top1_agreement:.1%}"]
+    limits += [] if bounds.max_logit_error is None else [f"logit error at most {bounds.max_logit_error:g}"]
+    texts = verdict.tokenizer_texts
+    ids = "its tokenizer was not run" if texts is None else f"its tokenizer made the same ids of {texts} texts"
+    kind = f" {one.ternary_type}" if one.ternary_type else ""
+    return "\n".join(
+        [
+            f"{one.export_format}{kind}, computed by {verdict.runtime}; {ids}",
+            text_table([header, *rows]),
+            f"bounds, of the first line: {', '.join(limits)}",
+        ]
+    )
+
+
+def _row(name: str, parity: Parity) -> list[str]:
+    return [
+        name,
+        f"{parity.positions:,}",
+        f"{parity.max_logit_error:.1e}",
+        f"{parity.mean_logit_error:.1e}",
+        f"{parity.kl_nats:.1e}",
+        f"{parity.top1_agreement:.2%}",
+        f"{parity.reference_perplexity:.4f}",
+        f"{parity.perplexity:.4f}",
+    ]
+
+
+def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], None]) -> None:
+    """Write under a temporary name, check, say what was found, and rename."""
+    partial, old = (one.path.with_name(f".{one.path.name}.{state}") for state in ("partial", "old"))
+    _remove(partial)
+    try:
+        verdict = _write_and_check(student, one, partial, text)
+        echo(verdict_text(one, verdict))
+        if verdict.broken:
+            raise ExportError(
+                f"{one.path}: the export does not compute what {student.folder} does: {'; '.join(verdict.broken)}; "
+                "nothing was kept"
+            )
+        write_atomically(one.record, _record(student, one, partial, verdict))
+        if one.path.is_dir():
+            _remove(old)
+            one.path.rename(old)
+        partial.replace(one.path)
+        sync_folder(one.path.parent)
+        _remove(old)
+    finally:
+        _remove(partial)
+    size = one.path.stat().st_size if one.path.is_file() else sum(file.stat().st_size for file in one.path.iterdir())
+    echo(f"{one.path}: {size / 2**20:.2f} MiB")
+
+
+def _write_and_check(student: Student, one: Wanted, partial: Path, text: HeldOut) -> Verdict:
+    if one.ternary_type is not None:
+        write_gguf(
+            student.model,
+            student.tokenizer_json,
+            partial,
+            one.ternary_type,
+            context_length=student.context_length,
+            end_of_text_id=student.end_of_text_id,
+            name=student.folder.name,
+            about={"tristill.student": student.fingerprint},
+        )
+        return check_file(student, partial, text)
+    assert one.export_format != "gguf", "it has a type"
+    partial.mkdir()
+    write = write_bitnet if one.export_format == "bitnet" else write_hugging_face
+    write(student, partial)
+    return check_folder(student, one.export_format, partial, text)
+
+
+def _record(student: Student, one: Wanted, written: Path, verdict: Verdict) -> bytes:
+    settings = {"format": one.export_format, "type": one.ternary_type}
+    record = new_provenance(_RECORD_STEP, settings, {"student": student.fingerprint})
+    fingerprint = sha256_of_file(written) if written.is_file() else model_fingerprint(written)
+    complete = record.model_copy(update={"status": "complete", "fingerprint": fingerprint})
+    return (json.dumps({**complete.model_dump(), "verdict": asdict(verdict)}, indent=2) + "\n").encode()
+
+
+def _refuse_to_replace(one: Wanted) -> None:
+    if not one.path.exists():
+        return
+    try:
+        is_ours = json.loads(one.record.read_bytes())["step"] == _RECORD_STEP
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours or one.path.is_dir() != (one.ternary_type is None):
+        raise StaleError(
+            f"{one.path}: found something that `tristill export --format {one.export_format}` did not write (it leaves "
+            f"{one.record.name} beside what it writes); move it, or give another --out"
+        )
+
+
+def _wanted(
+    workspace: Workspace, name: str, export_format: ExportFormat, kind: TernaryType | None, out: Path | None
+) -> Wanted:
+    folder = workspace.run_dir / "exports" / name
+    if kind is None:
+        return Wanted(export_format, out or folder / export_format)
+    return Wanted(export_format, out or folder / (f"{name}.gguf" if kind == "TQ2_0" else f"{name}-{kind}.gguf"), kind)
+
+
+def _source(link: Workspace) -> TargetSource:
+    if (link.data / "data.json").is_file():
+        return OnlineSource(link.data, pick_device("cpu"))
+    if (link.cache / MANIFEST_NAME).is_file():
+        return open_caches(open_cache(link.cache), link.config.for_student(link.name).distill, pick_device("cpu"))
+    raise MissingInputError(
+        f"found neither tokens in {link.data} nor a cache in {link.cache}, and an export is checked on held-out text; "
+        "run `tristill tokenize`, or name the run that the model is of by --config or --run-dir"
+    )
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file of a name that only exports give."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""Sizes and speeds of a teacher and its students in every form that they run in, measured side by side."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from stages.deployment.contenders import Contender, InLlamaCpp, InTorch
+from stages.deployment.report import Deployment, Form, Speed, Spread
+from stages.deployment.sizes import fp16_bytes, fp32_bytes
+from stages.errors import ExportError
+from stages.export.formats import TernaryType
+from stages.export.gguf import write_gguf
+from stages.export.llama_cpp import Timings
+from stages.export.student import Student, load_student
+from stages.packed.model import memory_use, pack_model
+from stages.progress import Progress
+
+_LONGEST_PROMPT, _MOST_NEW = 512, 128
+_ROUNDS = 7
+_TERNARY_TYPES: tuple[TernaryType, ...] = ("TQ2_0", "TQ1_0")
+
+
+@dataclass
+class _Entry:
+    """A form on its way into the report."""
+
+    model: str
+    form: str
+    disk_bytes: int | None
+    runtime: str | None = None
+    contender: Contender | None = None
+    why_not: str | None = None
+    timings: list[Timings] = field(default_factory=list)
+
+
+def measure_deployment(
+    teacher: Path, students: Mapping[str, Path], threads: int | None, rounds: int = _ROUNDS
+) -> Deployment:
+    """The teacher in FP32, and each student in FP32, in fp16, packed, and as GGUF files, which are not kept.
+
+    The forms that can run take turns, `rounds` times after one turn that does not count, all on as many threads: as
+    torch uses, if no number is given. The prompt is random ids, half as long as the shortest context, 512 at most; it
+    is gone on from for a quarter, 128 at most. Loading is not timed.
+    """
+    before = torch.get_num_threads()
+    threads = threads or before
+    torch.set_num_threads(threads)
+    try:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            loaded = {name: load_student(path) for name, path in {"teacher": teacher, **students}.items()}
+            context = min(student.context_length for student in loaded.values())
+            vocab_size = min(student.model.vocab_size for student in loaded.values())
+            prompt_tokens = max(1, min(context // 2, _LONGEST_PROMPT))
+            new_tokens = max(1, min(context // 4, _MOST_NEW))
+            entries = list(_teacher_entries(loaded.pop("teacher")))
+            version = None
+            for name, student in loaded.items():
+                files = list(_gguf_entries(name, student, folder, stack, context, threads))
+                entries += [*_packed_entries(name, student), *files]
+                found = [entry.contender.version for entry in files if isinstance(entry.contender, InLlamaCpp)]
+                version = found[0] if found else version
+            generator = torch.Generator().manual_seed(0)
+            ids: list[int] = torch.randint(1, vocab_size, (prompt_tokens,), generator=generator).tolist()
+            _take_turns([entry for entry in entries if entry.contender], ids, new_tokens, rounds)
+    finally:
+        torch.set_num_threads(before)
+    return Deployment(
+        threads=threads,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        torch=torch.__version__,
+        xllamacpp=version,
+        forms=tuple(_forms(entries)),
+    )
+
+
+def _teacher_entries(teacher: Student) -> Iterator[_Entry]:
+    yield _Entry("teacher", "FP32", fp32_bytes(teacher.folder), "PyTorch", InTorch(teacher.model))
+    yield _Entry("teacher", "fp16", fp16_bytes(teacher.model))
+
+
+def _packed_entries(name: str, student: Student) -> Iterator[_Entry]:
+    yield _Entry(name, "FP32", fp32_bytes(student.folder))
+    yield _Entry(name, "fp16", fp16_bytes(student.model))
+    packed = pack_model(student.model)
+    if memory_use(packed).packed_weights:
+        yield _Entry(name, "packed", fp16_bytes(packed), "PyTorch", InTorch(packed))
+    else:
+        yield _Entry(name, "packed", None, why_not="found no ternary weights, and others are not packed")
+
+
+def _gguf_entries(
+    name: str, student: Student, folder: Path, stack: ExitStack, context_length: int, threads: int
+) -> Iterator[_Entry]:
+    """The GGUF files; to be made before the student is packed."""
+    for kind in _TERNARY_TYPES:
+        path = folder / f"{kind}-{len(list(folder.iterdir()))}.gguf"
+        entry = _Entry(name, f"GGUF {kind}", None)
+        try:
+            write_gguf(
+                student.model,
+                student.tokenizer_json,
+                path,
+                kind,
+                context_length=student.context_length,
+                end_of_text_id=student.end_of_text_id,
+            )
+            entry.disk_bytes = path.stat().st_size
+            entry.contender = InLlamaCpp(stack, path, context_length, threads)
+            entry.runtime = "llama.cpp"
+        except ExportError as exc:
+            entry.why_not = str(exc)
+        yield entry
+
+
+def _take_turns(entries: list[_Entry], ids: list[int], num_tokens: int, rounds: int) -> None:
+    with Progress("rounds", rounds, "rounds") as progress:
+        for number in range(1 + rounds):
+            for entry in entries:
+                assert entry.contender is not None, "the caller has seen to it"
+                timings = entry.contender.time(ids, num_tokens)
+                if number:
+                    entry.timings.append(timings)
+            progress.advance(1 if number else 0)
+
+
+def _forms(entries: list[_Entry]) -> Iterator[Form]:
+    """The report's rows; the teacher's entry is the first."""
+    sizes = {(entry.model, entry.form): entry.disk_bytes for entry in entries}
+    prompt_s = [_prompt_speed(timings) for timings in entries[0].timings]
+    new_s = [_generation_speed(timings) for timings in entries[0].timings]
+    for entry in entries:
+        yield Form(
+            model=entry.model,
+            form=entry.form,
+            runtime=entry.runtime,
+            disk_bytes=entry.disk_bytes,
+            of_fp32=_ratio(entry.disk_bytes, sizes.get((entry.model, "FP32"))),
+            of_fp16=_ratio(entry.disk_bytes, sizes.get((entry.model, "fp16"))),
+            prompt=_speed([_prompt_speed(timings) for timings in entry.timings], prompt_s),
+            generation=_speed([_generation_speed(timings) for timings in entry.timings], new_s),
+            why_not=entry.why_not,
+        )
+
+
+def _speed(tokens_per_s: list[float], of_teacher: list[float]) -> Speed | None:
+    if not tokens_per_s:
+        return None
+    ratios = [own / other for own, other in zip(tokens_per_s, of_teacher, strict=True)]
+    return Speed(tokens_per_s=Spread.of(tokens_per_s), to_teacher=Spread.of(ratios))
+
+
+def _prompt_speed(timings: Timings) -> float:
+    return timings.prompt_tokens / timings.prompt_s
+
+
+def _generation_speed(timings: Timings) -> float:
+    return timings.new_tokens / timings.new_s
+
+
+def _ratio(own: int | None, other: int | None) -> float | None:
+    return None if own is None or other is None else own / other

@@ -1,0 +1,42 @@
+"""Reads an exported folder back into our transformer, without transformers."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.errors import ExportError, StageError
+from stages.export.bitnet import unpack_trits
+from stages.export.rounding import TorchRuntime, round_before
+from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, read_config, read_description
+from stages.models.folder import load_weights, read_tensors
+from stages.models.transformer import Transformer
+from stages.quantize.absmax import absmax_quantize
+
+_SCALE = ".weight_scale"
+
+
+def read_folder(folder: Path) -> TorchRuntime:
+    """The model in a folder that `write_hugging_face` or `write_bitnet` wrote; packed layers round their inputs.
+
+    Raises ExportError for one that cannot be read or does not fit its description.
+    """
+    try:
+        description = read_description(folder)
+        stored = read_tensors(folder / WEIGHTS_NAME)
+        packed = {name.removesuffix(_SCALE) for name in stored if name.endswith(_SCALE)}
+        is_divided = read_config(folder / CONFIG_NAME).get("quantization_config", {}).get("linear_class") == "bitlinear"
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in stored.items():
+            layer = name.removesuffix(".weight")
+            if layer in packed:
+                scale = stored[layer + _SCALE]
+                tensors[name] = unpack_trits(tensor) / scale if is_divided else unpack_trits(tensor) * scale
+            elif not name.endswith(_SCALE):
+                tensors[name] = tensor.to(torch.float32)
+        model = Transformer(description.shape, description.vocab_size).eval()
+        load_weights(model, tensors, folder / WEIGHTS_NAME)
+    except (StageError, KeyError) as exc:
+        raise ExportError(f"{folder}: cannot be read back ({exc})") from exc
+    round_before(model, packed - {"lm_head"}, absmax_quantize)
+    return TorchRuntime("the files, read back", model, absmax_quantize if "lm_head" in packed else None)

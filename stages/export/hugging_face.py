@@ -1,0 +1,65 @@
+"""Writes a student as a folder of transformers, its weights dequantised: any code, no rounding of activations."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from cache.atomic import write_atomically
+from stages.data.tokenizer import load_tokenizer
+from stages.export.student import Student
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from stages.models.folder import hugging_face_config
+from stages.models.transformer import Transformer
+
+
+def write_hugging_face(student: Student, folder: Path) -> None:
+    """Write the folder: `LlamaForCausalLM`, or `BitNetForCausalLM` with SiLU for a student with SubLN.
+
+    A quantised head has an output matrix of its own, even where the student shares it with the embedding.
+    """
+    layers = student.model.quantized_linears()
+    own = {f"{name}.weight": layer.quantized_weight().detach().float() for name, layer in layers.items()}
+    write_folder(student, folder, plain_tensors(student.model) | own, {})
+
+
+def plain_tensors(model: Transformer) -> dict[str, Tensor]:
+    """All that is not quantised, by name, float32; a tied head is left out."""
+    quantized = model.quantized_linears()
+    return {
+        name: parameter.detach().float()
+        for name, parameter in model.named_parameters()
+        if not name.endswith(".log_step") and name.removesuffix(".weight") not in quantized
+    }
+
+
+def write_folder(student: Student, folder: Path, tensors: Mapping[str, Tensor], further: Mapping[str, Any]) -> None:
+    """Write weights, description (`further` keys beside those of the shape) and tokenizer into an empty folder."""
+    model = student.model
+    shape = model.config.model_copy(update={"tied_embeddings": "lm_head.weight" not in tensors})
+    with torch.device("meta"):
+        plain = Transformer(shape, model.vocab_size)
+    config = hugging_face_config(plain, student.context_length, student.end_of_text_id)
+    if shape.subln:  # transformers' Llama has no such norms, and its BitNet is a Llama with them
+        config |= {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet"}
+    _write_json(folder / CONFIG_NAME, config | dict(further))
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(stored, metadata={"format": "pt"}))
+    write_atomically(folder / TOKENIZER_NAME, student.tokenizer_json.read_bytes())
+    end_of_text = load_tokenizer(student.tokenizer_json).id_to_token(student.end_of_text_id)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": student.context_length,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", about)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))

@@ -1,0 +1,93 @@
+"""A trained student as it is exported, and its twins that compute as other runtimes do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import CheckpointError, ExportError
+from stages.models.config import ModelConfig
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, model_fingerprint, read_config
+from stages.models.folder import load_model
+from stages.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model folder of ours in memory, in evaluation mode."""
+
+    folder: Path
+    model: Transformer
+    context_length: int
+    end_of_text_id: int
+    fingerprint: str
+
+    @property
+    def tokenizer_json(self) -> Path:
+        """Its tokenizer."""
+        return self.folder / TOKENIZER_NAME
+
+
+def load_student(folder: Path) -> Student:
+    """The model in a folder that `save_model` wrote."""
+    config = read_config(folder / CONFIG_NAME)
+    model = load_model(folder).eval()
+    try:
+        context_length, end_of_text_id = int(config["max_position_embeddings"]), int(config["eos_token_id"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: does not describe a model of ours ({exc})") from exc
+    return Student(folder, model, context_length, end_of_text_id, model_fingerprint(folder))
+
+
+def float_activations(model: Transformer) -> Transformer:
+    """The same weights, latent and quantised, with no rounding of activations."""
+    if model.quantize is None:
+        return model
+    quantize = model.quantize.model_copy(update={"activations": "none"})
+    twin = Transformer(model.config, model.vocab_size, quantize)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def int8_activations(model: Transformer) -> Transformer:
+    """The same weights, with 8 bits per position before every quantised layer, whatever it was trained with."""
+    if model.quantize is None or model.quantize.activations == "absmax-int8":
+        return model
+    quantize = model.quantize.model_copy(update={"activations": "absmax-int8"})
+    twin = Transformer(model.config, model.vocab_size, quantize)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def plain_transformer(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Transformer:
+    """A model in full precision with these weights; its head is the embedding if `tensors` has none."""
+    shape = config.model_copy(update={"tied_embeddings": "lm_head.weight" not in tensors})
+    with torch.device("meta"):
+        model = Transformer(shape, len(tensors["model.embed_tokens.weight"]))
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]} if shape.tied_embeddings else {}
+    model.load_state_dict({**tensors, **head}, assign=True)
+    return model.eval()
+
+
+def plain_linears(model: Transformer) -> dict[str, nn.Linear]:
+    """The linear layers that are not quantised, by name; the head only if it is not the embedding matrix."""
+    quantized = model.quantized_linears()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name not in quantized
+        and not (name == "lm_head" and model.config.tied_embeddings)
+    }
+
+
+def require_ternary(model: Transformer, what: str) -> None:
+    """Raises ExportError unless some of its linear layers are ternary."""
+    if model.quantize is None or not model.quantize.is_ternary:
+        found = "no quantised weights" if model.quantize is None else f"weights of the code {model.quantize.weights!r}"
+        raise ExportError(
+            f"found {found}, but {what} holds ternary weights: -1, 0 or 1 times a scale; use `--format hf`, which "
+            "holds any weights"
+        )

@@ -1,0 +1,1 @@
+"""Text from one model, as it is written."""

@@ -1,0 +1,87 @@
+"""Text from the model in a folder, as it is written; a ternary student runs from packed weights."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from stages.data.text_stream import TextStream
+from stages.data.tokenizer import load_tokenizer
+from stages.errors import PromptError, TokenizerError
+from stages.models.causal import causal_model, load_causal_model
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
+from stages.models.folder import is_ours, load_model
+from stages.models.generate import CausalModel, Sampling, stream
+from stages.packed.model import memory_text, pack_model
+from stages.progress import say
+
+DEFAULT_MAX_TOKENS = 100
+_CPU = torch.device("cpu")
+
+
+def generate_text(
+    folder: Path, prompt: str, *, temperature: float, top_p: float, seed: int, max_tokens: int | None
+) -> Iterator[str]:
+    """The prompt, then what the model in the folder writes after it, in pieces of whole characters as it is written.
+
+    One row of random numbers, those that the first document of a synthetic corpus of this seed has. Without max_tokens
+    there are 100, or as many as the context has room for. Raises PromptError if it has none, or not enough.
+    """
+    tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
+    model = _load(folder)
+    ids = [model.start_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    sampling = Sampling(temperature, top_p, _room(ids, model, max_tokens, folder))
+    uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
+    yield prompt
+    yield from _written(model, tokenizer, ids, sampling, torch.from_numpy(uniform_M))
+
+
+def _written(
+    model: CausalModel, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, uniform_M: torch.Tensor
+) -> Iterator[str]:
+    text = TextStream(tokenizer, ids[1:])
+    num_new, started_s = 0, time.perf_counter()
+    for drawn in stream(model, [ids], sampling, uniform_M[None]):
+        for _, new_id in drawn:
+            num_new += 1
+            yield text.add(new_id)
+    yield text.finish()
+    elapsed_s = time.perf_counter() - started_s
+    say(f"{num_new} tokens after {len(ids) - 1} of prompt in {elapsed_s:.2f} s: {num_new / elapsed_s:,.0f} tokens/s")
+
+
+def _load(folder: Path) -> CausalModel:
+    if not is_ours(read_config(folder / CONFIG_NAME)):
+        say(f"{folder}: a model of transformers, runs as it is")
+        return load_causal_model(folder, _CPU)
+    model = pack_model(load_model(folder))
+    say(f"{folder}: {memory_text(model)}")
+    return causal_model(model, folder, _CPU)
+
+
+def _room(ids: list[int], model: CausalModel, max_tokens: int | None, folder: Path) -> int:
+    """How many tokens to write; refuses a prompt that leaves no room for them."""
+    if max(ids) >= model.vocab_size:
+        raise TokenizerError(
+            f"{folder / TOKENIZER_NAME}: found id {max(ids)}, expected less than {model.vocab_size}, the model's "
+            "vocabulary; it is the tokenizer of another model"
+        )
+    wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    if model.max_positions is None:
+        return wanted
+    num_prompt = len(ids) - 1
+    room = model.max_positions - num_prompt
+    if room < 1:
+        raise PromptError(
+            f"--prompt: found {num_prompt} tokens, expected at most {model.max_positions - 1}, as {folder} has a "
+            f"context of {model.max_positions}; shorten it"
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise PromptError(
+            f"--max-tokens: found {max_tokens} after {num_prompt} tokens of prompt, expected at most {room}, as "
+            f"{folder} has a context of {model.max_positions}; lower it or shorten the prompt"
+        )
+    return min(wanted, room)

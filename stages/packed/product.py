@@ -1,0 +1,83 @@
+"""Products with a packed matrix, which is never unpacked as a whole.
+
+Shapes: T positions, O outputs, I inputs, G groups of inputs with a scale of their own, R is O or 1.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from stages.packed.layout import TRITS_PER_BYTE, PackedWeight
+
+_FEW_POSITIONS = 2  # measured: up to here bags are faster, at every width from 256 to 2048
+_BLOCK_WEIGHTS = 1 << 20  # unpacked at once, a byte each
+_LONGEST_SUM = 1 << 16  # terms of at most 128 * 2 whose partial sums float32 holds exactly
+
+
+def packed_product(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
+    """x W^T, (T, O) float32, on the CPU.
+
+    is_whole says that x holds whole numbers from -128 to 127: the sums before they are scaled are exact then.
+    """
+    if len(x_TI) <= _FEW_POSITIONS and weight.num_inputs <= _LONGEST_SUM and has_bags():
+        return product_by_bags(x_TI, weight)
+    return product_by_blocks(x_TI, weight, is_whole=is_whole)
+
+
+def has_bags() -> bool:
+    """Whether this build of torch has the operator of `product_by_bags`."""
+    return hasattr(torch.ops.quantized, "embedding_bag_2bit_rowwise_offsets")
+
+
+def product_by_bags(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+    """As `packed_product`, read straight from the packed bytes: the fastest for a position or two.
+
+    The sum over i of x_i times row i is what torch calls a bag of 2-bit embeddings with weights. A bag is one group of
+    one position, cut once more into one part for each thread. Whole numbers are summed exactly: no partial sum of at
+    most 65536 terms reaches 2^24.
+    """
+    num_positions, num_inputs = x_TI.shape
+    columns, starts = _bags(num_positions, num_inputs, num_inputs // weight.num_groups, torch.get_num_threads())
+    bags: Tensor = torch.ops.quantized.embedding_bag_2bit_rowwise_offsets(
+        weight.rows_IN, columns, starts, per_sample_weights=x_TI.reshape(-1)
+    )
+    sums = bags[:, : weight.num_outputs]
+    if len(bags) > num_positions:
+        sums = sums.view(num_positions, weight.num_groups, -1, weight.num_outputs).sum(2)
+        return (sums * weight.scale_RG.T).sum(1)
+    return sums * weight.scale_RG.T
+
+
+@lru_cache(maxsize=64)
+def _bags(num_positions: int, num_inputs: int, group: int, threads: int) -> tuple[Tensor, Tensor]:
+    """The column of each weight of all bags, and the first weight of each bag: int32, made once a shape."""
+    bag = -(-group // threads)
+    starts = torch.arange(0, num_inputs, group, dtype=torch.int32)[:, None]
+    starts = (starts + torch.arange(0, group, bag, dtype=torch.int32)).flatten()
+    positions = torch.arange(num_positions, dtype=torch.int32)[:, None]
+    columns = torch.arange(num_inputs, dtype=torch.int32).repeat(num_positions)
+    return columns, (positions * num_inputs + starts).flatten()
+
+
+def product_by_blocks(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
+    """As `packed_product`, unpacking the weights of some outputs at a time: the more positions, the faster each.
+
+    Whole numbers are multiplied as int8 and summed in int32. (On processors without VNNI oneDNN adds pairs of products
+    in 16 bits; with trits these are at most 2 * 255.)
+    """
+    group = weight.num_inputs // weight.num_groups
+    x_TI = x_TI.to(torch.int8) if is_whole else x_TI
+    parts = [x_TI[:, first : first + group].contiguous() for first in range(0, weight.num_inputs, group)]
+    out_TO = torch.empty(len(x_TI), weight.num_outputs)
+    step = max(1, _BLOCK_WEIGHTS // group // TRITS_PER_BYTE) * TRITS_PER_BYTE
+    for first in range(0, weight.num_outputs, step):
+        outputs = range(first, min(first + step, weight.num_outputs))
+        block = out_TO[:, first : outputs.stop]
+        for number, part in enumerate(parts):
+            trits = weight.trits(range(number * group, (number + 1) * group), outputs)
+            sums = torch._int_mm(part, trits) if is_whole else part @ trits.float()  # noqa: SLF001 - its only name
+            scale = weight.scale_RG[:, number]
+            scaled = sums * (scale if len(scale) == 1 else scale[first : outputs.stop])
+            block.copy_(scaled) if number == 0 else block.add_(scaled)
+    return out_TO
