@@ -1,20 +1,60 @@
 """Entry point of `tristill` and `python -m pipeline`: turns every expected error into one message and an exit code."""
 
+import os
 import signal
 import sys
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
 
 _INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C or SIGTERM)."""
+    interrupts = _Interrupts()
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interrupts.catch()
         code = _run()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to go on\n")
-        code = _INTERRUPTED
+        interrupts.are_over = True
+        _end_interrupted()
     sys.exit(code)
+
+
+class _Interrupts:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt.
+
+    `run` sends a SIGTERM after the SIGINT that a terminal sends to all: that is one wish, not two. Handlers say so,
+    and stay: Python complains of a signal that was noted by a handler that is no longer there.
+    """
+
+    def __init__(self) -> None:
+        self._are_asked = False
+        self.are_over = False
+
+    def catch(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as a shell sets SIGINT for what runs in its background
+                signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if not self.are_over and not (self._are_asked and signum == signal.SIGTERM):
+            self._are_asked = True
+            signal.default_int_handler(signum, frame)
+
+
+def _end_interrupted() -> NoReturn:
+    """End at once: all that is kept is on disk by now.
+
+    Python's own way out would wait for worker threads, or, if a second signal ends that wait, tear the interpreter
+    down under threads that are inside of torch, and C++ then aborts the process.
+    """
+    with suppress(OSError):  # nobody may be left to read
+        sys.stderr.write("interrupted; run the same command again to go on\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(_INTERRUPTED)
 
 
 def _run() -> int:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from stages.distill.distill import StudentSummary, distill
 from stages.dump.config import DumpConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.models.config import ModelConfig
+from stages.targets.source import TargetSource
 from stages.teacher.config import TeacherConfig
 from stages.teacher.train import train_teacher
 
@@ -37,9 +39,14 @@ def make_run(folder: Path) -> Path:
         }
     )
     tokenize_corpus(data, folder / "data")
-    settings = {"model": SHAPE.model_dump(), "training": {"steps": 30, "learning_rate": 1e-2, "batch_windows": 8}}
-    train_teacher(TeacherConfig.model_validate(settings), folder / "data", folder / "teacher", EvaluateConfig())
+    make_teacher(folder, "teacher", SHAPE, steps=30)
     return folder
+
+
+def make_teacher(run: Path, name: str, shape: ModelConfig, steps: int) -> None:
+    """A teacher of the run's tokens in a folder of the run."""
+    settings = {"model": shape.model_dump(), "training": {"steps": steps, "learning_rate": 1e-2, "batch_windows": 8}}
+    train_teacher(TeacherConfig.model_validate(settings), run / "data", run / name, EvaluateConfig())
 
 
 def dump_config(**changes: object) -> DumpConfig:
@@ -63,9 +70,15 @@ def places(run: Path, cache: Path) -> Places:
 
 def student_of(
     run: Path, cache: Path, folder: Path, config: DistillConfig, dump: DumpConfig, student: StudentConfig | None = None
-) -> tuple[StudentSummary, list[dict[str, object]]]:
-    folder.mkdir()
+) -> tuple[StudentSummary, list[dict[str, Any]]]:
     source = choose_source(config, dump, SHAPE.layers, places(run, cache), CPU)
+    return student_from(source, run, folder, config, student)
+
+
+def student_from(
+    source: TargetSource, run: Path, folder: Path, config: DistillConfig, student: StudentConfig | None = None
+) -> tuple[StudentSummary, list[dict[str, Any]]]:
+    """A student trained in `folder`, or the rest of its training; its summary and the lines of its metrics."""
     student = student or StudentConfig()
     summary = distill(
         config, student, student.model or SHAPE, source, CPU, folder, run / "teacher", EvaluateConfig(), {"cache": "x"}

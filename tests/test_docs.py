@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from pipeline.cli import cli
-from pipeline.reference import documents
+from pipeline.reference import documents, with_tables
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
@@ -57,3 +57,9 @@ def test_examples_in_help_are_commands_that_parse() -> None:
             assert name in cli.commands, line
             if isinstance(cli.commands[name], click.Group):
                 assert rest[0] in cli.commands[name].commands, line  # type: ignore[attr-defined]
+
+
+def test_a_table_that_is_not_measured_says_who_would_measure_it() -> None:
+    page = "before\n<!-- table: no_such -->\nan old table\n<!-- end -->\nafter\n"
+    expected = "before\n<!-- table: no_such -->\nNot yet: see `benchmarks/no_such.py`.\n<!-- end -->\nafter\n"
+    assert with_tables(page) == expected

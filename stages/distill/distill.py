@@ -10,14 +10,15 @@ from stages.distill.config import DistillConfig, StudentConfig
 from stages.distill.curriculum import pacing_of
 from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, StageError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.config import ModelConfig
 from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, read_tensors, save_model
+from stages.models.subln import fit_to_inputs
 from stages.models.transformer import Transformer
-from stages.targets.source import TargetSource, endless_batches
+from stages.targets.source import Epoch, Signals, TargetSource, endless_batches
 from stages.training.loop import Training, TrainingSummary
 
 CO_TEACHER = "co_teacher"
@@ -70,9 +71,15 @@ def distill(
     torch.manual_seed(config.training.seed)
     student = Transformer(shape, source.vocab_size, student_config.quantize)
     student.initialize(torch.Generator().manual_seed(config.training.seed))
-    if student_config.init == "teacher":
-        _start_from_teacher(student, teacher_folder)
+    warmup = student_config.quantize.warmup
+    if warmup is not None and warmup.steps >= config.training.steps:
+        raise StageError(
+            f"student.quantize.warmup.steps: found {warmup.steps}, expected fewer than the "
+            f"{config.training.steps} steps of the training, which would end before quantisation is wholly on"
+        )
     student.to(device)
+    if student_config.init == "teacher":
+        _start_from_teacher(student, teacher_folder, source)
     learner: Objective | CoTraining
     if config.online is None:
         learner = Objective(student, config, source).to(device)
@@ -123,14 +130,21 @@ def model_size(shape: ModelConfig, student: StudentConfig, vocab_size: int) -> M
     )
 
 
-def _start_from_teacher(student: Transformer, teacher_folder: Path) -> None:
+def _start_from_teacher(student: Transformer, teacher_folder: Path, source: TargetSource) -> None:
     path = teacher_folder / WEIGHTS_NAME
-    steps = {name: tensor for name, tensor in student.state_dict().items() if name.endswith(".log_step")}
+    own = (".log_step", "_sub_norm.weight")
+    extra = {name: tensor for name, tensor in student.state_dict().items() if name.endswith(own)}
+    tensors = read_tensors(path)
     try:
-        load_weights(student, {**steps, **read_tensors(path)}, path)
+        load_weights(student, {**extra, **tensors}, path)
     except CheckpointError as exc:
         raise CheckpointError(
             f"{exc}; student.init = 'teacher' needs the teacher's folder and a student of its shape: leave "
             "student.model out, or set student.init to 'random'"
         ) from exc
     student.fit_steps()  # a teacher has none: they follow from its weights
+    if student.config.subln and not any(name.endswith("_sub_norm.weight") for name in tensors):
+        batch = next(source.batches("train", 1, Signals(), Epoch()))
+        student.quantize_by(0)
+        fit_to_inputs(student, lambda: student(batch.input_ids_BT))
+        student.quantize_by(1)

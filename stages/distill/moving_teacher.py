@@ -118,14 +118,23 @@ class CoTraining(nn.Module):
         return [self.objective, *([self.moving.trained] if self.moving.trained else [])]
 
     def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
-        """The student's total plus the cross-entropy of the teacher that is trained; neither moves the other."""
-        with torch.autocast(batch.input_ids_BT.device.type, enabled=False):  # as any online teacher
-            taught = self.source.with_teacher(batch, self.objective.signals)
+        """The student's total plus the cross-entropy of the teacher that is trained; neither moves the other.
+
+        Targets are computed outside of autocast, as those of any online teacher. Where the teacher's own loss is too,
+        and its targets are not those of an average, one forward pass is enough.
+        """
+        trained, signals, device_type = self.moving.trained, self.objective.signals, batch.input_ids_BT.device.type
+        gives_targets = self.moving.average is None and not torch.is_autocast_enabled(device_type)
+        features = None if trained is None else trained(batch.input_ids_BT, signals.states if gives_targets else ())
+        if features is not None and gives_targets:
+            taught = self.source.with_features(batch, signals, features)
+        else:
+            with torch.autocast(device_type, enabled=False):
+                taught = self.source.with_teacher(batch, signals)
         values = self.objective.forward(taught, info)
-        trained = self.moving.trained
-        if trained is None:
+        if trained is None or features is None:
             return values
-        final_ND = trained(batch.input_ids_BT).final_BTD.flatten(0, 1)
+        final_ND = features.final_BTD.flatten(0, 1)
         terms = [WeightedTerm(1.0, CrossEntropy(), "teacher_cross_entropy")]
         own = chunked_head_loss(final_ND, trained.head_weight, batch.labels_BT.flatten(), None, terms)
         telemetry = {what: dict(found) for what, found in values.telemetry.items()}

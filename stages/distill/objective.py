@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cache.hidden import HiddenOutput
 from stages.distill.balance import Balance, FaintTerms
 from stages.distill.config import DistillConfig
+from stages.distill.health import TernaryHealth
 from stages.distill.scheduled_terms import ScheduledTerms
 from stages.errors import TargetsError
 from stages.losses.chunked_head import chunked_head_loss
@@ -22,6 +23,7 @@ from stages.losses.relations import RelationLoss, Widths
 from stages.losses.target import SelectedTargets, Targets
 from stages.losses.term import LossValues, WeightedTerm
 from stages.models.transformer import State, Transformer
+from stages.quantize.warmup import quantization_strength
 from stages.targets.source import Signals, TargetBatch, TargetSource
 from stages.training.loop import StepInfo
 
@@ -78,6 +80,7 @@ class Objective(nn.Module):
         labels = [*self.terms.labels, *(loss.name for loss, _ in state_losses)]
         self.balance = Balance(config.balance, labels) if config.balance else None
         self._faint = FaintTerms()
+        self.health = TernaryHealth(student)
         self._due: list[tuple[dict[str, float], dict[str, float]]] = []  # weights and norms of each micro-batch
 
     @property
@@ -103,6 +106,9 @@ class Objective(nn.Module):
 
     def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
         """The weighted total and every term of a batch."""
+        warmup = self.student.quantize.warmup if self.student.quantize else None
+        if warmup is not None:
+            self.student.quantize_by(quantization_strength(warmup, info.step))
         states = [state for loss, _ in self._state_losses for state in loss.pairs]
         features = self.student(batch.input_ids_BT, states)
         positions = self._positions(features.final_BTD.flatten(0, 1), batch)
@@ -121,6 +127,8 @@ class Objective(nn.Module):
         weights |= {loss.name: weight for loss, weight in self._state_losses}
         norms = self._gradient_norms(positions, plain, features.hidden, batch)
         telemetry = self._telemetry(info, found, weights, norms)
+        if info.is_logged:
+            telemetry |= self.health.look(info.step)
         if is_due:
             shares = self.terms.shares(info.step)
             scaled = {label: norm * weights[label] / shares.get(label, weights[label]) for label, norm in norms.items()}

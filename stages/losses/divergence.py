@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.losses.cells import Cells
 from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget, Target
+from stages.losses.target import Target, ordered
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Divergence(ABC):
         self, student: StudentChunk, labels_N: Tensor, target: Target | None, weight: float | Tensor = 1.0
     ) -> Tensor:
         """See DistributionTerm."""
-        assert target is not None, "a source is chosen for the signals that the losses need"
-        assert not isinstance(target, DrawnTarget), "draws serve forward KL only; others were refused"
-        cells = Cells.of(student, target, self.temperature)
+        cells = Cells.of(student, ordered(target), self.temperature)
         value_N, slope_NC = self.compare(cells, labels_N)
         if student.wants_gradient:
             cells.add_gradient(slope_NC, self.sign * weight, self.total_slope(cells))

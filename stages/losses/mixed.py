@@ -13,13 +13,17 @@ from torch import Tensor
 
 
 def log_mixture(log_probs: Iterable[Tensor], shares: Sequence[float]) -> Tensor:
-    """log sum_k share_k p_k, (N, V), from log p_k; two of them at a time are in memory, if they are made one by one."""
-    mixture_NV: Tensor | None = None
-    for log_p_NV, share in zip(log_probs, shares, strict=True):
-        part_NV = log_p_NV + math.log(share)
-        mixture_NV = part_NV if mixture_NV is None else torch.logaddexp(mixture_NV, part_NV)
-    assert mixture_NV is not None, "a mixture has parts"
-    return mixture_NV
+    """log sum_k share_k p_k from log p_k; two of them at a time are in memory, if they are made one by one.
+
+    Nothing of a part whose share is zero, so that its infinities do not matter. Shares sum to one.
+    """
+    mixture: Tensor | None = None
+    for log_p, share in zip(log_probs, shares, strict=True):
+        if share:
+            part = log_p + math.log(share)
+            mixture = part if mixture is None else torch.logaddexp(mixture, part)
+    assert mixture is not None, "a mixture has parts"
+    return mixture
 
 
 class WholeTarget(Protocol):

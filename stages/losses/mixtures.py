@@ -3,15 +3,14 @@
 Shapes: N positions, C cells.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from stages.losses.cells import Cells
 from stages.losses.divergence import Divergence
+from stages.losses.mixed import log_mixture
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class JensenShannon(Divergence):
     def compare(self, cells: Cells, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """See Divergence; the slope is (1 - beta) q log(q / m)."""
         del labels_N
-        log_m_NC = log_mixture(cells.log_p_NC, self.beta, cells.log_q_NC)
+        log_m_NC = _log_m(cells.log_p_NC, self.beta, cells.log_q_NC)
         slope_NC = (1 - self.beta) * cells.log_q_NC.exp() * (cells.log_q_NC - log_m_NC)
         teacher_NC = self.beta * cells.log_p_NC.exp() * (cells.log_p_NC - log_m_NC)
         return (teacher_NC + slope_NC).sum(dim=-1), slope_NC
@@ -47,7 +46,7 @@ class SkewForwardKL(Divergence):
     def compare(self, cells: Cells, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         """See Divergence; the slope is -(1 - skew) p q / m."""
         del labels_N
-        log_m_NC = log_mixture(cells.log_p_NC, self.skew, cells.log_q_NC)
+        log_m_NC = _log_m(cells.log_p_NC, self.skew, cells.log_q_NC)
         value_N = (cells.log_p_NC.exp() * (cells.log_p_NC - log_m_NC)).sum(dim=-1)
         return value_N, (cells.log_p_NC + cells.log_q_NC - log_m_NC).exp_().mul_(self.skew - 1)
 
@@ -66,13 +65,11 @@ class SkewReverseKL(Divergence):
         """See Divergence; the slope is q log(q / m) - skew q^2 / m, up to a multiple of q."""
         del labels_N
         log_q_NC = cells.log_q_NC
-        log_m_NC = log_mixture(cells.log_p_NC, 1 - self.skew, log_q_NC)
+        log_m_NC = _log_m(cells.log_p_NC, 1 - self.skew, log_q_NC)
         each_NC = log_q_NC.exp() * (log_q_NC - log_m_NC)
         return each_NC.sum(dim=-1), each_NC - self.skew * (2 * log_q_NC - log_m_NC).exp()
 
 
-def log_mixture(log_p_NC: Tensor, share: float, log_q_NC: Tensor) -> Tensor:
+def _log_m(log_p_NC: Tensor, share: float, log_q_NC: Tensor) -> Tensor:
     """log(share p + (1 - share) q)."""
-    if share in {0, 1}:
-        return log_p_NC if share else log_q_NC
-    return torch.logaddexp(log_p_NC + math.log(share), log_q_NC + math.log1p(-share))
+    return log_mixture((log_p_NC, log_q_NC), (share, 1 - share))

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget, Target
+from stages.losses.target import Target, ordered
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class Ranking:
     ) -> Tensor:
         """See DistributionTerm."""
         del labels_N
-        assert target is not None, "a source is chosen for the signals that the losses need"
-        assert not isinstance(target, DrawnTarget), "draws have no order; they were refused"
-        ids_NK, log_p_NK = target.largest(self.entries, self.temperature)
+        ids_NK, log_p_NK = ordered(target).largest(self.entries, self.temperature)
         z_NK = student.logits_NV.gather(-1, ids_NK)
         margins_NKK = z_NK[:, :, None] - z_NK[:, None, :]
         is_pair_NKK = (log_p_NK[:, :, None] > log_p_NK[:, None, :]) & torch.isfinite(log_p_NK[:, None, :])
@@ -63,9 +61,7 @@ class Top1Hinge:
     ) -> Tensor:
         """See DistributionTerm."""
         del labels_N
-        assert target is not None, "a source is chosen for the signals that the losses need"
-        assert not isinstance(target, DrawnTarget), "draws do not know the most likely id; they were refused"
-        top_N1 = target.top1()[:, None]
+        top_N1 = ordered(target).top1()[:, None]
         two = student.logits_NV.topk(2, dim=-1)
         is_first_N1 = two.indices[:, :1] == top_N1
         rival_N1 = torch.where(is_first_N1, two.indices[:, 1:], two.indices[:, :1])

@@ -210,7 +210,8 @@ class DrawnTarget:
 
 
 FullTarget = SpreadTarget | LogitsTarget | RescaledTarget | MixedTarget
-Target = HeadTarget | RenormalisedTarget | PartialTarget | FullTarget | DrawnTarget
+OrderedTarget = HeadTarget | RenormalisedTarget | PartialTarget | FullTarget
+Target = OrderedTarget | DrawnTarget
 Rows = slice | Tensor
 """Which positions: consecutive ones, or any by number."""
 
@@ -245,6 +246,13 @@ class SelectedTargets:
     def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Target:
         """The targets of some of them."""
         return self.targets.chunk(self.positions_M[rows], dtype)
+
+
+def ordered(target: Target | None) -> OrderedTarget:
+    """The target of a term that needs probabilities or their order, which draws do not know."""
+    assert target is not None, "a source is chosen for the signals that the losses need"
+    assert not isinstance(target, DrawnTarget), "draws serve forward KL only; others were refused"
+    return target
 
 
 def filled(head_NK: Tensor, is_there_NK: Tensor) -> Tensor:

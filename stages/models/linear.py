@@ -1,15 +1,16 @@
 """Linear layers with quantised weights and 8-bit activations (BitLinear)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from stages.errors import StageError
-from stages.quantize.absmax import absmax_quantize
+from stages.quantize.absmax import ActivationCodes, absmax_codes, absmax_quantize
 from stages.quantize.absmean import absmean_ternary
 from stages.quantize.config import QuantizeConfig, group_columns
+from stages.quantize.integer_product import integer_product, multiplies_integers
 from stages.quantize.learned import (
     initial_seq_step,
     initial_step,
@@ -31,6 +32,13 @@ class _Quantized:
     made_of: tuple[int, ...]
     values_OI: Tensor
     ternary: TernaryWeight | None
+    rounded: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """values_OI in the dtype that products are computed in."""
+        if dtype not in self.rounded:
+            self.rounded[dtype] = self.values_OI.to(dtype)
+        return self.rounded[dtype]
 
 
 class QuantizedLinear(nn.Linear):
@@ -38,6 +46,8 @@ class QuantizedLinear(nn.Linear):
 
     Wang et al. 2023, BitNet (arXiv 2310.11453) and Ma et al. 2024 (arXiv 2402.17764). The norm that those papers put
     inside the layer is the block's own RMSNorm, and SubLN where it is configured.
+
+    With `strength` lambda below 1, quantisation being turned on, inputs and weights are x + lambda (Q(x) - x).
 
     Weights are quantised when they have changed, which is once per optimizer step, and not at every use.
 
@@ -56,6 +66,7 @@ class QuantizedLinear(nn.Linear):
         self.quantize = quantize
         steps = (out_features,) if quantize.scale_per == "row" else ()
         self.log_step = nn.Parameter(self.weight.new_zeros(steps)) if quantize.has_learned_step else None
+        self.strength = 1.0
         self._quantized: _Quantized | None = None
         self.fit_step()
 
@@ -84,27 +95,56 @@ class QuantizedLinear(nn.Linear):
             return self.weight
         values_OI = self._current().values_OI
         if self.log_step is None:
-            return straight_through(self.weight, values_OI)
-        return through_step(self.weight, self._step_R1(self.log_step), values_OI, largest_level(self._bits))
+            quantized_OI = straight_through(self.weight, values_OI)
+        else:
+            step_R1 = self._step_R1(self.log_step)
+            quantized_OI = through_step(self.weight, step_R1, values_OI, largest_level(self._bits))
+        return quantized_OI if self.strength == 1 else torch.lerp(self.weight, quantized_OI, self.strength)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return F.linear(self.quantized_input(x), self.quantized_weight())
+        return self.multiply(x, self.codes_of(x))
+
+    def codes_of(self, x: Tensor) -> ActivationCodes | None:
+        """The codes of x, if the layer multiplies integers."""
+        if self.quantize.activations == "none" or not self.quantize.is_ternary or self.strength < 1:
+            return None
+        return absmax_codes(x) if multiplies_integers(x, self.ternary()) else None
+
+    def multiply(self, x: Tensor, codes: ActivationCodes | None) -> Tensor:
+        """As forward, with codes of x that other layers may share."""
+        if codes is None:
+            return F.linear(self.quantized_input(x), self.quantized_weight())
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        values_OI = self._current().in_dtype(dtype)
+        return integer_product(x, codes, self.quantized_weight(), self.ternary(), values_OI)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q_a(x), differentiable."""
-        return x if self.quantize.activations == "none" else straight_through(x, absmax_quantize(x))
+        if self.quantize.activations == "none":
+            return x
+        quantized = straight_through(x, absmax_quantize(x))
+        return quantized if self.strength == 1 else torch.lerp(x, quantized, self.strength)
+
+    def _current(self) -> _Quantized:
+        """The weights quantised; in a compiled graph, which cannot look for changes, as `refresh` left them."""
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        assert self._quantized is not None, "refreshed before a graph that was compiled runs"
+        return self._quantized
 
     @torch.no_grad()
-    def _current(self) -> _Quantized:
-        """The weights quantised, from memory unless they or the step were written to since."""
+    def refresh(self) -> None:
+        """Quantise the weights again if they or the step were written to since the last time."""
+        if self.quantize.weights == "none":
+            return
         sources = [self.weight] if self.log_step is None else [self.weight, self.log_step]
         made_of = tuple(number for source in sources for number in (source.data_ptr(), _num_writes(source)))
         if self._quantized is None or self._quantized.made_of != made_of:
             ternary = self._quantize_to_trits() if self.quantize.is_ternary else None
             values_OI = self._quantize_to_bits() if ternary is None else ternary.dequantized()
             self._quantized = _Quantized(made_of, values_OI, ternary)
-        return self._quantized
 
     def _quantize_to_trits(self) -> TernaryWeight:
         match self.quantize.weights:
@@ -133,6 +173,12 @@ class QuantizedLinear(nn.Linear):
 def _num_writes(tensor: Tensor) -> int:
     """How often torch counted a write to its memory; see torch.autograd.graph.increment_version."""
     return tensor._version  # noqa: SLF001 - the name under which torch documents it
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Every layer's product with the same x, whose 8-bit codes are made once."""
+    codes = next((layer.codes_of(x) for layer in layers if isinstance(layer, QuantizedLinear)), None)
+    return [layer.multiply(x, codes) if isinstance(layer, QuantizedLinear) else layer(x) for layer in layers]
 
 
 def quantize_linears(model: nn.Module, quantize: QuantizeConfig) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
-from stages.models.linear import QuantizedLinear, quantize_linears
+from stages.models.linear import QuantizedLinear, project, quantize_linears
 from stages.models.past import LayerPast
+from stages.models.subln import SubNorm
 from stages.quantize.config import QuantizeConfig
 
 _INITIAL_STD = 0.02
@@ -57,6 +58,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         if quantize is not None:
             quantize_linears(self, quantize)
+        self._quantized_layers = tuple(self.quantized_linears().values())
 
     @property
     def head_weight(self) -> Tensor:
@@ -71,6 +73,8 @@ class Transformer(nn.Module):
         self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
     ) -> Features:
         """Features of every position. With `past`, one per block, they follow the positions there and are added."""
+        for layer in self._quantized_layers:
+            layer.refresh()
         features: Features = self.model(input_ids_BT, states, past)
         if isinstance(self.lm_head, QuantizedLinear):
             return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))
@@ -96,6 +100,12 @@ class Transformer(nn.Module):
             std = _INITIAL_STD / (2 * self.config.layers) ** 0.5 if into_residual else _INITIAL_STD
             nn.init.normal_(parameter, std=std, generator=generator)
         self.fit_steps()
+
+    def quantize_by(self, strength: float) -> None:
+        """Turn quantisation, and SubLN with it, on by so much: from 0, full precision, to 1."""
+        for module in self.modules():
+            if isinstance(module, QuantizedLinear | SubNorm):
+                module.strength = strength
 
     def fit_steps(self) -> None:
         """Set every learned quantisation step to its initial value for the weights that are here now."""
@@ -169,14 +179,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
         self.v_proj = nn.Linear(config.width, kv_width, bias=False)
         self.o_proj = nn.Linear(config.width, config.width, bias=False)
-        self.attn_sub_norm = nn.RMSNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
+        self.attn_sub_norm = SubNorm(config.width, eps=config.norm_eps) if config.subln else nn.Identity()
 
     def forward(
         self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], past: LayerPast | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """What attention adds to the residual stream; and queries, keys and values before rotation, (B, T, ..)."""
         batch, positions, _ = x_BTD.shape
-        projections = [self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)]
+        projections = project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BHTE, k_BGTE, v_BGTE = (self._split_heads(projected) for projected in projections)
         k_BGTE = rotate(k_BGTE, rotation)
         seen = None
@@ -205,11 +215,12 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
-        self.ffn_sub_norm = nn.RMSNorm(config.mlp_width, eps=config.norm_eps) if config.subln else nn.Identity()
+        self.ffn_sub_norm = SubNorm(config.mlp_width, eps=config.norm_eps) if config.subln else nn.Identity()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """What the MLP adds to the residual stream."""
-        out_BTD: Tensor = self.down_proj(self.ffn_sub_norm(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)))
+        gate, up = project(x_BTD, self.gate_proj, self.up_proj)
+        out_BTD: Tensor = self.down_proj(self.ffn_sub_norm(F.silu(gate) * up))
         return out_BTD
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stages.quantize.warmup import WarmupConfig
 from stages.settings import Section
 
 WeightCode = Literal["absmean", "twn", "learned", "seq", "nbit", "nbit-diffused", "nbit-learned", "none"]
@@ -47,6 +48,11 @@ class QuantizeConfig(Section):
     activations: Annotated[
         Literal["absmax-int8", "none"], Field(description="absmax-int8: 8 bits per position, BitNet b1.58")
     ] = "absmax-int8"
+
+    warmup: Annotated[
+        WarmupConfig | None,
+        Field(description="how quantisation is turned on over the first steps; none has it on from the start"),
+    ] = None
 
     @model_validator(mode="after")
     def _bits_belong_to_nbit(self) -> Self:

@@ -1,7 +1,6 @@
 """A ternary matrix: trits and the scales of its blocks. What training multiplies by, and what exports pack."""
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,15 +16,22 @@ class TernaryWeight:
     """int8, each -1, 0 or 1."""
     scale_RG: Tensor
     """Positive, float32: (1, 1) of the whole matrix, (O, 1) of each row, (O, G) of each group in a row."""
+    own_threshold_RG: Tensor | None = None
+    """See threshold; None where trits are rounded."""
+
+    @property
+    def threshold(self) -> Tensor:
+        """(R, G): the magnitude of latent weights above which trits are not zero."""
+        return self.scale_RG / 2 if self.own_threshold_RG is None else self.own_threshold_RG
 
     def dequantized(self) -> Tensor:
         """scale * trits, (O, I) float32."""
         trits_OGC = self.trits_OI.reshape(len(self.trits_OI), self.scale_RG.shape[1], -1)
         return trits_OGC.mul(self.scale_RG[..., None]).flatten(1)
 
-    def with_scale_of(self, dtype: torch.dtype) -> Self:
+    def with_scale_of(self, dtype: torch.dtype) -> "TernaryWeight":
         """The same, its scales rounded to what a file of that dtype can hold."""
-        return type(self)(self.trits_OI, self.scale_RG.to(dtype).float())
+        return replace(self, scale_RG=self.scale_RG.to(dtype).float())
 
 
 def blocks(weight_OI: Tensor, scale_per: ScalePer) -> Tensor:

@@ -20,7 +20,8 @@ def twn_ternary(weight_OI: Tensor, scale_per: ScalePer = "tensor") -> TernaryWei
     """
     weight_RGC = blocks(weight_OI.float(), scale_per)
     magnitude_RGC = weight_RGC.abs()
-    kept_RGC = magnitude_RGC > _THRESHOLD * magnitude_RGC.mean(dim=-1, keepdim=True)
+    threshold_RG = _THRESHOLD * magnitude_RGC.mean(dim=-1)
+    kept_RGC = magnitude_RGC > threshold_RG[..., None]
     scale_RG = (magnitude_RGC * kept_RGC).sum(dim=-1).div_(kept_RGC.sum(dim=-1).clamp_(min=1)).clamp_(_SMALLEST_SCALE)
     trits = weight_RGC.sign().mul_(kept_RGC).to(torch.int8)
-    return TernaryWeight(trits.reshape(weight_OI.shape), scale_RG)
+    return TernaryWeight(trits.reshape(weight_OI.shape), scale_RG, threshold_RG)

@@ -18,7 +18,7 @@ from stages.data.tokens import TokenWindows
 from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
 from stages.models.config import ModelConfig
-from stages.models.transformer import Transformer
+from stages.models.transformer import Features, Transformer
 from stages.targets.source import Epoch, Signals, TargetBatch
 
 
@@ -110,11 +110,15 @@ class OnlineSource:
     def with_teacher(self, batch: TargetBatch, signals: Signals) -> TargetBatch:
         """A batch of windows with what the teacher, as it is now, says of them."""
         assert self._teacher is not None, "a source is chosen for the signals that the losses need"
-        input_ids_BT = batch.input_ids_BT
         with torch.no_grad():
-            features = self._teacher(input_ids_BT, signals.states)
-        targets = ComputedTargets(features.final_BTD.flatten(0, 1), self._teacher.head_weight.detach())
-        hidden = {state: found[:, :: self._hidden_stride] for state, found in features.hidden.items()}
+            return self.with_features(batch, signals, self._teacher(batch.input_ids_BT, signals.states))
+
+    def with_features(self, batch: TargetBatch, signals: Signals, features: Features) -> TargetBatch:
+        """The same from what the teacher's forward pass found; no gradient leads back to it."""
+        assert self._teacher is not None, "it was just forwarded"
+        input_ids_BT = batch.input_ids_BT
+        targets = ComputedTargets(features.final_BTD.detach().flatten(0, 1), self._teacher.head_weight.detach())
+        hidden = {state: found.detach()[:, :: self._hidden_stride] for state, found in features.hidden.items()}
         entropy_BT = self._entropy(targets).view_as(input_ids_BT) if signals.entropy else None
         return TargetBatch(input_ids_BT, batch.labels_BT, targets, hidden, self._hidden_stride, entropy_BT)
 

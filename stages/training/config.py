@@ -1,10 +1,22 @@
 """Settings of a training run, teacher's or student's."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.settings import Section, neutral
+
+_NEWER = ("second_phase", "weight_decay_until")
+
+
+class SecondPhase(Section):
+    """A learning rate that falls at once, at a step of the training, and follows the schedule from there on.
+
+    The defaults are of BitNet b1.58 (Ma et al. 2024, The Era of 1-bit LLMs: Training Tips, Code and FAQ, table 2).
+    """
+
+    start: Annotated[float, Field(gt=0, lt=1, description="share of the steps before it")] = 0.5
+    lr_fraction: Annotated[float, Field(gt=0, lt=1, description="its learning rate over the schedule's")] = 2 / 3
 
 
 class TrainingConfig(Section):
@@ -15,15 +27,24 @@ class TrainingConfig(Section):
     accumulation: Annotated[int, Field(ge=1, description="forward passes per step")] = 1
     learning_rate: Annotated[float, Field(gt=0, description="peak")]
     schedule: Annotated[
-        Literal["cosine", "trapezoid"],
-        Field(description="after warm-up: cosine to the end, or constant with a linear decay at the end"),
+        Literal["cosine", "linear", "trapezoid"],
+        Field(description="after warm-up: cosine or linear to the end, or constant with a linear decay at the end"),
     ] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0, description="linear warm-up")] = 0
     decay_fraction: Annotated[float, Field(gt=0, le=1, description="share of the steps that a trapezoid decays in")] = (
         0.2
     )
-    final_lr_fraction: Annotated[float, Field(ge=0, le=1, description="last learning rate over the peak")] = 0.1
+    final_lr_fraction: Annotated[
+        float, Field(ge=0, le=1, description="last learning rate of the schedule over the peak")
+    ] = 0.1
+    second_phase: Annotated[
+        SecondPhase | None,
+        Field(description="lowers the learning rate of whatever schedule at once; none: there is one phase"),
+    ] = None
     weight_decay: Annotated[float, Field(ge=0, description="decoupled, on matrices only")] = 0.1
+    weight_decay_until: Annotated[
+        float, Field(gt=0, le=1, description="share of the steps after which weight decay is zero; 1 keeps it")
+    ] = 1.0
     beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment")] = 0.95
     grad_clip: Annotated[float | None, Field(gt=0, description="largest gradient norm; none does not clip")] = 1.0
@@ -44,3 +65,28 @@ class TrainingConfig(Section):
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
         return self
+
+    @model_validator(mode="after")
+    def _second_phase_comes(self) -> Self:
+        if self.second_phase is not None and not self.warmup_steps <= self.second_phase_step < self.steps:
+            raise ValueError(
+                f"second_phase: start = {self.second_phase.start} is step {self.second_phase_step} of {self.steps}; "
+                f"expected one after the warm-up ({self.warmup_steps} steps) and before the end"
+            )
+        return self
+
+    def numbers(self) -> dict[str, Any]:
+        """See Section. Settings that are newer than models on disk count only where they are not the default."""
+        plain = super().numbers()
+        defaults = {name: type(self).model_fields[name].default for name in _NEWER}
+        return {name: value for name, value in plain.items() if getattr(self, name) != defaults.get(name, ...)}
+
+    @property
+    def second_phase_step(self) -> int:
+        """First step of the second phase, counted from 0; the number of steps where there is none."""
+        return self.steps if self.second_phase is None else round(self.second_phase.start * self.steps)
+
+    @property
+    def decayed_steps(self) -> int:
+        """Steps that weight decay is on for."""
+        return round(self.weight_decay_until * self.steps)

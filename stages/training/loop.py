@@ -21,7 +21,7 @@ from stages.training.config import TrainingConfig
 from stages.training.interrupt import deferred_interrupt
 from stages.training.metrics import MetricsLog
 from stages.training.optimizer import make_optimizer
-from stages.training.schedule import learning_rate
+from stages.training.schedule import learning_rate, weight_decay
 
 Batch = TypeVar("Batch")
 
@@ -145,6 +145,7 @@ class Training(Generic[Batch]):
         config = self._config
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, info.step) * group["peak_ratio"]
+            group["weight_decay"] = weight_decay(config, info.step) if group["decays"] else 0.0
         parts = []
         for _ in range(config.accumulation):
             batch = next(batches)  # outside autocast: an online teacher keeps its own precision
@@ -177,6 +178,7 @@ class Training(Generic[Batch]):
             "terms": terms,
             **values.telemetry,
             "learning_rate": learning_rate(self._config, step - 1),
+            **({"weight_decay": weight_decay(self._config, step - 1)} if self._config.weight_decay_until < 1 else {}),
             "grad_norm": grad_norm,
             "positions_per_s": progress.units_per_s,
         }

@@ -17,19 +17,24 @@ def make_optimizer(
     """AdamW with weight decay on matrices and none on vectors (norms).
 
     learning_rates: peaks of parameters whose names start so. A group's `peak_ratio` is its peak over the config's; the
-    schedule is the same for all. Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization (arXiv 1711.05101).
+    schedule is the same for all. A group's `decays` says whether weight decay is for it. Loshchilov
+    and Hutter 2019, Decoupled Weight Decay Regularization (arXiv 1711.05101).
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             own = [rate for prefix, rate in learning_rates.items() if name.startswith(prefix)]
             peak_ratio = own[0] / config.learning_rate if own else 1.0
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((decay, peak_ratio), []).append(parameter)
+            groups.setdefault((parameter.ndim >= 2, peak_ratio), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": decay, "peak_ratio": ratio}
-            for (decay, ratio), parameters in groups.items()
+            {
+                "params": parameters,
+                "decays": decays,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "peak_ratio": ratio,
+            }
+            for (decays, ratio), parameters in groups.items()
         ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import small_config
 
 from cache import open_cache
 from conftest import ROOT, Outcome, tristill
@@ -15,27 +16,7 @@ from stages.errors import CheckpointError
 from stages.models.folder import load_model, model_fingerprint
 
 CONFIG = ("--config", "configs/test.toml")
-FAST = """
-[data]
-source.kind = "python-stdlib"
-tokenizer = { kind = "bpe", vocab_size = 512, train_bytes = 200_000 }
-context_length = 32
-validation_fraction = 0.2
-max_train_tokens = 8_000
-max_validation_tokens = 2_000
-
-[teacher]
-model = { width = 32, layers = 2, heads = 2, mlp_width = 64 }
-training = { steps = 8, batch_windows = 4, learning_rate = 3e-3 }
-
-[cache]
-profile = { kind = "topk", temperatures = [1.0] }
-max_train_windows = 64
-
-[distill]
-alpha = 0.5
-training = { steps = 6, batch_windows = 4, learning_rate = 3e-3 }
-"""
+FAST = small_config('{ kind = "topk", temperatures = [1.0] }')
 STAGES = """
 [stages.assistant]
 student.model = { width = 24, layers = 2, heads = 2, mlp_width = 32 }

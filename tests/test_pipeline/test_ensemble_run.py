@@ -6,33 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_run import small_config
 
 from cache import open_cache
 from cache.hashing import fingerprint_of
 from conftest import Outcome, tristill
 from stages.models.description import model_fingerprint
 
-CONFIG = """
-[data]
-source.kind = "python-stdlib"
-tokenizer = { kind = "bpe", vocab_size = 512, train_bytes = 200_000 }
-context_length = 32
-validation_fraction = 0.2
-max_train_tokens = 8_000
-max_validation_tokens = 2_000
-
-[teacher]
-model = { width = 32, layers = 2, heads = 2, mlp_width = 64 }
-training = { steps = 8, batch_windows = 4, learning_rate = 3e-3 }
-
-[cache]
-profile = { kind = "sampled", draws = 4 }
-max_train_windows = 64
-
-[distill]
-alpha = 0.5
-training = { steps = 6, batch_windows = 4, learning_rate = 3e-3 }
-"""
+PROFILE = '{ kind = "sampled", draws = 4 }'
 
 
 def on(folder: Path, name: str, *arguments: str) -> Outcome:
@@ -43,12 +24,11 @@ def on(folder: Path, name: str, *arguments: str) -> Outcome:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`first`: a teacher and its cache. `both`: another teacher, and the cache and a student of the two."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "first.toml").write_text(CONFIG)
+    (folder / "first.toml").write_text(small_config(PROFILE))
     outcome = on(folder, "first", "run", "--until", "dump-logits")
     assert outcome.code == 0, outcome.stderr
     ensemble = f'[[cache.ensemble]]\npath = "{folder / "first" / "teacher"}"\nweight = 0.5\n'
-    text = CONFIG.replace("learning_rate = 3e-3 }\n\n[cache]", "learning_rate = 3e-3, seed = 1 }\n\n[cache]")
-    (folder / "both.toml").write_text(text + ensemble)
+    (folder / "both.toml").write_text(small_config(PROFILE, teacher_seed=1) + ensemble)
     shutil.copytree(folder / "first" / "data", folder / "both" / "data")
     outcome = on(folder, "both", "run")
     assert outcome.code == 0, outcome.stderr

@@ -155,6 +155,24 @@ def test_ctrl_c_reaches_the_step_at_work_and_ends_quietly(finished_run: Path, tm
     assert not (tmp_path / "cache" / "cache.json").exists()
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.1])
+def test_a_second_signal_ends_a_dump_as_quietly_as_one(finished_run: Path, tmp_path: Path, delay_s: float) -> None:
+    """What `run` sends after the Ctrl-C of a terminal: it may come while workers are waited for, or Python ends."""
+    for folder in ("data", "teacher"):
+        shutil.copytree(finished_run / folder, tmp_path / folder)
+    process = start(tmp_path, "dump-logits", "--set", "cache.batch_windows=100", "--set", "cache.compression_level=22")
+    while not (tmp_path / "cache" / "tokenizer.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(signum)
+        time.sleep(delay_s)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stderr.endswith("\ninterrupted; run the same command again to go on\n")
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "cache" / "cache.json").exists()
+
+
 def test_a_full_disk_while_dumping_keeps_finished_shards_and_goes_on(finished_run: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: shards of the validation split fit, those of train do not."""
     for folder in ("data", "teacher"):

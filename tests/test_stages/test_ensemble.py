@@ -1,22 +1,20 @@
 """Several teachers: mixed before anything is kept, or as their caches are read."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_training import CPU, SHAPE, make_run, make_teacher, places, student_from
 from torch import Tensor
 
 from cache import CacheMismatchError, CacheMissingError, CacheWriter, SplitName, open_cache
 from cache.manifest import cache_fingerprint
 from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.distill.choose import Places, choose_source
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import StudentSummary, distill
+from stages.distill.choose import choose_source
+from stages.distill.config import DistillConfig
+from stages.distill.distill import StudentSummary
 from stages.dump.config import DumpConfig
 from stages.dump.dump import dump_logits
 from stages.errors import CheckpointError, TargetsError
@@ -28,11 +26,7 @@ from stages.models.folder import load_model, model_fingerprint, save_model
 from stages.models.transformer import State, Transformer
 from stages.targets.mixed import MixedSource
 from stages.targets.source import Epoch, Signals, TargetBatch
-from stages.teacher.config import TeacherConfig
-from stages.teacher.train import train_teacher
 
-CPU = torch.device("cpu")
-SHAPE = ModelConfig(width=16, layers=2, heads=2, mlp_width=24)
 OTHER_SHAPE = ModelConfig(width=24, layers=1, heads=2, mlp_width=24)
 VOCAB = 270
 WHOLE = {"kind": "plain_topk", "top_k": VOCAB, "logit_dtype": "float32"}
@@ -45,25 +39,8 @@ DRAWS = {"kind": "sampled", "draws": 6}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokens, a teacher, another one of another shape, and caches of both."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "corpus").mkdir()
-    generator = np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "of", "and"]
-    for n in range(40):
-        (folder / "corpus" / f"{n}.txt").write_text(" ".join(generator.choice(words, 150)))
-    data = DataConfig.model_validate(
-        {
-            "source": {"kind": "text", "paths": [str(folder / "corpus")]},
-            "tokenizer": {"kind": "bpe", "vocab_size": VOCAB},
-            "context_length": 12,
-            "validation_fraction": 0.2,
-        }
-    )
-    tokenize_corpus(data, folder / "data")
-    for name, shape, steps in (("teacher", SHAPE, 30), ("other", OTHER_SHAPE, 10)):
-        training = {"steps": steps, "learning_rate": 1e-2, "batch_windows": 8}
-        settings = TeacherConfig.model_validate({"model": shape.model_dump(), "training": training})
-        train_teacher(settings, folder / "data", folder / name, EvaluateConfig())
+    folder = make_run(tmp_path_factory.mktemp("run"))
+    make_teacher(folder, "other", OTHER_SHAPE, steps=10)
     for kind, profile in {"whole": WHOLE, "dense": DENSE, "transform": TRANSFORM, "draws": DRAWS}.items():
         dump_logits(dump_config(profile=profile), folder / "data", folder / "teacher", folder / kind)
         dump_logits(dump_config(profile=profile), folder / "data", folder / "other", folder / f"other-{kind}")
@@ -88,8 +65,7 @@ def distill_config(*caches: Path, weight: float = 0.5, **changes: object) -> Dis
 
 
 def source_of(run: Path, cache: str, config: DistillConfig) -> MixedSource:
-    places = Places(cache=run / cache, data=run / "data", teacher=run / "teacher")
-    source = choose_source(config, dump_config(), SHAPE.layers, places, CPU)
+    source = choose_source(config, dump_config(), SHAPE.layers, places(run, run / cache), CPU)
     assert isinstance(source, MixedSource) or not config.caches
     return source  # type: ignore[return-value]
 
@@ -220,12 +196,13 @@ def test_a_teacher_with_a_padded_vocabulary_is_refused(run: Path, tmp_path: Path
 
 
 def test_online_targets_refuse_an_ensemble(run: Path) -> None:
-    places = Places(cache=run / "nowhere", data=run / "data", teacher=run / "teacher")
     for targets in ("online", "auto"):
         with pytest.raises(
             TargetsError, match=r"found 2 teachers, of which online targets forward the run's own alone"
         ):
-            choose_source(distill_config(targets=targets), mixed_dump(run), SHAPE.layers, places, CPU)
+            choose_source(
+                distill_config(targets=targets), mixed_dump(run), SHAPE.layers, places(run, run / "nowhere"), CPU
+            )
 
 
 # Mixed as caches are read.
@@ -234,11 +211,8 @@ def test_online_targets_refuse_an_ensemble(run: Path) -> None:
 def student_of(
     run: Path, cache: str, folder: Path, config: DistillConfig
 ) -> tuple[StudentSummary, list[dict[str, float]]]:
-    folder.mkdir()
-    source = source_of(run, cache, config)
-    nowhere, no_inputs = run / "nowhere", {"cache": "x"}
-    summary = distill(config, StudentConfig(), SHAPE, source, CPU, folder, nowhere, EvaluateConfig(), no_inputs)
-    return summary, [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary, log = student_from(source_of(run, cache, config), run / "nowhere", folder, config)
+    return summary, [line["loss"] for line in log]
 
 
 @pytest.mark.parametrize(("kind", "tau"), [("whole", 2.0), ("dense", 2.0), ("transform", 2.0), ("draws", 1.0)])

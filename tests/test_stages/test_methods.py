@@ -1,22 +1,20 @@
 """Every method through the real training: cached equals online, resumed equals uninterrupted, refusals say why."""
 
-import json
 import math
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_training import CPU, SHAPE, distill_config, dump_config, make_run, places, student_of
+from small_training import CPU, SHAPE, distill_config, dump_config, make_run, student_from, student_of
 
-from cache import open_cache
-from stages.distill.choose import choose_source
+from cache import SplitName, open_cache
 from stages.distill.config import StudentConfig
 from stages.distill.curriculum import pacing_of
-from stages.distill.distill import distill
 from stages.dump.dump import dump_logits
 from stages.errors import TargetsError
-from stages.evaluate.config import EvaluateConfig
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.selection_config import CurriculumConfig
@@ -26,8 +24,7 @@ from stages.models.transformer import State, Transformer
 from stages.quantize.config import QuantizeConfig
 from stages.targets.cached import CachedSource
 from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, endless_batches
-from stages.training import loop
+from stages.targets.source import Epoch, Signals, TargetBatch, endless_batches
 from stages.training.loop import Training
 
 WHOLE = {"kind": "plain_topk", "top_k": 270, "logit_dtype": "float32"}
@@ -44,6 +41,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "ranking": {},
     "top1_hinge": {},
 }
+
+
+class UnpluggedSource(OnlineSource):
+    """Fails after seven training batches."""
+
+    def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
+        found = super().batches(split, batch_windows, signals, epoch)
+        yield from islice(found, 7 if split == "train" else None)
+        if split == "train":
+            raise RuntimeError("pulled the plug")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,11 @@ def trace(
 ) -> list[dict[str, Any]]:
     hidden = {"output": "qkv"} if "relations" in changes else {}
     dump = dump_config(profile=WHOLE, hidden_layers=[1, 2], hidden=hidden)
-    return student_of(run, cache, folder, distill_config(**changes), dump, student)[1]  # type: ignore[return-value]
+    return student_of(run, cache, folder, distill_config(**changes), dump, student)[1]
+
+
+def without_speeds(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "positions_per_s"} for line in log]
 
 
 def assert_equal_traces(run: Path, cache: Path, tmp_path: Path, rel: float = 3e-4, **changes: Any) -> None:
@@ -187,11 +198,13 @@ def test_a_curriculum_shows_easy_windows_first_and_resumes_in_its_middle(
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_a_co_trained_teacher_is_the_teacher_trained_alone(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_co_trained_teacher_is_the_teacher_trained_alone(run: Path, tmp_path: Path, precision: str) -> None:
     """Neither model moves the other: gradients, clipping and learning rates are apart."""
     online = {"co_train": True, "learning_rate": 5e-3}
-    trace(run, tmp_path, tmp_path / "student", targets="online", online=online, alpha=0.3)
-    config = distill_config().training.model_copy(update={"learning_rate": 5e-3})
+    training = distill_config().training.model_copy(update={"precision": precision})
+    trace(run, tmp_path, tmp_path / "student", targets="online", online=online, alpha=0.3, training=training)
+    config = training.model_copy(update={"learning_rate": 5e-3})
     source = OnlineSource(run / "data", CPU, max_train_windows=700)
     alone = Transformer(SHAPE, source.vocab_size)
     alone.initialize(torch.Generator().manual_seed(config.seed))
@@ -242,41 +255,19 @@ def test_an_average_follows_the_weights_and_that_of_ternary_ones_is_warned_of(
     ids=["adaptive", "balance", "co_train", "ema"],
 )
 def test_a_resumed_training_has_the_state_of_an_uninterrupted_one(
-    run: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    """Checkpoints are at steps 5 and 10; the interruption is after step 7."""
     whole = trace(run, tmp_path, tmp_path / "whole", targets="online", **changes)
-    save = loop.save_checkpoint
-
-    def saved_and_stopped(*arguments: Any) -> None:
-        save(*arguments)
-        raise RuntimeError("killed here")
-
-    monkeypatch.setattr(loop, "save_checkpoint", saved_and_stopped)
-    with pytest.raises(RuntimeError, match="killed here"):
-        trace(run, tmp_path, tmp_path / "cut", targets="online", **changes)
-    monkeypatch.setattr(loop, "save_checkpoint", save)
-    (tmp_path / "cut").rename(tmp_path / "moved")
-    config, dump = distill_config(targets="online", **changes), dump_config(profile=WHOLE)
-    source = choose_source(config, dump, SHAPE.layers, places(run, tmp_path), CPU)
-    distill(
-        config,
-        StudentConfig(),
-        SHAPE,
-        source,
-        CPU,
-        tmp_path / "moved",
-        run / "teacher",
-        EvaluateConfig(),
-        {"cache": "x"},
-    )
-    resumed = [json.loads(line) for line in (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()]
-    for a, b in zip(whole, resumed, strict=True):
-        assert {k: v for k, v in a.items() if k != "positions_per_s"} == {
-            k: v for k, v in b.items() if k != "positions_per_s"
-        }
-    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
-        tmp_path / "moved" / "model.safetensors"
-    ).read_bytes()
+    teacher = None if "online" in changes else load_model(run / "teacher")
+    source = UnpluggedSource(run / "data", CPU, teacher=teacher, max_train_windows=700)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        student_from(source, run, tmp_path / "cut", distill_config(targets="online", **changes))
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000005"]
+    resumed = trace(run, tmp_path, tmp_path / "cut", targets="online", **changes)
+    assert without_speeds(resumed) == without_speeds(whole)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
 
 
 def test_telemetry_says_what_each_term_weighs_from_the_first_step_on(run: Path, whole: Path, tmp_path: Path) -> None:

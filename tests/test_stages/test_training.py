@@ -7,71 +7,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from toy_training import batches_from, config, logged, make_module, state, training
 
 from stages.errors import CheckpointError, CorpusError, StageError
 from stages.losses.term import LossValues
 from stages.targets.source import Epoch, Signals, endless_batches
-from stages.training.config import TrainingConfig
 from stages.training.loop import StepInfo, Training
 from stages.training.optimizer import make_optimizer
 from stages.training.schedule import learning_rate
-
-
-def config(**changes: object) -> TrainingConfig:
-    settings: dict[str, object] = {
-        "steps": 20,
-        "learning_rate": 1e-2,
-        "warmup_steps": 4,
-        "log_every": 3,
-        "batch_windows": 4,
-    }
-    return TrainingConfig.model_validate(settings | changes)
-
-
-def make_module() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 1))
-
-
-def batches_from(first: int) -> Iterator[torch.Tensor]:
-    for number in range(first, 10_000):
-        yield torch.randn(4, 5, generator=torch.Generator().manual_seed(number))
-
-
-def training(
-    folder: Path,
-    module: nn.Module,
-    settings: TrainingConfig,
-    batches: Callable[[int], Iterator[torch.Tensor]] = batches_from,
-    stop_at: int | None = None,
-) -> Training[torch.Tensor]:
-    seen = 0
-
-    def loss(batch: torch.Tensor, info: StepInfo) -> LossValues:
-        nonlocal seen
-        seen += 1
-        if stop_at is not None and seen > stop_at:
-            raise RuntimeError("pulled the plug")
-        value = (module(batch) - batch.sum(-1, keepdim=True)).square().mean()
-        return LossValues(value, {"square": value.detach()}, {"weights": {"square": 1 / (info.step + 1)}})
-
-    return Training("test", module, loss, batches, 4, settings, folder)
-
-
-def state(module: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def logged(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "positions_per_s"} for line in lines]
 
 
 @pytest.mark.parametrize("stop_at", [3, 5, 12, 18])
@@ -158,7 +107,7 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         training(tmp_path, make_module(), config(), batches=poisoned).run()
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "trapezoid"])
 def test_schedules_rise_stay_and_fall_as_their_formula_says(schedule: str) -> None:
     settings = config(steps=100, warmup_steps=10, schedule=schedule, decay_fraction=0.3, final_lr_fraction=0.1)
     rates = [learning_rate(settings, step) / settings.learning_rate for step in range(100)]
@@ -167,6 +116,8 @@ def test_schedules_rise_stay_and_fall_as_their_formula_says(schedule: str) -> No
     assert rates[10:] == sorted(rates[10:], reverse=True)
     if schedule == "cosine":
         expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 89)) for step in range(10, 100)]
+    elif schedule == "linear":
+        expected = [0.1 + 0.9 * (99 - step) / 89 for step in range(10, 100)]
     else:
         expected = [0.1 + 0.9 * min(1.0, (99 - step) / 30) for step in range(10, 100)]
     assert rates[10:] == pytest.approx(expected)
