@@ -4,9 +4,9 @@
 
 A step is forward, loss, backward, clipping and AdamW, on random ids. "simulated" is BitLinear as it is usually written:
 weights and activations rounded to the values of their codes at every use, and multiplied in float32; what the other
-ternary rows compute is compared with it. They agree layer by layer (tests), and whole models differ as any two orders of
-summation do: a last bit now and then tips an activation to its next code; see the row of sums in float64. `--compile`
-adds compiled rows.
+ternary rows compute is compared with it. They agree layer by layer (tests), and whole models differ as any two orders
+of summation do: a last bit now and then tips an activation to its next code; see the row of sums in float64.
+`--compile` adds compiled rows.
 """
 
 import argparse
@@ -151,7 +151,8 @@ def measure(shape_name: str, rounds: int, *, with_compiled: bool) -> dict[str, d
     states, gradients = runners[SIMULATED].gradients()
     errors = {}
     for name, runner in runners.items():
-        if any(isinstance(module, QuantizedLinear | SimulatedLinear) for module in runner.model.modules()):
+        is_ternary = any(isinstance(module, QuantizedLinear | SimulatedLinear) for module in runner.model.modules())
+        if is_ternary and name != SIMULATED:
             own_states, own_gradients = runner.gradients()
             pairs = ((own_states, states), (own_gradients, gradients))
             errors[name] = [f"{float((own.float() - other).norm() / other.norm()):.1e}" for own, other in pairs]
