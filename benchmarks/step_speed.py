@@ -25,7 +25,7 @@ from pipeline.results import text_table
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import WeightedTerm
-from stages.models.compiled import compile_blocks
+from stages.models.compiled import compile_model
 from stages.models.config import ModelConfig
 from stages.models.linear import QuantizedLinear
 from stages.models.transformer import Transformer
@@ -146,7 +146,7 @@ def measure(shape_name: str, rounds: int, *, with_compiled: bool) -> dict[str, d
         runners[name] = Runner(model, batch, precision)
         if with_compiled and name != SIMULATED:
             model, precision = make()
-            compile_blocks(model)
+            compile_model(model)
             runners[f"{name}, compiled"] = Runner(model, batch, precision)
     states, gradients = runners[SIMULATED].gradients()
     errors = {}

@@ -14,7 +14,7 @@ from stages.errors import CheckpointError, StageError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.metrics import ValidationMetrics
-from stages.models.compiled import compile_blocks
+from stages.models.compiled import compile_model
 from stages.models.config import ModelConfig
 from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, read_tensors, save_model
 from stages.models.subln import fit_to_inputs
@@ -82,7 +82,7 @@ def distill(
     if student_config.init == "teacher":
         _start_from_teacher(student, teacher_folder, source)
     if config.training.compile:
-        compile_blocks(student)
+        compile_model(student)
     learner: Objective | CoTraining
     if config.online is None:
         learner = Objective(student, config, source).to(device)

@@ -7,8 +7,8 @@ quantised.
 Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a head, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         if quantize is not None:
             quantize_linears(self, quantize)
-        self._quantized_layers = tuple(self.quantized_linears().values())
+        self._is_compiled = False
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,11 +74,7 @@ class Transformer(nn.Module):
         self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
     ) -> Features:
         """Features of every position. With `past`, one per block, they follow the positions there and are added."""
-        for layer in self._quantized_layers:
-            layer.refresh()
-        # A graph is compiled for one strength; there is no compiling one for each step of a warm-up.
-        is_on = all(layer.strength == 1 for layer in self._quantized_layers)
-        with nullcontext() if is_on else torch.compiler.set_stance("force_eager"):
+        with self._ready_for_graphs() if self._is_compiled else nullcontext():
             features: Features = self.model(input_ids_BT, states, past)
         if isinstance(self.lm_head, QuantizedLinear):
             return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))
@@ -104,6 +100,21 @@ class Transformer(nn.Module):
             std = _INITIAL_STD / (2 * self.config.layers) ** 0.5 if into_residual else _INITIAL_STD
             nn.init.normal_(parameter, std=std, generator=generator)
         self.fit_steps()
+
+    def compile_blocks(self) -> None:
+        """Compile all but the head, in place; names of parameters stay the same, results differ in the last bits."""
+        self._is_compiled = True
+        self.model.compile()
+
+    @contextmanager
+    def _ready_for_graphs(self) -> Iterator[None]:
+        """Quantised weights are fresh, which a graph cannot see to; and none is compiled for each step of a warm-up."""
+        layers = self.quantized_linears().values()
+        for layer in layers:
+            layer.refresh()
+        is_on = all(layer.strength == 1 for layer in layers)
+        with nullcontext() if is_on else torch.compiler.set_stance("force_eager"):
+            yield
 
     def quantize_by(self, strength: float) -> None:
         """Turn quantisation, and SubLN with it, on by so much: from 0, full precision, to 1."""

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from stages.packed.activations import absmax_codes
 from stages.packed.layout import PackedWeight, pack
 from stages.packed.product import packed_product
+from stages.quantize.absmax import absmax_codes
 from stages.quantize.ternary import TernaryWeight
 
 
@@ -12,7 +12,7 @@ class PackedLinear(nn.Module):
     """y = Q_a(x) W^T as QuantizedLinear computes it, on the CPU, with no gradient; see PackedWeight for what is kept.
 
     With 8-bit activations the product is one of whole numbers, exact, and the scales of weights and position follow it:
-    y differs from QuantizedLinear's by the rounding of the latter's float32 sums alone.
+    y is QuantizedLinear's bit for bit, or, with scales per group, differs by rounding alone.
     """
 
     rows_IN: Tensor
@@ -35,8 +35,8 @@ class PackedLinear(nn.Module):
         """(..., in_features) -> (..., out_features), of x's dtype, computed in float32."""
         x_TI = x.reshape(-1, self.in_features)
         if self.has_int8_activations:
-            codes_TI, scale_T1 = absmax_codes(x_TI)
-            y_TO = packed_product(codes_TI, self.packed, is_whole=True) / scale_T1
+            codes_TI, step_T1 = absmax_codes(x_TI)
+            y_TO = packed_product(codes_TI, self.packed, step_T1)
         else:
-            y_TO = packed_product(x_TI.float(), self.packed, is_whole=False)
+            y_TO = packed_product(x_TI.float(), self.packed)
         return y_TO.view(*x.shape[:-1], self.out_features).to(x.dtype)

@@ -15,14 +15,15 @@ _BLOCK_WEIGHTS = 1 << 20  # unpacked at once, a byte each
 _LONGEST_SUM = 1 << 16  # terms of at most 128 * 2 whose partial sums float32 holds exactly
 
 
-def packed_product(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
-    """x W^T, (T, O) float32, on the CPU.
+def packed_product(x_TI: Tensor, weight: PackedWeight, step_T1: Tensor | None = None) -> Tensor:
+    """x W^T, (T, O) float32, on the CPU; with step_T1, of step * x.
 
-    is_whole says that x holds whole numbers from -128 to 127: the sums before they are scaled are exact then.
+    x is float32, or int8, of which the sums before they are scaled are exact: with scales per matrix or row the result
+    is that of `integer_product`, bit for bit.
     """
     if len(x_TI) <= _FEW_POSITIONS and weight.num_inputs <= _LONGEST_SUM and has_bags():
-        return product_by_bags(x_TI, weight)
-    return product_by_blocks(x_TI, weight, is_whole=is_whole)
+        return product_by_bags(x_TI, weight, step_T1)
+    return product_by_blocks(x_TI, weight, step_T1)
 
 
 def has_bags() -> bool:
@@ -30,7 +31,7 @@ def has_bags() -> bool:
     return hasattr(torch.ops.quantized, "embedding_bag_2bit_rowwise_offsets")
 
 
-def product_by_bags(x_TI: Tensor, weight: PackedWeight) -> Tensor:
+def product_by_bags(x_TI: Tensor, weight: PackedWeight, step_T1: Tensor | None = None) -> Tensor:
     """As `packed_product`, read straight from the packed bytes: the fastest for a position or two.
 
     The sum over i of x_i times row i is what torch calls a bag of 2-bit embeddings with weights. A bag is one group of
@@ -40,13 +41,16 @@ def product_by_bags(x_TI: Tensor, weight: PackedWeight) -> Tensor:
     num_positions, num_inputs = x_TI.shape
     columns, starts = _bags(num_positions, num_inputs, num_inputs // weight.num_groups, torch.get_num_threads())
     bags: Tensor = torch.ops.quantized.embedding_bag_2bit_rowwise_offsets(
-        weight.rows_IN, columns, starts, per_sample_weights=x_TI.reshape(-1)
+        weight.rows_IN, columns, starts, per_sample_weights=x_TI.float().reshape(-1)
     )
     sums = bags[:, : weight.num_outputs]
     if len(bags) > num_positions:
         sums = sums.view(num_positions, weight.num_groups, -1, weight.num_outputs).sum(2)
-        return (sums * weight.scale_RG.T).sum(1)
-    return sums * weight.scale_RG.T
+        if weight.num_groups > 1:
+            summed = (sums * weight.scale_RG.T).sum(1)
+            return summed if step_T1 is None else summed * step_T1
+        sums = sums[:, 0]
+    return _scaled(sums, weight.scale_RG[:, 0], step_T1)
 
 
 @lru_cache(maxsize=64)
@@ -60,14 +64,14 @@ def _bags(num_positions: int, num_inputs: int, group: int, threads: int) -> tupl
     return columns, (positions * num_inputs + starts).flatten()
 
 
-def product_by_blocks(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> Tensor:
+def product_by_blocks(x_TI: Tensor, weight: PackedWeight, step_T1: Tensor | None = None) -> Tensor:
     """As `packed_product`, unpacking the weights of some outputs at a time: the more positions, the faster each.
 
-    Whole numbers are multiplied as int8 and summed in int32. (On processors without VNNI oneDNN adds pairs of products
-    in 16 bits; with trits these are at most 2 * 255.)
+    int8 is summed in int32. (On processors without VNNI oneDNN adds pairs of products in 16 bits; with trits these are
+    at most 2 * 255.)
     """
     group = weight.num_inputs // weight.num_groups
-    x_TI = x_TI.to(torch.int8) if is_whole else x_TI
+    is_whole = x_TI.dtype == torch.int8
     parts = [x_TI[:, first : first + group].contiguous() for first in range(0, weight.num_inputs, group)]
     out_TO = torch.empty(len(x_TI), weight.num_outputs)
     step = max(1, _BLOCK_WEIGHTS // group // TRITS_PER_BYTE) * TRITS_PER_BYTE
@@ -78,6 +82,13 @@ def product_by_blocks(x_TI: Tensor, weight: PackedWeight, *, is_whole: bool) -> 
             trits = weight.trits(range(number * group, (number + 1) * group), outputs)
             sums = torch._int_mm(part, trits) if is_whole else part @ trits.float()  # noqa: SLF001 - its only name
             scale = weight.scale_RG[:, number]
-            scaled = sums * (scale if len(scale) == 1 else scale[first : outputs.stop])
+            scaled = _scaled(sums, scale if len(scale) == 1 else scale[first : outputs.stop], step_T1)
             block.copy_(scaled) if number == 0 else block.add_(scaled)
     return out_TO
+
+
+def _scaled(sums_TO: Tensor, scale_R: Tensor, step_T1: Tensor | None) -> Tensor:
+    """sums * scale * step, in the order of `integer_product`."""
+    if step_T1 is None:
+        return sums_TO * scale_R
+    return sums_TO * (step_T1 * scale_R) if len(scale_R) == 1 else sums_TO * step_T1 * scale_R

@@ -9,7 +9,7 @@ from stages.evaluate.evaluate import evaluate
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import LossValues, WeightedTerm
-from stages.models.compiled import compile_blocks
+from stages.models.compiled import compile_model
 from stages.models.folder import model_fingerprint, pick_device, save_model
 from stages.models.transformer import Transformer
 from stages.targets.online import OnlineSource
@@ -30,7 +30,7 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     model.initialize(torch.Generator().manual_seed(settings.seed))
     model.to(device)
     if settings.compile:
-        compile_blocks(model)
+        compile_model(model)
     terms = [WeightedTerm(1.0, CrossEntropy())]
 
     def compute_loss(batch: TargetBatch, info: StepInfo) -> LossValues:  # noqa: ARG001

@@ -12,12 +12,10 @@ from stages.models.config import ModelConfig
 from stages.models.generate import CausalModel, Sampling, TransformerRollout, generate, stream
 from stages.models.linear import QuantizedLinear
 from stages.models.transformer import Transformer
-from stages.packed.activations import absmax_codes
 from stages.packed.layout import pack, unpack
 from stages.packed.linear import PackedLinear
 from stages.packed.model import memory_use, pack_model
 from stages.packed.product import product_by_bags, product_by_blocks
-from stages.quantize.absmax import absmax_quantize
 from stages.quantize.config import QuantizeConfig
 from stages.quantize.ternary import TernaryWeight
 
@@ -88,7 +86,7 @@ def test_products_of_whole_numbers_are_exact_before_they_are_scaled(
     expected = (sums_TOG * weight.scale_RG.double()).sum(-1).float()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many parts a sum is cut into
     monkeypatch.setattr("stages.packed.product._BLOCK_WEIGHTS", 20 * inputs)
-    for found in (product_by_bags(codes, pack(weight)), product_by_blocks(codes, pack(weight), is_whole=True)):
+    for found in (product_by_bags(codes, pack(weight)), product_by_blocks(codes, pack(weight))):
         if scale_per == "group-128":
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)  # nine scaled sums of up to 1e4
         else:
@@ -101,16 +99,8 @@ def test_products_of_any_numbers_are_those_of_float32(scale_per: str, positions:
     weight = random_ternary(96, 256, scale_per)
     x = torch.randn(positions, 256, generator=torch.Generator().manual_seed(1))
     expected = (x.double() @ weight.dequantized().double().T).float()
-    for found in (product_by_bags(x, pack(weight)), product_by_blocks(x, pack(weight), is_whole=False)):
+    for found in (product_by_bags(x, pack(weight)), product_by_blocks(x, pack(weight))):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("magnitude", [0.0, 1e-7, 1.0, 1e6])
-def test_codes_over_scale_are_the_quantised_activations(magnitude: float) -> None:
-    x = magnitude * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
-    codes, scale = absmax_codes(x)
-    assert torch.equal(codes / scale, absmax_quantize(x))
-    assert torch.equal(codes, codes.to(torch.int8).float())
 
 
 @pytest.mark.parametrize("quantize", CODES)
@@ -121,20 +111,27 @@ def test_every_packed_layer_gives_what_its_latent_one_gives(quantize: QuantizeCo
         x = torch.randn(2, positions, layer.in_features, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
             expected = layer(x)
-            error = (packed(x) - expected).abs().max() / expected.abs().max()
-        assert error < 2e-6, name
+            found = packed(x)
+        if quantize.activations == "none" or quantize.scale_per.startswith("group"):
+            assert (found - expected).abs().max() < 2e-6 * expected.abs().max(), name
+        else:
+            assert torch.equal(found, expected), name
 
 
 @pytest.mark.parametrize("quantize", CODES)
 def test_a_packed_model_has_the_logits_and_greedy_text_of_the_student(quantize: QuantizeConfig) -> None:
-    """Layers agree to rounding; where that tips an activation to the next of its 255 codes, logits move by more.
+    """Bit for bit, but with scales per group and full-precision activations, where layers agree to rounding.
 
-    It tips rarely, so most sequences agree as layers do. In one where it did, one input of a layer moved by up to 1/127
+    Where that tips an activation to the next of its 255 codes, logits move by more. It tips rarely, so most sequences
+    agree as layers do. In one where it did, one input of a layer moved by up to 1/127
     of the largest, and so some of 128 terms of each of its outputs: percents of the logits' spread, not more.
     """
     ids = torch.randint(0, VOCAB, (12, 24), generator=torch.Generator().manual_seed(1))
     expected = logits(make_model(quantize), ids)
     packed = pack_model(make_model(quantize))
+    is_exact = quantize.activations != "none" and not quantize.scale_per.startswith("group")
+    if is_exact and not quantize.covers("lm_head"):  # the losses multiply by its dequantised weights
+        assert torch.equal(logits(packed, ids), expected)
     error_B = (logits(packed, ids) - expected).abs().amax((1, 2)) / expected.std()
     agrees_B = error_B < 1e-5
     assert bool(agrees_B.all()) if quantize.activations == "none" else float(agrees_B.float().mean()) >= 0.75
