@@ -43,7 +43,7 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m pipeline.reference
 
-# Some two hours on two cores; cache_fidelity and hidden_fidelity want the runs of the demo and of benchmarks/second.toml.
+# Some eight hours on two cores; cache_fidelity and hidden_fidelity want the runs of the demo and of benchmarks/second.toml.
 bench: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.demo
@@ -54,6 +54,10 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cache_students
 	$(BIN)/python -m benchmarks.distill_speed
 	$(BIN)/python -m benchmarks.loss_memory
+	$(BIN)/python -m benchmarks.step_speed
+	$(BIN)/python -m benchmarks.deployment
+	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.recipe
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -198,10 +198,11 @@ def quantize_linears(model: nn.Module, quantize: QuantizeConfig) -> None:
         if not quantize.covers(name):
             continue
         if linear.in_features % group:
+            serve = sorted({max(group, linear.in_features // group * group), -(-linear.in_features // group) * group})
             raise StageError(
                 f"{name}: found rows of {linear.in_features} weights, expected a multiple of {group}, as "
-                f"student.quantize.scale_per = {quantize.scale_per!r} asks for; the next widths that serve are "
-                f"{linear.in_features // group * group or group} and {-(-linear.in_features // group) * group}"
+                f"student.quantize.scale_per = {quantize.scale_per!r} asks for; the next that serve: "
+                f"{' and '.join(map(str, serve))}"
             )
         quantized = QuantizedLinear(linear.in_features, linear.out_features, quantize, linear.weight)
         model.set_submodule(name, quantized)
