@@ -7,10 +7,10 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cache.atomic import write_atomically
 from pipeline.errors import ConfigError
@@ -56,6 +56,23 @@ class Config(Section):
             "that differ; `distill --name NAME` trains one, `run` trains all",
         ),
     ]
+
+    @model_validator(mode="after")
+    def _quantisation_fits(self) -> Self:
+        """As far as the student's shape is known: one that is given, or that of a stage's student, says so later."""
+        quantize, steps = self.student.quantize, self.distill.training.steps
+        problems = []
+        if quantize.warmup is not None and quantize.warmup.steps >= steps:
+            problems.append(
+                f"warmup.steps: found {quantize.warmup.steps}, expected fewer than the {steps} steps of the training, "
+                "which would end before quantisation is wholly on"
+            )
+        shape = self.student.model or (None if self.stages else self.teacher.model)
+        if shape is not None:
+            problems += quantize.misfits(shape.all_linear_shapes(vocab_size=1))
+        if problems:
+            raise ValueError("; ".join(f"student.quantize.{problem}" for problem in problems))
+        return self
 
     @property
     def student_names(self) -> list[str]:

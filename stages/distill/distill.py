@@ -10,12 +10,13 @@ from stages.distill.config import DistillConfig, StudentConfig
 from stages.distill.curriculum import pacing_of
 from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
-from stages.errors import CheckpointError, StageError
+from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.compiled import compile_model
 from stages.models.config import ModelConfig
+from stages.models.description import read_description
 from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, read_tensors, save_model
 from stages.models.subln import fit_to_inputs
 from stages.models.transformer import Transformer
@@ -72,15 +73,9 @@ def distill(
     torch.manual_seed(config.training.seed)
     student = Transformer(shape, source.vocab_size, student_config.quantize)
     student.initialize(torch.Generator().manual_seed(config.training.seed))
-    warmup = student_config.quantize.warmup
-    if warmup is not None and warmup.steps >= config.training.steps:
-        raise StageError(
-            f"student.quantize.warmup.steps: found {warmup.steps}, expected fewer than the "
-            f"{config.training.steps} steps of the training, which would end before quantisation is wholly on"
-        )
     student.to(device)
     if student_config.init == "teacher":
-        _start_from_teacher(student, teacher_folder, source)
+        start_from_teacher(student, teacher_folder, source)
     if config.training.compile:
         compile_model(student)
     learner: Objective | CoTraining
@@ -126,18 +121,24 @@ def model_size(shape: ModelConfig, student: StudentConfig, vocab_size: int) -> M
     shapes = [found for name, found in shape.all_linear_shapes(vocab_size).items() if quantize.covers(name)]
     coded = sum(rows * columns for rows, columns in shapes) if quantize.packed_bits else 0
     scales = sum(quantize.num_scales(rows, columns) for rows, columns in shapes)
+    shared = 2 * vocab_size * shape.width if shape.tied_embeddings and quantize.covers("lm_head") and coded else 0
     return ModelSize(
         parameters=parameters,
         ternary_parameters=coded if quantize.is_ternary else 0,
-        packed_bytes=-(-coded * (quantize.packed_bits or 0) // 8) + 2 * (parameters - coded + scales),
+        packed_bytes=-(-coded * (quantize.packed_bits or 0) // 8) + 2 * (parameters - coded + scales) + shared,
     )
 
 
-def _start_from_teacher(student: Transformer, teacher_folder: Path, source: TargetSource) -> None:
+def start_from_teacher(student: Transformer, teacher_folder: Path, source: TargetSource) -> None:
+    """Give a student its teacher's weights; learned steps where they mean the same, and SubLN where there is none."""
     path = teacher_folder / WEIGHTS_NAME
     own = (".log_step", "_sub_norm.weight")
     extra = {name: tensor for name, tensor in student.state_dict().items() if name.endswith(own)}
+    theirs = read_description(teacher_folder).quantize
+    has_its_steps = theirs is not None and student.quantize is not None and theirs.has_steps_of(student.quantize)
     tensors = read_tensors(path)
+    if not has_its_steps:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".log_step")}
     try:
         load_weights(student, {**extra, **tensors}, path)
     except CheckpointError as exc:
@@ -145,7 +146,8 @@ def _start_from_teacher(student: Transformer, teacher_folder: Path, source: Targ
             f"{exc}; student.init = 'teacher' needs the teacher's folder and a student of its shape: leave "
             "student.model out, or set student.init to 'random'"
         ) from exc
-    student.fit_steps()  # a teacher has none: they follow from its weights
+    if not has_its_steps:
+        student.fit_steps()  # they follow from the weights
     if student.config.subln and not any(name.endswith("_sub_norm.weight") for name in tensors):
         batch = next(source.batches("train", 1, Signals(), Epoch()))
         student.quantize_by(0)

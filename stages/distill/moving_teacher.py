@@ -14,6 +14,7 @@ from stages.losses.term import LossValues, WeightedTerm
 from stages.models.config import ModelConfig
 from stages.models.transformer import Transformer
 from stages.progress import say
+from stages.quantize.warmup import quantization_strength
 from stages.targets.online import OnlineSource
 from stages.targets.source import Signals, TargetBatch, TargetSource
 from stages.training.loop import StepInfo
@@ -123,6 +124,9 @@ class CoTraining(nn.Module):
         Targets are computed outside of autocast, as those of any online teacher. Where the teacher's own loss is too,
         and its targets are not those of an average, one forward pass is enough.
         """
+        average = self.moving.average
+        if average is not None and average.quantize is not None:
+            average.quantize_by(quantization_strength(average.quantize.warmup, info.step))
         trained, signals, device_type = self.moving.trained, self.objective.signals, batch.input_ids_BT.device.type
         gives_targets = self.moving.average is None and not torch.is_autocast_enabled(device_type)
         features = None if trained is None else trained(batch.input_ids_BT, signals.states if gives_targets else ())

@@ -1,6 +1,8 @@
 """Linear layers with quantised weights and 8-bit activations (BitLinear)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from stages.errors import StageError
 from stages.quantize.absmax import ActivationCodes, absmax_codes, absmax_quantize
 from stages.quantize.absmean import absmean_ternary
-from stages.quantize.config import QuantizeConfig, group_columns
+from stages.quantize.config import QuantizeConfig
 from stages.quantize.integer_product import integer_product, multiplies_integers
 from stages.quantize.learned import (
     initial_seq_step,
@@ -112,8 +114,8 @@ class QuantizedLinear(nn.Linear):
         return absmax_codes(x) if multiplies_integers(x, self.ternary()) else None
 
     def multiply(self, x: Tensor, codes: ActivationCodes | None) -> Tensor:
-        """As forward, with codes of x that other layers may share."""
-        if codes is None:
+        """As forward, with codes of x that are shared by layers of which integers may not serve all."""
+        if codes is None or not multiplies_integers(x, self.ternary()):
             return F.linear(self.quantized_input(x), self.quantized_weight())
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -134,6 +136,7 @@ class QuantizedLinear(nn.Linear):
         assert self._quantized is not None, "refreshed before a graph that was compiled runs"
         return self._quantized
 
+    @torch.inference_mode(mode=False)  # training may follow, which cannot use what is made in that mode
     @torch.no_grad()
     def refresh(self) -> None:
         """Quantise the weights again if they or the step were written to since the last time."""
@@ -145,6 +148,12 @@ class QuantizedLinear(nn.Linear):
             ternary = self._quantize_to_trits() if self.quantize.is_ternary else None
             values_OI = self._quantize_to_bits() if ternary is None else ternary.dequantized()
             self._quantized = _Quantized(made_of, values_OI, ternary)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of every module: a move to another device or dtype, which torch does not count as a write."""
+        self._quantized = None
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def _quantize_to_trits(self) -> TernaryWeight:
         match self.quantize.weights:
@@ -187,22 +196,10 @@ def quantize_linears(model: nn.Module, quantize: QuantizeConfig) -> None:
     Raises StageError for a pattern that names none, and for rows that cannot be cut into the groups that are asked for.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for pattern in quantize.layers:
-        if not any(quantize.model_copy(update={"layers": (pattern,)}).covers(name) for name in linears):
-            raise StageError(
-                f"student.quantize.layers: found {pattern!r}, which names no linear layer; there are, for example, "
-                f"{', '.join([*list(linears)[:3], 'lm_head'])}"
-            )
-    group = group_columns(quantize.scale_per)
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    if problems := quantize.misfits(shapes):
+        raise StageError("; ".join(f"student.quantize.{problem}" for problem in problems))
     for name, linear in linears.items():
-        if not quantize.covers(name):
-            continue
-        if linear.in_features % group:
-            serve = sorted({max(group, linear.in_features // group * group), -(-linear.in_features // group) * group})
-            raise StageError(
-                f"{name}: found rows of {linear.in_features} weights, expected a multiple of {group}, as "
-                f"student.quantize.scale_per = {quantize.scale_per!r} asks for; the next that serve: "
-                f"{' and '.join(map(str, serve))}"
-            )
-        quantized = QuantizedLinear(linear.in_features, linear.out_features, quantize, linear.weight)
-        model.set_submodule(name, quantized)
+        if quantize.covers(name):
+            quantized = QuantizedLinear(linear.in_features, linear.out_features, quantize, linear.weight)
+            model.set_submodule(name, quantized)

@@ -29,7 +29,7 @@ def absmax_codes(activations: Tensor) -> ActivationCodes:
     Ma et al. 2024 (arXiv 2402.17764), section 2: per-token absmax without zero point. The absolute maximum is taken as
     at least 1e-5.
     """
-    exact_NI = activations.flatten(0, -2).float()
+    exact_NI = activations.reshape(-1, activations.shape[-1]).float()
     scaled_NI = exact_NI.abs()
     scale_N1 = _LARGEST_CODE / scaled_NI.amax(dim=-1, keepdim=True).clamp_(min=_SMALLEST_ABSMAX)
     torch.mul(exact_NI, scale_N1, out=scaled_NI)  # the same memory: on large inputs it costs more than the arithmetic

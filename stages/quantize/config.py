@@ -1,5 +1,6 @@
 """Which quantisers a student uses."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
@@ -80,6 +81,28 @@ class QuantizeConfig(Section):
                 "row; set one of these, or weights to absmean or twn"
             )
         return self
+
+    def misfits(self, linears: Mapping[str, tuple[int, int]]) -> list[str]:
+        """What is wrong with these settings for a model of such linear layers, (out, in) by name; empty if nothing."""
+        found = [
+            f"layers: found {pattern!r}, which names no linear layer; there are {', '.join(linears)}"
+            for pattern in self.layers
+            if not any(fnmatchcase(name, pattern) for name in linears)
+        ]
+        group = group_columns(self.scale_per)
+        odd = {columns: name for name, (_, columns) in linears.items() if self.covers(name) and columns % group}
+        for columns, name in odd.items():
+            serve = sorted({max(group, columns // group * group), -(-columns // group) * group})
+            found.append(
+                f"scale_per = {self.scale_per!r}: found rows of {columns} weights in {name}, expected a multiple of "
+                f"{group}; the next that serve: {' and '.join(map(str, serve))}"
+            )
+        return found
+
+    def has_steps_of(self, other: "QuantizeConfig") -> bool:
+        """Whether learned steps of the one mean the same in the other."""
+        mine, theirs = ((code.weights, code.bits, code.scale_per, code.layers) for code in (self, other))
+        return self.has_learned_step and mine == theirs
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer of that name is quantised."""

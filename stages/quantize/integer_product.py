@@ -22,7 +22,7 @@ def multiplies_integers(x: Tensor, weight: TernaryWeight) -> bool:
     """
     if weight.scale_RG.shape[1] > 1:
         return False
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
     is_aligned = all(size % _CUDA_MULTIPLE == 0 for size in weight.trits_OI.shape) and rows >= _SMALLEST_CUDA_ROWS
     return x.device.type == "cpu" or (x.device.type == "cuda" and is_aligned)
 
@@ -63,13 +63,13 @@ class _IntegerProduct(torch.autograd.Function):
             y_NO.mul_(step_N1 * scale_R1)
         else:
             y_NO.mul_(step_N1).mul_(scale_R1.T)
-        return y_NO.to(values_OI.dtype).view(*x.shape[:-1], -1)
+        return y_NO.to(values_OI.dtype).view(*x.shape[:-1], len(trits_OI))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         codes_NI, step_N1, values_OI = ctx.saved_tensors
         dtype = values_OI.dtype
-        g_NO = gradients[0].flatten(0, -2).to(dtype)
+        g_NO = gradients[0].reshape(-1, len(values_OI)).to(dtype)
         gx = gw = None
         if ctx.needs_input_grad[0]:
             gx = (g_NO @ values_OI).to(ctx.x_dtype).view(ctx.x_shape)

@@ -27,7 +27,7 @@ def simulated(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("per", ["tensor", "row"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(33, 64, 24), (1, 256, 8), (20, 768, 256)])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(33, 64, 24), (9, 256, 8), (20, 768, 256)])
 def test_values_and_gradients_are_those_of_the_simulation_in_float32(
     device: str, per: str, rows: int, inputs: int, outputs: int
 ) -> None:
@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_the_simulation_in_float32(
     upstream = torch.randn(2, rows, outputs, generator=generator).to(device)
     expected = simulated(layer, x)
     wanted = torch.autograd.grad(expected, [x, layer.weight], upstream)
-    assert layer.codes_of(x) is not None or device == "cuda"
+    assert layer.codes_of(x) is not None
     found = layer(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for gradient, other in zip(torch.autograd.grad(found, [x, layer.weight], upstream), wanted, strict=True):

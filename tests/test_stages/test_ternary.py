@@ -168,6 +168,25 @@ def test_weights_are_quantised_when_they_change_and_only_then() -> None:
     assert torch.equal(layer.ternary().dequantized(), torch.ones(5, 6))
 
 
+def test_what_was_quantised_is_forgotten_when_the_weights_move_and_serves_training_after_inference() -> None:
+    layer = QuantizedLinear(6, 5, QuantizeConfig())
+    first = layer.ternary()
+    layer.to(torch.float64)
+    assert layer.ternary() is not first
+    layer.to(torch.float32)
+    with torch.inference_mode():
+        layer(torch.randn(2, 6))
+    layer(torch.randn(2, 6)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 0, 6), (2, 3, 6)])
+def test_inputs_are_of_any_shape(shape: tuple[int, ...]) -> None:
+    for config in (QuantizeConfig(), QuantizeConfig(weights="none"), QuantizeConfig(activations="none")):
+        layer = QuantizedLinear(6, 5, config)
+        assert layer(torch.randn(shape)).shape == (*shape[:-1], 5)
+
+
 def test_layers_are_named_by_patterns_and_the_head_can_be_one() -> None:
     config = QuantizeConfig(layers=("model.layers.1.mlp.*", "*.[qk]_proj", "lm_head"))
     model = Transformer(SHAPE, 40, config)
@@ -194,7 +213,8 @@ def test_patterns_that_name_nothing_and_rows_that_cannot_be_cut_are_refused() ->
     ):
         Transformer(SHAPE, 40, QuantizeConfig(layers=("model.layers.*", "model.layer.*")))
     with pytest.raises(
-        StageError, match=r"q_proj: found rows of 16 weights, expected a multiple of 128.*next that serve: 128$"
+        StageError,
+        match=r"found rows of 16 weights in model.layers.1.mlp.up_proj.*multiple of 128; the next that serve: 128; student.*24",
     ):
         Transformer(SHAPE, 40, QuantizeConfig(scale_per="group-128"))
     with pytest.raises(ValueError, match=r"scale_per = 'row' belongs to the ternary codes, and found weights = 'none'"):
