@@ -25,7 +25,7 @@ from pipeline.results import text_table
 METRICS = {
     "perplexity": ("perplexity", 1, 2),
     "kl_to_teacher_nats": ("KL to teacher, nats", 1, 4),
-    "top1_agreement": ("top-1 agreement", 100, 1),
+    "top1_agreement": ("top-1 agreement, %", 100, 1),
     "expected_calibration_error": ("ECE", 1, 4),
 }
 

@@ -230,7 +230,7 @@ def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:
                 message = problem["msg"].removeprefix("Value error, ")
                 found = problem["input"]
                 suffix = "" if isinstance(found, dict | BaseModel) else f"; found {found!r}"
-                yield f"{path}: {message}{suffix}"
+                yield ": ".join([*([path] if path else []), message + suffix])  # of the whole config: says where itself
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str], list[str]]:

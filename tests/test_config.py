@@ -102,6 +102,16 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
         ("student.quantize.weights=nbit", "student.quantize: weights = 'nbit' needs bits, and found none; set bits"),
         ("student.quantize.bits=4", "student.quantize: bits = 4 belongs to the nbit codes, and found weights = 'absm"),
         ("student.quantize={weights='nbit', bits=9}", "student.quantize.bits: .*less than or equal to 8; found 9"),
+        (
+            "student.quantize.warmup={steps=1}",
+            r"  student.quantize.warmup.steps: found 1, expected fewer than the 1 steps",
+        ),
+        ("student.quantize.layers=['x*']", r"quantize.layers: found 'x\*', which names no linear layer; .* lm_head$"),
+        (
+            "student.quantize.scale_per='group-256'",
+            r"found rows of 16 weights in .*, expected a multiple of 256; the next that serve: 256",
+        ),
+        ("variants.other.student.quantize.layers=['x*']", "variants.other.student.quantize.layers: found 'x"),
         ("zzz.a=3", "zzz: unknown key; expected one of: cache, data, distill"),
         ("nonsense", r"--set nonsense: expected dotted.key=value"),
         ("teacher.model.width.x=3", r"--set teacher.model.width.x=3: width is a value, not a table"),

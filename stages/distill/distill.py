@@ -76,6 +76,8 @@ def distill(
     student.to(device)
     if student_config.init == "teacher":
         start_from_teacher(student, teacher_folder, source)
+    elif shape.subln:
+        _fit_subln(student, source)
     if config.training.compile:
         compile_model(student)
     learner: Objective | CoTraining
@@ -149,7 +151,12 @@ def start_from_teacher(student: Transformer, teacher_folder: Path, source: Targe
     if not has_its_steps:
         student.fit_steps()  # they follow from the weights
     if student.config.subln and not any(name.endswith("_sub_norm.weight") for name in tensors):
-        batch = next(source.batches("train", 1, Signals(), Epoch()))
-        student.quantize_by(0)
-        fit_to_inputs(student, lambda: student(batch.input_ids_BT))
-        student.quantize_by(1)
+        _fit_subln(student, source)
+
+
+def _fit_subln(student: Transformer, source: TargetSource) -> None:
+    """Let SubLN begin where it changes least: in full precision, on one window."""
+    batch = next(source.batches("train", 1, Signals(), Epoch()))
+    student.quantize_by(0)
+    fit_to_inputs(student, lambda: student(batch.input_ids_BT))
+    student.quantize_by(1)

@@ -85,7 +85,8 @@ class QuantizeConfig(Section):
     def misfits(self, linears: Mapping[str, tuple[int, int]]) -> list[str]:
         """What is wrong with these settings for a model of such linear layers, (out, in) by name; empty if nothing."""
         found = [
-            f"layers: found {pattern!r}, which names no linear layer; there are {', '.join(linears)}"
+            f"layers: found {pattern!r}, which names no linear layer; there are, for example, "
+            f"{', '.join([*list(linears)[:7], 'lm_head'])}"
             for pattern in self.layers
             if not any(fnmatchcase(name, pattern) for name in linears)
         ]

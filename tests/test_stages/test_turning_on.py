@@ -22,7 +22,7 @@ from stages.models.subln import SubNorm, fit_to_inputs
 from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 from stages.quantize.warmup import WarmupConfig, quantization_strength
-from stages.targets.source import Epoch
+from stages.targets.source import Epoch, Signals
 from stages.training.loop import StepInfo
 
 SUBLN = SHAPE.model_copy(update={"subln": True})
@@ -264,3 +264,19 @@ def test_a_quantised_head_that_shares_the_embedding_adds_to_what_is_packed() -> 
     trits, scale = 100 * SHAPE.width * 2 // 8, 2
     assert packed_bytes(head, tied=True) - packed_bytes(blocks, tied=True) == trits + scale
     assert packed_bytes(head, tied=False) - packed_bytes(blocks, tied=False) == trits + scale - 2 * 100 * SHAPE.width
+
+
+def test_subln_of_random_first_weights_begins_where_it_changes_least_too(run: Path, tmp_path: Path) -> None:
+    config = distill_config(training={"steps": 1, "learning_rate": 1e-12, "batch_windows": 8})
+    student_of(run, run / "cache", tmp_path / "s", config, dump_config(), StudentConfig(model=SUBLN))
+    found = load_model(tmp_path / "s")
+    source = choose_source(config, dump_config(), SHAPE.layers, places(run, run / "cache"), CPU)
+    batch = next(source.batches("train", 1, Signals(), Epoch()))
+    expected = Transformer(SUBLN, 270)
+    expected.load_state_dict(found.state_dict())
+    expected.quantize_by(0)
+    fit_to_inputs(expected, lambda: expected(batch.input_ids_BT))
+    for one, other in zip(found.modules(), expected.modules(), strict=True):
+        if isinstance(one, SubNorm):
+            torch.testing.assert_close(one.weight, other.weight)  # type: ignore[union-attr]
+            assert (one.weight < 0.9).any()
