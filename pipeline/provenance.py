@@ -23,6 +23,10 @@ PROVENANCE_NAME = "provenance.json"
 _PACKAGES = ("tristill", "torch", "numpy", "h5py", "zstandard", "tokenizers", "datasets")
 
 
+# What records mean that were written before these settings were there. See also Section.newer.
+_SETTINGS_SINCE: dict[str, Any] = {"cache.hidden.output": "residual"}
+
+
 class Provenance(BaseModel):
     """`settings` are those that affect numbers; `inputs` and `fingerprint` are hashes of content."""
 
@@ -68,7 +72,7 @@ def write_provenance(folder: Path, provenance: Provenance) -> None:
 
 def differences(recorded: Provenance, settings: dict[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """What changed since, one line each. An input that is not known now says nothing."""
-    old, new = _flat(recorded.settings), _flat(settings)
+    old, new = _SETTINGS_SINCE | _flat(recorded.settings), _SETTINGS_SINCE | _flat(settings)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
     for name, fingerprint in recorded.inputs.items():
