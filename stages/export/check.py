@@ -13,7 +13,16 @@ from stages.export.folder_reader import read_folder
 from stages.export.gguf_reader import check_gguf, read_gguf
 from stages.export.llama_cpp_runtime import llama_cpp_runtime
 from stages.export.packages import find_transformers, find_xllamacpp
-from stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, Bounds, HeldOut, Parity, Runtime, measure_parity
+from stages.export.parity import (
+    FLOAT_BOUNDS,
+    INT8_BOUNDS,
+    TRAINED_BOUNDS,
+    Bounds,
+    HeldOut,
+    Parity,
+    Runtime,
+    measure_parity,
+)
 from stages.export.rounding import as_trained, in_blocks, rounded_in_blocks, rounded_per_position, without_rounding
 from stages.export.student import Student
 from stages.export.tokenizer_parity import tokenizer_parity
@@ -40,11 +49,23 @@ class Verdict:
     to_trained: Parity
     """From the student as it was trained: what the runtime's way of rounding activations makes."""
     bounds: Bounds
+    """Of to_reference."""
+    trained_bounds: Bounds = TRAINED_BOUNDS
+    """Of to_trained."""
+
+    @property
+    def is_well_computed(self) -> bool:
+        """Whether the runtime computes what is in the files, whether or not that is still the trained student."""
+        return not self.bounds.broken_by(self.to_reference)
 
     @property
     def broken(self) -> list[str]:
-        """Bounds that do not hold."""
-        return self.bounds.broken_by(self.to_reference)
+        """Bounds that do not hold, each with what was compared."""
+        compared = (
+            (f"its own weights ({self.reference})", self.bounds.broken_by(self.to_reference)),
+            ("the student as trained", self.trained_bounds.broken_by(self.to_trained)),
+        )
+        return [f"against {what}: {problem}" for what, problems in compared for problem in problems]
 
 
 def check_folder(student: Student, kind: Literal["hf", "bitnet"], folder: Path, text: HeldOut) -> Verdict:

@@ -13,6 +13,7 @@ from stages.data.config import TrainedTokenizer
 from stages.data.tokenizer import train_tokenizer
 from stages.errors import ExportError, TokenizerError
 from stages.export.bitnet import pack_trits, refuse_bitnet, unpack_trits
+from stages.export.check import Verdict
 from stages.export.gguf import refuse_gguf
 from stages.export.gguf_layout import gguf_name, halves, interleave, our_name
 from stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
@@ -114,6 +115,21 @@ def test_positions_reach_from_the_first_to_the_last_that_has_room_for_a_next_one
     assert spread_positions(9, 4).tolist() == [0, 2, 5, 7]
     assert spread_positions(9, 100).tolist() == list(range(8))
     assert spread_positions(1, 4).tolist() == [0]
+
+
+def test_what_the_student_was_trained_as_has_bounds_of_its_own() -> None:
+    text = HeldOut((torch.zeros(4, dtype=torch.long),), (torch.zeros(4, dtype=torch.long),))
+    exported, near, far = Constant([2.0, 1.0]), Constant([2.05, 1.0]), Constant([2.5, 1.0])
+    to_itself, to_near, to_far = measure_parity(exported, [exported, near, far], text, 4)
+    close, apart = (
+        Verdict("runtime", None, "twin", to_itself, to_trained, INT8_BOUNDS) for to_trained in (to_near, to_far)
+    )
+    assert close.broken == []
+    assert apart.broken == [f"against the student as trained: KL of {to_far.kl_nats:.2g} nats, expected at most 0.01"]
+    assert apart.is_well_computed
+    wrong = Verdict("runtime", None, "twin", to_far, to_far, INT8_BOUNDS)
+    assert wrong.broken[0].startswith("against its own weights (twin): KL of ")
+    assert not wrong.is_well_computed
 
 
 def test_not_a_number_breaks_every_bound() -> None:
