@@ -31,7 +31,10 @@ from stages.export.transformers_runtime import TransformersRuntime
 NUM_WINDOWS = 16
 _POSITIONS_PER_WINDOW = 256
 _LLAMA_CPP_ENTRIES = 2**19
-"""llama.cpp gives a position's log-probabilities as JSON: so many of them take some seconds."""
+"""llama.cpp gives a position's log-probabilities as JSON, at 8 microseconds each: so many of them take some seconds."""
+_LLAMA_CPP_POSITIONS = (128, 256)
+"""At least, for on fewer a tie or two would pass for a wrong export, whatever it takes: half a minute with a vocabulary
+of 32,000, over two minutes with one of 128,000. And at most."""
 _LLAMA_CPP_WINDOWS = 4
 _ROUNDING = 1e-6
 
@@ -125,11 +128,17 @@ def judge_file(student: Student, path: Path, text: HeldOut) -> Verdict:
         back = in_blocks("the file, read back", file.model(), file.ternary)
         return _verdict(back, references, text, _POSITIONS_PER_WINDOW, INT8_BOUNDS, None)
     few = HeldOut(text.ids[:_LLAMA_CPP_WINDOWS], text.labels[:_LLAMA_CPP_WINDOWS])
-    per_window = min(max(_LLAMA_CPP_ENTRIES // model.vocab_size, 32), 256) // len(few.ids)
+    per_window = llama_cpp_positions(model.vocab_size) // len(few.ids)
     with llama_cpp_runtime(path, student.context_length, model.vocab_size) as theirs:
         tokenizer = load_tokenizer(student.tokenizer_json)
         num_texts = tokenizer_parity(tokenizer, theirs.tokenize, text.ids, theirs.name)
         return _verdict(theirs, references, few, per_window, INT8_BOUNDS, num_texts)
+
+
+def llama_cpp_positions(vocab_size: int) -> int:
+    """At how many positions llama.cpp is asked."""
+    fewest, most = _LLAMA_CPP_POSITIONS
+    return min(max(_LLAMA_CPP_ENTRIES // vocab_size, fewest), most)
 
 
 def _verdict(

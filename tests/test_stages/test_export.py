@@ -13,7 +13,7 @@ from stages.data.config import TrainedTokenizer
 from stages.data.tokenizer import train_tokenizer
 from stages.errors import ExportError, TokenizerError
 from stages.export.bitnet import pack_trits, refuse_bitnet, unpack_trits
-from stages.export.check import Verdict
+from stages.export.check import Verdict, llama_cpp_positions
 from stages.export.gguf import refuse_gguf
 from stages.export.gguf_layout import gguf_name, halves, interleave, our_name
 from stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
@@ -136,6 +136,14 @@ def test_not_a_number_breaks_every_bound() -> None:
     text = HeldOut((torch.zeros(4, dtype=torch.long),), (torch.zeros(4, dtype=torch.long),))
     (found,) = measure_parity(Constant([float("nan"), 0.0]), [Constant([1.0, 0.0])], text, 4)
     assert len(FLOAT_BOUNDS.broken_by(found)) >= 2
+
+
+def test_two_ties_refuse_no_export_however_large_its_vocabulary() -> None:
+    for vocab_size in (257, 2048, 16_384, 32_000, 262_144):
+        positions = llama_cpp_positions(vocab_size)
+        assert 128 <= positions <= 256
+        assert 1 - 2 / positions > INT8_BOUNDS.top1_agreement
+        assert positions * min(vocab_size, 4096) <= 2**19
 
 
 # Refusals
