@@ -189,8 +189,11 @@ def test_what_cannot_be_exported_is_said_with_what_would_serve(
 ) -> None:
     outcome = on(finished_run, "--format", "gguf")
     assert outcome.code == 1
-    assert "model.layers.0.self_attn.q_proj (and 13 layers more): found rows of 32 weights" in outcome.stderr
-    assert "the next that serve are 256: set student.model.width and mlp_width to such" in outcome.stderr
+    assert "model.layers.0.self_attn.q_proj (and 11 more): found rows of 32 weights" in outcome.stderr
+    assert (
+        "the next that serve are 256: set student.model.width to one of them; model.layers.0.mlp.down_pr"
+        in outcome.stderr
+    )
     outcome = on(finished_run, "teacher", "--format", "bitnet")
     assert outcome.code == 1
     assert "found no quantised weights, but the packed layout of transformers holds ternary weights" in outcome.stderr

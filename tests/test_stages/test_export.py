@@ -158,8 +158,13 @@ def test_two_ties_refuse_no_export_however_large_its_vocabulary() -> None:
             {},
             "mlp.down_proj: found rows of 320 weights, expected a multiple of 256; the next that ",
         ),
-        ({"mlp_width": 320}, {}, "that serve are 256 and 512"),
-        ({"width": 128}, {}, "self_attn.q_proj (and 5 layers more): found rows of 128 weights"),
+        ({"mlp_width": 320}, {}, "that serve are 256 and 512: set student.model.mlp_width to one of them"),
+        ({"width": 128}, {}, "self_attn.q_proj (and 5 more): found rows of 128 weights"),
+        (
+            {"width": 128, "mlp_width": 320},
+            {},
+            "serve are 256: set student.model.width to one of them; model.layers.0.mlp.down_proj: found rows of 320 we",
+        ),
         ({"subln": True, "tied_embeddings": False}, {}, "tied_embeddings: found false, but llama.cpp's bitnet"),
         ({"subln": True}, {"layers": ["model.layers.*", "lm_head"]}, "lm_head: found it quantised, but llama.cpp's"),
         ({}, {"weights": "nbit", "bits": 4}, "found weights of the code 'nbit', but a GGUF file of ternary blocks"),
@@ -175,13 +180,26 @@ def test_a_gguf_file_refuses_what_it_cannot_hold(shape: dict[str, Any], quantize
 def test_a_gguf_file_refuses_scales_that_float16_cannot_hold_and_names_all_problems_at_once() -> None:
     model = make_model({"mlp_width": 320})
     with torch.no_grad():
-        model.get_parameter("model.layers.0.self_attn.v_proj.weight").mul_(1e-6)
+        model.get_parameter("model.layers.0.self_attn.v_proj.weight").zero_()[0, 0] = 8e-6
         model.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(1e9)
     with pytest.raises(ExportError) as found:
         refuse_gguf(model)
     assert "v_proj: found scales from 1e-05 to 1e-05, which float16 cannot hold to its precision" in str(found.value)
     assert "o_proj: found scales from" in str(found.value)
     assert "mlp.down_proj: found rows of 320 weights" in str(found.value)
+
+
+@pytest.mark.parametrize("scale_per", ["tensor", "row", "group-256"])
+def test_a_gguf_file_holds_weights_that_are_all_zero_whatever_their_scale(scale_per: str) -> None:
+    model = make_model({"mlp_width": 512}, scale_per=scale_per)
+    weight = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    dead = slice(None) if scale_per == "tensor" else 3
+    with torch.no_grad():
+        weight[dead] = 0
+        refuse_gguf(model)
+        weight[dead, 5] = 8e-6  # rounds to the scale, which is 1e-5
+    with pytest.raises(ExportError, match="down_proj: found scales from 1e-05 to"):
+        refuse_gguf(model)
 
 
 @pytest.mark.parametrize(

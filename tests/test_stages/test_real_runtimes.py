@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,15 @@ def test_both_ternary_types_hold_the_same_student(trained: Callable[[str], Given
     fast, small = (write_file(student, tmp_path, kind) for kind in ("TQ2_0", "TQ1_0"))
     assert small.stat().st_size < fast.stat().st_size
     assert_at_the_noise_of_int8(check_file(student, small, text))
+
+
+def test_weights_that_are_all_zero_are_exact_zeros(trained: Callable[[str], Given], tmp_path: Path) -> None:
+    for name, dead in (("merges", slice(None)), ("learned rows, no rounding", 3)):
+        of_the_run, text = trained(name)
+        student = replace(of_the_run, model=deepcopy(of_the_run.model))
+        with torch.no_grad():
+            student.model.get_parameter("model.layers.1.mlp.down_proj.weight")[dead] = 0
+        assert check_file(student, write_file(student, tmp_path), text).broken == []
 
 
 def greedy_text(student: Student, prompt: list[int]) -> list[int]:
