@@ -28,7 +28,7 @@ from stages.export.gguf import refuse_gguf, write_gguf
 from stages.export.gguf_tokenizer import gguf_tokenizer
 from stages.export.hugging_face import write_hugging_face
 from stages.export.packages import import_gguf
-from stages.export.parity import HeldOut, Parity
+from stages.export.parity import Bounds, HeldOut, Parity
 from stages.export.student import Student, load_student
 from stages.models.folder import model_fingerprint, pick_device
 from stages.targets.online import OnlineSource
@@ -106,9 +106,6 @@ def verdict_text(one: Wanted, verdict: Verdict) -> str:
     """What was found, as a table and a line."""
     header = ["student", "positions", "logit error, max", "mean", "KL, nats", "top-1", "perplexity", "of the export"]
     rows = [_row(verdict.reference, verdict.to_reference), _row("as trained", verdict.to_trained)]
-    bounds = verdict.bounds
-    limits = [f"KL at most {bounds.kl_nats:g} nats", f"top-1 at least {bounds.top1_agreement:.1%}"]
-    limits += [] if bounds.max_logit_error is None else [f"logit error at most {bounds.max_logit_error:g}"]
     texts = verdict.tokenizer_texts
     ids = "its tokenizer was not run" if texts is None else f"its tokenizer made the same ids of {texts} texts"
     kind = f" {one.ternary_type}" if one.ternary_type else ""
@@ -116,9 +113,16 @@ def verdict_text(one: Wanted, verdict: Verdict) -> str:
         [
             f"{one.export_format}{kind}, computed by {verdict.runtime}; {ids}",
             text_table([header, *rows]),
-            f"bounds, of the first line: {', '.join(limits)}",
+            f"bounds of the first line: {_limits(verdict.bounds)}",
+            f"bounds of the second: {_limits(verdict.trained_bounds)}",
         ]
     )
+
+
+def _limits(bounds: Bounds) -> str:
+    limits = [f"KL at most {bounds.kl_nats:g} nats", f"top-1 at least {bounds.top1_agreement:.1%}"]
+    limits += [] if bounds.max_logit_error is None else [f"logit error at most {bounds.max_logit_error:g}"]
+    return ", ".join(limits)
 
 
 def _row(name: str, parity: Parity) -> list[str]:
@@ -144,7 +148,7 @@ def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], 
         if verdict.broken:
             raise ExportError(
                 f"{one.path}: the export does not compute what {student.folder} does: {'; '.join(verdict.broken)}; "
-                "nothing was kept"
+                f"{_what_to_do(student, one, verdict)}; nothing was kept"
             )
         write_atomically(one.record, _record(student, one, partial, verdict))
         if one.path.is_dir():
@@ -157,6 +161,23 @@ def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], 
         _remove(partial)
     size = one.path.stat().st_size if one.path.is_file() else sum(file.stat().st_size for file in one.path.iterdir())
     echo(f"{one.path}: {size / 2**20:.2f} MiB")
+
+
+def _what_to_do(student: Student, one: Wanted, verdict: Verdict) -> str:
+    """About an export past its bounds."""
+    if not verdict.is_well_computed:
+        return f"{verdict.runtime} does not compute these weights as they are: use another version or format"
+    quantize = student.model.quantize
+    if quantize is None or quantize.activations == "none":
+        return (
+            "activations were not rounded in training, and 8 bits there lose too much of them: train with "
+            "student.quantize.activations = 'absmax-int8', or use `--format hf`, which rounds none"
+        )
+    return (
+        f"activations were rounded to 8 bits per position in training, and `--format {one.export_format}` does "
+        "otherwise: use `--format bitnet`, which rounds them as in training and holds ternary weights with a scale per "
+        "matrix"
+    )
 
 
 def _write_and_check(student: Student, one: Wanted, partial: Path, text: HeldOut) -> Verdict:

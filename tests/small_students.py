@@ -16,19 +16,21 @@ from stages.quantize.config import QuantizeConfig
 from stages.targets.online import OnlineSource
 
 CONTEXT = 64
+LONG_CONTEXT = 72
+"""Has room for a prompt and 64 tokens."""
 BYTES, BPE = 257, 512
 """Vocabularies: bytes and the end of text alone, or with merges."""
 SHAPE = ModelConfig(width=256, layers=2, heads=4, kv_heads=2, mlp_width=512)
 
 
-def make_tokens(folder: Path, vocab_size: int) -> Path:
+def make_tokens(folder: Path, vocab_size: int, context: int = CONTEXT, train_tokens: int = 60_000) -> Path:
     data = DataConfig.model_validate(
         {
             "source": {"kind": "python-stdlib"},
             "tokenizer": {"kind": "bpe", "vocab_size": vocab_size, "train_bytes": 200_000},
-            "context_length": CONTEXT,
+            "context_length": context,
             "validation_fraction": 0.2,
-            "max_train_tokens": 60_000,
+            "max_train_tokens": train_tokens,
             "max_validation_tokens": 4_000,
         }
     )

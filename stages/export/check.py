@@ -13,7 +13,16 @@ from stages.export.folder_reader import read_folder
 from stages.export.gguf_reader import check_gguf, read_gguf
 from stages.export.llama_cpp_runtime import llama_cpp_runtime
 from stages.export.packages import find_transformers, find_xllamacpp
-from stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, Bounds, HeldOut, Parity, Runtime, measure_parity
+from stages.export.parity import (
+    FLOAT_BOUNDS,
+    INT8_BOUNDS,
+    TRAINED_BOUNDS,
+    Bounds,
+    HeldOut,
+    Parity,
+    Runtime,
+    measure_parity,
+)
 from stages.export.rounding import as_trained, in_blocks, rounded_in_blocks, rounded_per_position, without_rounding
 from stages.export.student import Student
 from stages.export.tokenizer_parity import tokenizer_parity
@@ -22,7 +31,10 @@ from stages.export.transformers_runtime import TransformersRuntime
 NUM_WINDOWS = 16
 _POSITIONS_PER_WINDOW = 256
 _LLAMA_CPP_ENTRIES = 2**19
-"""llama.cpp gives a position's log-probabilities as JSON: so many of them take some seconds."""
+"""llama.cpp gives a position's log-probabilities as JSON, at 8 microseconds each: so many of them take some seconds."""
+_LLAMA_CPP_POSITIONS = (128, 256)
+"""At least, for on fewer a tie or two would pass for a wrong export, whatever it takes: half a minute with a vocabulary
+of 32,000, over two minutes with one of 128,000. And at most."""
 _LLAMA_CPP_WINDOWS = 4
 _ROUNDING = 1e-6
 
@@ -40,11 +52,23 @@ class Verdict:
     to_trained: Parity
     """From the student as it was trained: what the runtime's way of rounding activations makes."""
     bounds: Bounds
+    """Of to_reference."""
+    trained_bounds: Bounds = TRAINED_BOUNDS
+    """Of to_trained."""
+
+    @property
+    def is_well_computed(self) -> bool:
+        """Whether the runtime computes what is in the files, whether or not that is still the trained student."""
+        return not self.bounds.broken_by(self.to_reference)
 
     @property
     def broken(self) -> list[str]:
-        """Bounds that do not hold."""
-        return self.bounds.broken_by(self.to_reference)
+        """Bounds that do not hold, each with what was compared."""
+        compared = (
+            (f"its own weights ({self.reference})", self.bounds.broken_by(self.to_reference)),
+            ("the student as trained", self.trained_bounds.broken_by(self.to_trained)),
+        )
+        return [f"against {what}: {problem}" for what, problems in compared for problem in problems]
 
 
 def check_folder(student: Student, kind: Literal["hf", "bitnet"], folder: Path, text: HeldOut) -> Verdict:
@@ -104,11 +128,17 @@ def judge_file(student: Student, path: Path, text: HeldOut) -> Verdict:
         back = in_blocks("the file, read back", file.model(), file.ternary)
         return _verdict(back, references, text, _POSITIONS_PER_WINDOW, INT8_BOUNDS, None)
     few = HeldOut(text.ids[:_LLAMA_CPP_WINDOWS], text.labels[:_LLAMA_CPP_WINDOWS])
-    per_window = min(max(_LLAMA_CPP_ENTRIES // model.vocab_size, 32), 256) // len(few.ids)
+    per_window = llama_cpp_positions(model.vocab_size) // len(few.ids)
     with llama_cpp_runtime(path, student.context_length, model.vocab_size) as theirs:
         tokenizer = load_tokenizer(student.tokenizer_json)
         num_texts = tokenizer_parity(tokenizer, theirs.tokenize, text.ids, theirs.name)
         return _verdict(theirs, references, few, per_window, INT8_BOUNDS, num_texts)
+
+
+def llama_cpp_positions(vocab_size: int) -> int:
+    """At how many positions llama.cpp is asked."""
+    fewest, most = _LLAMA_CPP_POSITIONS
+    return min(max(_LLAMA_CPP_ENTRIES // vocab_size, fewest), most)
 
 
 def _verdict(

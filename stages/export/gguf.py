@@ -18,6 +18,7 @@ from stages.export.packages import import_gguf
 from stages.export.student import plain_linears, require_ternary
 from stages.models.transformer import Transformer
 from stages.quantize.config import group_columns
+from stages.quantize.ternary import TernaryWeight
 
 _FP16_ROUNDING = 2.0**-11
 """Half the distance of neighbouring float16 numbers, relative: what a normal number loses at most."""
@@ -83,13 +84,17 @@ def refuse_gguf(model: Transformer) -> None:
             f"{BLOCK_COLUMNS} columns; expected tensor, row or group-256"
         )
     layers = model.quantized_linears()
-    if uneven := [layer_name for layer_name, layer in layers.items() if layer.in_features % BLOCK_COLUMNS]:
-        columns = layers[uneven[0]].in_features
+    uneven: dict[tuple[int, str], list[str]] = {}
+    for layer_name, layer in layers.items():
+        if layer.in_features % BLOCK_COLUMNS:
+            field = "mlp_width" if layer_name.endswith("down_proj") else "width"
+            uneven.setdefault((layer.in_features, field), []).append(layer_name)
+    for (columns, field), names in uneven.items():
         serve = {max(columns // BLOCK_COLUMNS, 1) * BLOCK_COLUMNS, -(-columns // BLOCK_COLUMNS) * BLOCK_COLUMNS}
-        more = f" (and {len(uneven) - 1} layers more)" if len(uneven) > 1 else ""
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         problems.append(
-            f"{uneven[0]}{more}: found rows of {columns} weights, expected a multiple of {BLOCK_COLUMNS}; the next "
-            f"that serve are {' and '.join(map(str, sorted(serve)))}: set student.model.width and mlp_width to such"
+            f"{names[0]}{more}: found rows of {columns} weights, expected a multiple of {BLOCK_COLUMNS}; the next "
+            f"that serve are {' and '.join(map(str, sorted(serve)))}: set student.model.{field} to one of them"
         )
     if "lm_head" in layers and model.config.subln:
         problems.append(
@@ -102,15 +107,23 @@ def refuse_gguf(model: Transformer) -> None:
             "no output matrix beside the embedding; set it to true"
         )
     for layer_name, layer in layers.items():
-        scales = layer.ternary().scale_RG
-        error = float((scales.half().float() / scales - 1).abs().max())
-        if not error <= _FP16_ROUNDING:
+        scales = _scales_that_count(layer.ternary())
+        error = (scales.half().float() / scales - 1).abs()
+        if not bool((error <= _FP16_ROUNDING).all()):
             problems.append(
                 f"{layer_name}: found scales from {float(scales.min()):.3g} to {float(scales.max()):.3g}, which "
                 "float16 cannot hold to its precision; expected 6.2e-5 to 65504"
             )
     if problems:
         raise ExportError("a GGUF file of ternary blocks cannot hold this student: " + "; ".join(problems))
+
+
+def _scales_that_count(ternary: TernaryWeight) -> Tensor:
+    """Those of blocks with a trit that is not zero; zeros are zeros at any scale that float16 has."""
+    scales_RG = ternary.scale_RG
+    num_rows, num_groups = scales_RG.shape
+    trits_RXGC = ternary.trits_OI.reshape(num_rows, -1, num_groups, ternary.trits_OI.shape[1] // num_groups)
+    return scales_RG[trits_RXGC.any(dim=3).any(dim=1) | ~(scales_RG <= _FP16_LARGEST)]
 
 
 def exported_tensors(model: Transformer) -> Iterator[tuple[str, Tensor, bool]]:

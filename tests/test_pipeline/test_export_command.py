@@ -123,11 +123,39 @@ def test_an_export_past_its_bounds_is_not_kept(own_run: Path) -> None:
     outcome = on(own_run, "--format", "hf")
     assert outcome.code == 1
     assert "the export does not compute what" in outcome.stderr
-    assert "KL of inf nats, expected at most" in outcome.stderr
+    assert "against its own weights (float activations): KL of inf nats, expected at most" in outcome.stderr
+    assert "does not compute these weights as they are: use another version or format" in outcome.stderr
     assert "nothing was kept" in outcome.stderr
     assert "perplexity" in outcome.stdout
     assert {path.name for path in (own_run / "exports" / "student").iterdir()} == {"hf", "hf.json"}
     assert (own_run / "exports" / "student" / "hf" / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_that_rounds_activations_as_training_did_not_is_refused(own_run: Path) -> None:
+    folder = own_run / "students" / "student"
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    for name in list(tensors):  # one channel is a million times the others, and no ternary weight asks for it
+        if name.endswith("layernorm.weight"):
+            tensors[name][7] = 1e6
+        elif ".self_attn." in name or ".mlp." in name:
+            tensors[name][:, 7] = 0
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused = "does: against the student as trained: KL of "
+    outcome = on(own_run, "--format", "hf")
+    assert outcome.code == 1
+    assert refused in outcome.stderr
+    assert "activations were rounded to 8 bits per position in training, and `--format hf` does" in outcome.stderr
+    assert "use `--format bitnet`" in outcome.stderr
+    config = json.loads((folder / "config.json").read_text())
+    config["quantize"]["activations"] = "none"
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = on(own_run, "--format", "gguf")
+    assert outcome.code == 1
+    assert refused in outcome.stderr
+    assert "against its own weights" not in outcome.stderr
+    assert "train with student.quantize.activations = 'absmax-int8', or use `--format hf`" in outcome.stderr
+    assert "bounds of the second: KL at most 0.01 nats, top-1 at least 95.0%" in outcome.stdout
+    assert list((own_run / "exports" / "student").iterdir()) == []
 
 
 def test_without_the_runtimes_files_are_read_back(own_run: Path) -> None:
@@ -161,8 +189,11 @@ def test_what_cannot_be_exported_is_said_with_what_would_serve(
 ) -> None:
     outcome = on(finished_run, "--format", "gguf")
     assert outcome.code == 1
-    assert "model.layers.0.self_attn.q_proj (and 13 layers more): found rows of 32 weights" in outcome.stderr
-    assert "the next that serve are 256: set student.model.width and mlp_width to such" in outcome.stderr
+    assert "model.layers.0.self_attn.q_proj (and 11 more): found rows of 32 weights" in outcome.stderr
+    assert (
+        "the next that serve are 256: set student.model.width to one of them; model.layers.0.mlp.down_pr"
+        in outcome.stderr
+    )
     outcome = on(finished_run, "teacher", "--format", "bitnet")
     assert outcome.code == 1
     assert "found no quantised weights, but the packed layout of transformers holds ternary weights" in outcome.stderr

@@ -13,6 +13,7 @@ from stages.data.config import TrainedTokenizer
 from stages.data.tokenizer import train_tokenizer
 from stages.errors import ExportError, TokenizerError
 from stages.export.bitnet import pack_trits, refuse_bitnet, unpack_trits
+from stages.export.check import Verdict, llama_cpp_positions
 from stages.export.gguf import refuse_gguf
 from stages.export.gguf_layout import gguf_name, halves, interleave, our_name
 from stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
@@ -116,10 +117,33 @@ def test_positions_reach_from_the_first_to_the_last_that_has_room_for_a_next_one
     assert spread_positions(1, 4).tolist() == [0]
 
 
+def test_what_the_student_was_trained_as_has_bounds_of_its_own() -> None:
+    text = HeldOut((torch.zeros(4, dtype=torch.long),), (torch.zeros(4, dtype=torch.long),))
+    exported, near, far = Constant([2.0, 1.0]), Constant([2.05, 1.0]), Constant([2.5, 1.0])
+    to_itself, to_near, to_far = measure_parity(exported, [exported, near, far], text, 4)
+    close, apart = (
+        Verdict("runtime", None, "twin", to_itself, to_trained, INT8_BOUNDS) for to_trained in (to_near, to_far)
+    )
+    assert close.broken == []
+    assert apart.broken == [f"against the student as trained: KL of {to_far.kl_nats:.2g} nats, expected at most 0.01"]
+    assert apart.is_well_computed
+    wrong = Verdict("runtime", None, "twin", to_far, to_far, INT8_BOUNDS)
+    assert wrong.broken[0].startswith("against its own weights (twin): KL of ")
+    assert not wrong.is_well_computed
+
+
 def test_not_a_number_breaks_every_bound() -> None:
     text = HeldOut((torch.zeros(4, dtype=torch.long),), (torch.zeros(4, dtype=torch.long),))
     (found,) = measure_parity(Constant([float("nan"), 0.0]), [Constant([1.0, 0.0])], text, 4)
     assert len(FLOAT_BOUNDS.broken_by(found)) >= 2
+
+
+def test_two_ties_refuse_no_export_however_large_its_vocabulary() -> None:
+    for vocab_size in (257, 2048, 16_384, 32_000, 262_144):
+        positions = llama_cpp_positions(vocab_size)
+        assert 128 <= positions <= 256
+        assert 1 - 2 / positions > INT8_BOUNDS.top1_agreement
+        assert positions * min(vocab_size, 4096) <= 2**19
 
 
 # Refusals
@@ -134,8 +158,13 @@ def test_not_a_number_breaks_every_bound() -> None:
             {},
             "mlp.down_proj: found rows of 320 weights, expected a multiple of 256; the next that ",
         ),
-        ({"mlp_width": 320}, {}, "that serve are 256 and 512"),
-        ({"width": 128}, {}, "self_attn.q_proj (and 5 layers more): found rows of 128 weights"),
+        ({"mlp_width": 320}, {}, "that serve are 256 and 512: set student.model.mlp_width to one of them"),
+        ({"width": 128}, {}, "self_attn.q_proj (and 5 more): found rows of 128 weights"),
+        (
+            {"width": 128, "mlp_width": 320},
+            {},
+            "serve are 256: set student.model.width to one of them; model.layers.0.mlp.down_proj: found rows of 320 we",
+        ),
         ({"subln": True, "tied_embeddings": False}, {}, "tied_embeddings: found false, but llama.cpp's bitnet"),
         ({"subln": True}, {"layers": ["model.layers.*", "lm_head"]}, "lm_head: found it quantised, but llama.cpp's"),
         ({}, {"weights": "nbit", "bits": 4}, "found weights of the code 'nbit', but a GGUF file of ternary blocks"),
@@ -151,13 +180,26 @@ def test_a_gguf_file_refuses_what_it_cannot_hold(shape: dict[str, Any], quantize
 def test_a_gguf_file_refuses_scales_that_float16_cannot_hold_and_names_all_problems_at_once() -> None:
     model = make_model({"mlp_width": 320})
     with torch.no_grad():
-        model.get_parameter("model.layers.0.self_attn.v_proj.weight").mul_(1e-6)
+        model.get_parameter("model.layers.0.self_attn.v_proj.weight").zero_()[0, 0] = 8e-6
         model.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(1e9)
     with pytest.raises(ExportError) as found:
         refuse_gguf(model)
     assert "v_proj: found scales from 1e-05 to 1e-05, which float16 cannot hold to its precision" in str(found.value)
     assert "o_proj: found scales from" in str(found.value)
     assert "mlp.down_proj: found rows of 320 weights" in str(found.value)
+
+
+@pytest.mark.parametrize("scale_per", ["tensor", "row", "group-256"])
+def test_a_gguf_file_holds_weights_that_are_all_zero_whatever_their_scale(scale_per: str) -> None:
+    model = make_model({"mlp_width": 512}, scale_per=scale_per)
+    weight = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    dead = slice(None) if scale_per == "tensor" else 3
+    with torch.no_grad():
+        weight[dead] = 0
+        refuse_gguf(model)
+        weight[dead, 5] = 8e-6  # rounds to the scale, which is 1e-5
+    with pytest.raises(ExportError, match="down_proj: found scales from 1e-05 to"):
+        refuse_gguf(model)
 
 
 @pytest.mark.parametrize(

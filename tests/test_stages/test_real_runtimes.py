@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from small_students import BPE, BYTES, CONTEXT, SHAPE, held_out_text, make_student, make_tokens
+from small_students import BPE, BYTES, CONTEXT, LONG_CONTEXT, SHAPE, held_out_text, make_student, make_tokens
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from conftest import ROOT
@@ -30,7 +31,7 @@ from stages.export.gguf_reader import check_gguf
 from stages.export.hugging_face import write_hugging_face
 from stages.export.llama_cpp_runtime import llama_cpp_runtime
 from stages.export.parity import HeldOut
-from stages.export.rounding import rounded_in_blocks
+from stages.export.rounding import as_trained
 from stages.export.student import Student, load_student
 from stages.export.tokenizer_parity import tokenizer_parity
 from stages.models.transformer import Transformer
@@ -61,6 +62,9 @@ LLAMA_3 = pre_tokenizers.Split(
     ),
     behavior="isolated",
 )
+NEAR_TIE_NATS = 0.1
+"""What rounding activations per block instead of per position may change the distance of two candidates by. Measured: none
+of 16 texts parted, or, of students trained for longer, 3 of 16, each once, over candidates 0.004 to 0.05 nats apart."""
 Given = tuple[Student, HeldOut]
 
 
@@ -128,21 +132,57 @@ def test_both_ternary_types_hold_the_same_student(trained: Callable[[str], Given
     assert_at_the_noise_of_int8(check_file(student, small, text))
 
 
-@pytest.mark.parametrize("name", ["merges", "bytes, SubLN"])
-def test_llama_cpp_writes_the_same_text_as_the_student(
-    trained: Callable[[str], Given], name: str, tmp_path: Path
-) -> None:
-    student, text = trained(name)
-    twin = rounded_in_blocks(student.model)
-    with llama_cpp_runtime(write_file(student, tmp_path), CONTEXT, student.model.vocab_size) as llama_cpp:
-        prompt = text.ids[3][:4].tolist()
-        found = llama_cpp.greedy(prompt, CONTEXT - len(prompt))
-    assert len(found) >= 8  # it may end of its own accord
-    ids = torch.tensor(prompt + found)
-    log_probs_PV = twin.log_probs(ids[:-1], torch.arange(len(prompt) - 1, len(ids) - 1))
-    behind_P = log_probs_PV.amax(-1) - log_probs_PV.gather(-1, torch.tensor(found)[:, None])[:, 0]
-    assert float((behind_P == 0).double().mean()) > 0.95
-    assert float(behind_P.max()) < 0.02  # two that are as likely may change places
+def test_weights_that_are_all_zero_are_exact_zeros(trained: Callable[[str], Given], tmp_path: Path) -> None:
+    for name, dead in (("merges", slice(None)), ("learned rows, no rounding", 3)):
+        of_the_run, text = trained(name)
+        student = replace(of_the_run, model=deepcopy(of_the_run.model))
+        with torch.no_grad():
+            student.model.get_parameter("model.layers.1.mlp.down_proj.weight")[dead] = 0
+        assert check_file(student, write_file(student, tmp_path), text).broken == []
+
+
+def greedy_text(student: Student, prompt: list[int]) -> list[int]:
+    """64 ids of the student as it was trained, or fewer that end with the end of text."""
+    runtime, ids = as_trained(student.model), list(prompt)
+    while len(ids) < len(prompt) + 64 and (len(ids) == len(prompt) or ids[-1] != student.end_of_text_id):
+        ids.append(int(runtime.log_probs(torch.tensor(ids), torch.tensor([len(ids) - 1])).argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("subln", [False, True])
+def test_llama_cpp_writes_the_64_tokens_of_the_trained_student_but_for_near_ties(subln: bool, tmp_path: Path) -> None:
+    """Strictly the same they cannot be: the student rounds activations per position, llama.cpp per block of 256.
+
+    So that texts have more than one word, the students learn a short text by heart. Where llama.cpp parts from one, the
+    student's own two candidates have to be as good as equal, and llama.cpp goes on from the student's.
+    """
+    shape = SHAPE.model_copy(update={"subln": subln})
+    tokens = make_tokens(tmp_path / "tokens", BPE, LONG_CONTEXT, train_tokens=3_000)
+    student = load_student(make_student(tmp_path / "student", tokens, QuantizeConfig(), shape, steps=80))
+    prompts = [ids_T[:4].tolist() for ids_T in held_out_text(tokens, 8).ids]
+    texts = [greedy_text(student, prompt) for prompt in prompts]
+    assert max(map(len, texts)) == 64
+    assert max(len(set(text)) for text in texts) > 5
+    behind: list[list[float]] = [[] for _ in texts]
+    """Nats by which the student prefers its own id to llama.cpp's, wherever these differ, by text."""
+    with llama_cpp_runtime(write_file(student, tmp_path), LONG_CONTEXT, BPE) as llama_cpp:
+        for prompt, text, behind_text in zip(prompts, texts, behind, strict=True):
+            done = 0
+            while done < len(text):
+                found = llama_cpp.greedy(prompt + text[:done], len(text) - done)
+                same = next(
+                    (i for i, ids in enumerate(zip(found, text[done:], strict=False)) if len(set(ids)) > 1), None
+                )
+                if same is None:
+                    assert found == text[done:]
+                    break
+                done += same
+                ids = torch.tensor(prompt + text[:done])
+                log_probs_V = as_trained(student.model).log_probs(ids, torch.tensor([len(ids) - 1]))[0]
+                behind_text.append(float(log_probs_V[text[done]] - log_probs_V[found[same]]))
+                done += 1
+    assert all(nats < NEAR_TIE_NATS for behind_text in behind for nats in behind_text)
+    assert sum(not behind_text for behind_text in behind) > len(texts) / 2
 
 
 @pytest.mark.parametrize("name", ["merges", "bytes, SubLN"])
