@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Small runs beside other work: threads of torch that wait for one another would take most of the time.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TOKENIZER_JSON = b'{"any": "bytes will do"}'
+
+
+def pytest_configure() -> None:
+    """A shell that starts tests in its background has them ignore Ctrl-C, and so would every process they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_spec(
