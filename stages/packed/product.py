@@ -64,8 +64,10 @@ def _bags(num_positions: int, num_inputs: int, group: int, threads: int) -> tupl
     return columns, (positions * num_inputs + starts).flatten()
 
 
-def product_by_blocks(x_TI: Tensor, weight: PackedWeight, step_T1: Tensor | None = None) -> Tensor:
-    """As `packed_product`, unpacking the weights of some outputs at a time: the more positions, the faster each.
+def product_by_blocks(
+    x_TI: Tensor, weight: PackedWeight, step_T1: Tensor | None = None, *, block_weights: int = _BLOCK_WEIGHTS
+) -> Tensor:
+    """As `packed_product`, unpacking about `block_weights` at a time: the more positions, the faster each.
 
     int8 is summed in int32. (On processors without VNNI oneDNN adds pairs of products in 16 bits; with trits these are
     at most 2 * 255.)
@@ -74,7 +76,7 @@ def product_by_blocks(x_TI: Tensor, weight: PackedWeight, step_T1: Tensor | None
     is_whole = x_TI.dtype == torch.int8
     parts = [x_TI[:, first : first + group].contiguous() for first in range(0, weight.num_inputs, group)]
     out_TO = torch.empty(len(x_TI), weight.num_outputs)
-    step = max(1, _BLOCK_WEIGHTS // group // TRITS_PER_BYTE) * TRITS_PER_BYTE
+    step = max(1, block_weights // group // TRITS_PER_BYTE) * TRITS_PER_BYTE
     for first in range(0, weight.num_outputs, step):
         outputs = range(first, min(first + step, weight.num_outputs))
         block = out_TO[:, first : outputs.stop]

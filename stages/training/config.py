@@ -52,7 +52,10 @@ class TrainingConfig(Section):
         Literal["float32", "bfloat16"], Field(description="bfloat16: matrix products under autocast; weights stay FP32")
     ] = "float32"
     compile: Annotated[
-        bool, Field(description="torch.compile: faster steps after a slow first one; needs a C++ compiler on a CPU")
+        bool,
+        Field(
+            description="torch.compile of all but the head: a slow first step, then fused ones; needs a C++ compiler on a CPU"
+        ),
     ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None

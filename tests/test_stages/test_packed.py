@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stages.dump.threads import torch_threads
 from stages.models.config import ModelConfig
 from stages.models.generate import CausalModel, Sampling, TransformerRollout, generate, stream
 from stages.models.linear import QuantizedLinear
@@ -74,19 +75,21 @@ def test_the_bytes_are_those_of_the_layout() -> None:
 @pytest.mark.parametrize("positions", [1, 2, 5])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products_of_whole_numbers_are_exact_before_they_are_scaled(
-    scale_per: str, outputs: int, inputs: int, positions: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    scale_per: str, outputs: int, inputs: int, positions: int, threads: int
 ) -> None:
     weight = random_ternary(outputs, inputs, scale_per)
     if scale_per != "group-128":
         weight = TernaryWeight(weight.trits_OI, torch.full_like(weight.scale_RG, 0.5))  # exact to multiply by
-    codes = torch.randint(-128, 128, (positions, inputs), generator=torch.Generator().manual_seed(1)).float()
+    codes = torch.randint(-128, 128, (positions, inputs), generator=torch.Generator().manual_seed(1)).to(torch.int8)
     whole = codes.reshape(positions, weight.scale_RG.shape[1], -1).double()
     trits = weight.trits_OI.reshape(outputs, weight.scale_RG.shape[1], -1).double()
     sums_TOG = torch.einsum("tgc,ogc->tog", whole, trits)
     expected = (sums_TOG * weight.scale_RG.double()).sum(-1).float()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # how many parts a sum is cut into
-    monkeypatch.setattr("stages.packed.product._BLOCK_WEIGHTS", 20 * inputs)
-    for found in (product_by_bags(codes, pack(weight)), product_by_blocks(codes, pack(weight))):
+    packed = pack(weight)
+    with torch_threads(threads):  # as many parts a sum is cut into
+        by_bags = product_by_bags(codes, packed)
+        by_blocks = product_by_blocks(codes, packed, block_weights=20 * inputs)
+    for found in (by_bags, by_blocks):
         if scale_per == "group-128":
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)  # nine scaled sums of up to 1e4
         else:
