@@ -27,11 +27,11 @@ from stages.data.tokens import TokenWindows
 from stages.dump.config import DumpConfig, ProfileSettings
 from stages.dump.dump import write_missing_shards
 from stages.dump.prepare import Prepared, prepare
-from stages.dump.threads import torch_threads
 from stages.losses.chunked_head import chunks
 from stages.models.folder import load_model, model_fingerprint
 from stages.models.transformer import Transformer
 from stages.progress import Progress
+from stages.threads import torch_threads
 
 PROFILES = ("sampled", "topk", "transform", "dense", "plain_topk")
 PROFILE_SETTINGS: TypeAdapter[Any] = TypeAdapter(ProfileSettings)

@@ -18,6 +18,7 @@ from stages.export.llama_cpp import Timings
 from stages.export.student import Student, load_student
 from stages.packed.model import memory_use, pack_model
 from stages.progress import Progress
+from stages.threads import torch_threads
 
 _LONGEST_PROMPT, _MOST_NEW = 512, 128
 _ROUNDS = 7
@@ -46,29 +47,24 @@ def measure_deployment(
     torch uses, if no number is given. The prompt is random ids, half as long as the shortest context, 512 at most; it
     is gone on from for a quarter, 128 at most. Loading is not timed.
     """
-    before = torch.get_num_threads()
-    threads = threads or before
-    torch.set_num_threads(threads)
-    try:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            loaded = {name: load_student(path) for name, path in {"teacher": teacher, **students}.items()}
-            context = min(student.context_length for student in loaded.values())
-            vocab_size = min(student.model.vocab_size for student in loaded.values())
-            prompt_tokens = max(1, min(context // 2, _LONGEST_PROMPT))
-            new_tokens = max(1, min(context // 4, _MOST_NEW))
-            entries = list(_teacher_entries(loaded.pop("teacher")))
-            version = None
-            for name, student in loaded.items():
-                files = list(_gguf_entries(name, student, folder, stack, context, threads))
-                entries += [*_packed_entries(name, student), *files]
-                found = [entry.contender.version for entry in files if isinstance(entry.contender, InLlamaCpp)]
-                version = found[0] if found else version
-            generator = torch.Generator().manual_seed(0)
-            ids: list[int] = torch.randint(1, vocab_size, (prompt_tokens,), generator=generator).tolist()
-            _take_turns([entry for entry in entries if entry.contender], ids, new_tokens, rounds)
-    finally:
-        torch.set_num_threads(before)
+    threads = threads or torch.get_num_threads()
+    with torch_threads(threads), ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        loaded = {name: load_student(path) for name, path in {"teacher": teacher, **students}.items()}
+        context = min(student.context_length for student in loaded.values())
+        vocab_size = min(student.model.vocab_size for student in loaded.values())
+        prompt_tokens = max(1, min(context // 2, _LONGEST_PROMPT))
+        new_tokens = max(1, min(context // 4, _MOST_NEW))
+        entries = list(_teacher_entries(loaded.pop("teacher")))
+        version = None
+        for name, student in loaded.items():
+            files = list(_gguf_entries(name, student, folder, stack, context, threads))
+            entries += [*_packed_entries(name, student), *files]
+            found = [entry.contender.version for entry in files if isinstance(entry.contender, InLlamaCpp)]
+            version = found[0] if found else version
+        generator = torch.Generator().manual_seed(0)
+        ids: list[int] = torch.randint(1, vocab_size, (prompt_tokens,), generator=generator).tolist()
+        _take_turns([entry for entry in entries if entry.contender], ids, new_tokens, rounds)
     return Deployment(
         threads=threads,
         prompt_tokens=prompt_tokens,

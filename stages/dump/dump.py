@@ -24,12 +24,12 @@ from stages.dump.extract import target_arrays
 from stages.dump.forward import forward_windows
 from stages.dump.hidden import hidden_arrays
 from stages.dump.prepare import prepare
-from stages.dump.threads import torch_threads
 from stages.errors import CheckpointError
 from stages.models.folder import load_model, model_fingerprint, pick_device
 from stages.models.transformer import State, Transformer
 from stages.progress import Progress
 from stages.targets.hidden import HiddenTransforms
+from stages.threads import torch_threads
 
 _BATCHES_AHEAD = 2
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")

@@ -28,10 +28,10 @@ from stages.dump.ensemble import ALONE, Ensemble
 from stages.dump.extract import TeacherPositions
 from stages.dump.forward import sample_positions
 from stages.dump.hidden_calibrate import calibrate_hidden
-from stages.dump.threads import torch_threads
 from stages.errors import CheckpointError
 from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
 from stages.models.transformer import Transformer
+from stages.threads import torch_threads
 
 MEASURED_POSITIONS = 12_288
 

@@ -53,9 +53,7 @@ class TrainingConfig(Section):
     ] = "float32"
     compile: Annotated[
         bool,
-        Field(
-            description="torch.compile of all but the head: a slow first step, then fused ones; needs a C++ compiler on a CPU"
-        ),
+        Field(description="torch.compile of all but the head: slow at first, then fused; a CPU needs a C++ compiler"),
     ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.dump.threads import torch_threads
 from stages.models.config import ModelConfig
 from stages.models.generate import CausalModel, Sampling, TransformerRollout, generate, stream
 from stages.models.linear import QuantizedLinear
@@ -19,6 +18,7 @@ from stages.packed.model import memory_use, pack_model
 from stages.packed.product import product_by_bags, product_by_blocks
 from stages.quantize.config import QuantizeConfig
 from stages.quantize.ternary import TernaryWeight
+from stages.threads import torch_threads
 
 VOCAB = 83
 SCALES = ["tensor", "row", "group-128"]

@@ -1,5 +1,6 @@
 """Quantisation that is turned on over the first steps, SubLN that is put into a trained model, and trits in the log."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -134,6 +135,9 @@ def test_resumed_equals_uninterrupted_across_the_warm_up(run: Path, tmp_path: Pa
         distill(config, student, SHAPE, source, CPU, folder, run / "teacher", EvaluateConfig(), {})
     source.batches = plain_batches  # type: ignore[method-assign]
     distill(config, student, SHAPE, source, CPU, folder, run / "teacher", EvaluateConfig(), {"cache": "x"})
+    logs = [(place / "metrics.jsonl").read_text().splitlines() for place in (tmp_path / "whole", folder)]
+    health = [[{key: json.loads(line)[key] for key in ("flips", "zeros", "scale")} for line in log] for log in logs]
+    assert health[0] == health[1]
     whole, resumed = load_model(tmp_path / "whole"), load_model(folder)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
