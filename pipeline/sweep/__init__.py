@@ -1,0 +1,1 @@
+"""Many students from one cache: what is varied, who trains what, and what came out."""

@@ -1,0 +1,76 @@
+"""What a sweep found: `sweeps/NAME/results.json`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Trial(BaseModel):
+    """One student. parameters: dotted keys of the config that the sweep sets. value: the metric that is minimised.
+
+    validation, train and model are those of the student's `summary.json`; None while it is not finished. elapsed_s: of
+    its training, evaluation and saving, over all times it was resumed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    number: int
+    state: Literal["complete", "pruned", "failed", "running", "waiting"]
+    parameters: dict[str, Any]
+    value: float | None
+    validation: dict[str, Any] | None
+    train: dict[str, Any] | None
+    model: dict[str, Any] | None
+    cache_fingerprint: str
+    folder: str | None
+    elapsed_s: float | None
+    reason: str | None = None
+
+
+class SeedGroup(BaseModel):
+    """Finished students that differ in their seed only; deviation is that of a sample, None of one student."""
+
+    model_config = ConfigDict(frozen=True)
+
+    parameters: dict[str, Any]
+    trials: tuple[int, ...]
+    mean: float
+    deviation: float | None
+
+
+class Ledger(BaseModel):
+    """What the sweep cost beside what it would have cost with the teacher forwarded online; seconds on this machine.
+
+    step_s: medians of a short probe, cached and online steps of one student in turns in one process. The teacher's
+    training is paid either way. break_even_students: how many students of the sweep's mean length pay for the dump;
+    None if an online step is no dearer than a cached one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    teacher_s: float | None
+    dump_s: float
+    cache_bytes: int
+    num_students: int
+    students_s: float
+    cached_step_s: float
+    online_step_s: float
+    online_over_cached: tuple[float, float, float]
+    offline_total_s: float
+    online_total_s: float
+    break_even_students: float | None
+
+
+class SweepResults(BaseModel):
+    """Everything that a sweep has found so far."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    cache_fingerprint: str
+    metric: str
+    varied: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    groups: tuple[SeedGroup, ...]
+    best: int | None
+    ledger: Ledger | None
