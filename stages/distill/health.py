@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from stages.models.transformer import Transformer
+from stages.models.language_model import LanguageModel
 from stages.progress import say
 
 _LOGS_UNTIL_FROZEN = 5
@@ -15,7 +15,7 @@ class TernaryHealth(nn.Module):
     Its memory is in buffers, so that a training that is resumed logs what an uninterrupted one does.
     """
 
-    def __init__(self, student: Transformer) -> None:
+    def __init__(self, student: LanguageModel) -> None:
         super().__init__()
         self._layers = {name: layer for name, layer in student.quantized_linears().items() if layer.quantize.is_ternary}
         for number, layer in enumerate(self._layers.values()):

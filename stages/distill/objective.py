@@ -22,7 +22,7 @@ from stages.losses.mining import hardest
 from stages.losses.relations import RelationLoss, Widths
 from stages.losses.target import SelectedTargets, Targets
 from stages.losses.term import LossValues, WeightedTerm
-from stages.models.transformer import State, Transformer
+from stages.models.language_model import LanguageModel, State
 from stages.quantize.warmup import quantization_strength
 from stages.targets.source import Signals, TargetBatch, TargetSource
 from stages.training.loop import StepInfo
@@ -52,7 +52,7 @@ class Positions:
 class Objective(nn.Module):
     """Holds the student and what is trained or remembered beside it: projections, adaptive temperatures, balance."""
 
-    def __init__(self, student: Transformer, config: DistillConfig, source: TargetSource) -> None:
+    def __init__(self, student: LanguageModel, config: DistillConfig, source: TargetSource) -> None:
         super().__init__()
         self.student = student
         self._config = config
@@ -62,11 +62,11 @@ class Objective(nn.Module):
         if config.hidden is not None and config.hidden.weight > 0:
             layers = _layers("hidden", config.hidden.layers, student, source, config.hidden.output)
             width = source.state_width(config.hidden.output)
-            hidden = HiddenLoss(config.hidden, layers, student.config.width, width)
+            hidden = HiddenLoss(config.hidden, layers, student.widths.residual, width)
             state_losses.append((hidden, config.hidden.weight))
         if config.relations is not None and config.relations.weight > 0:
             layers = _layers("relations", config.relations.layers, student, source, "qkv")
-            own = Widths(student.config.width, student.config.num_kv_heads * student.config.head_width)
+            own = Widths(student.widths.query, student.widths.key)
             theirs = Widths.of(source.state_width("qkv"), source.query_width)
             if odd := [width for width in (*own, *theirs) if width % config.relations.heads]:
                 raise TargetsError(
@@ -195,13 +195,13 @@ class Objective(nn.Module):
 
 
 def _layers(
-    where: str, layers: LayerMap, student: Transformer, source: TargetSource, output: HiddenOutput
+    where: str, layers: LayerMap, student: LanguageModel, source: TargetSource, output: HiddenOutput
 ) -> dict[int, int]:
-    found = resolved_layers(layers, student.config.layers, source.known_layers(output))
+    found = resolved_layers(layers, student.depth, source.known_layers(output))
     first = 0 if output == "residual" else 1
-    if beyond := [layer for layer in found if not first <= layer <= student.config.layers]:
+    if beyond := [layer for layer in found if not first <= layer <= student.depth]:
         raise TargetsError(
-            f"distill.{where}.layers: found student layers {beyond}, but the student has {student.config.layers} blocks"
+            f"distill.{where}.layers: found student layers {beyond}, but the student has {student.depth} blocks"
         )
     known = source.known_layers(output) + ((0,) if output == "residual" else ())
     if beyond := sorted(set(found.values()) - set(known)):

@@ -26,7 +26,7 @@ from stages.dump.hidden import hidden_arrays
 from stages.dump.prepare import prepare
 from stages.errors import CheckpointError
 from stages.models.folder import load_model, model_fingerprint, pick_device
-from stages.models.transformer import State, Transformer
+from stages.models.language_model import LanguageModel, State
 from stages.progress import Progress
 from stages.targets.hidden import HiddenTransforms
 from stages.threads import torch_threads
@@ -65,7 +65,7 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
 
 def write_missing_shards(
     writer: CacheWriter,
-    teacher: Transformer,
+    teacher: LanguageModel,
     windows: Mapping[SplitName, TokenWindows],
     config: DumpConfig,
     progress: Progress,
@@ -129,7 +129,7 @@ class Tables:
 
 
 def window_arrays(
-    teacher: Transformer,
+    teacher: LanguageModel,
     windows: TokenWindows,
     split: SplitName,
     rows: list[int],

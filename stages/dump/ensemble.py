@@ -15,14 +15,14 @@ from stages.errors import CheckpointError
 from stages.losses.mixed import log_mixture
 from stages.losses.target import ComputedTargets, LogitsTarget, Rows
 from stages.models.folder import TOKENIZER_NAME, load_model
-from stages.models.transformer import Transformer
+from stages.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Ensemble:
     """The teachers beside the run's own. shares: of all of them, the run's own first, summing to one."""
 
-    others: tuple[Transformer, ...]
+    others: tuple[LanguageModel, ...]
     shares: tuple[float, ...]
 
 

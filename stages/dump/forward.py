@@ -15,12 +15,12 @@ from stages.dump.extract import TeacherPositions
 from stages.dump.hidden_fit import HiddenWindows
 from stages.errors import CheckpointError
 from stages.losses.target import ComputedTargets
-from stages.models.transformer import Features, State, Transformer
+from stages.models.language_model import Features, LanguageModel, State
 
 
 @torch.inference_mode()
 def forward_windows(
-    teacher: Transformer,
+    teacher: LanguageModel,
     windows: TokenWindows,
     split: str,
     rows: list[int],
@@ -53,7 +53,7 @@ def forward_windows(
     return positions, {state.layer: found for state, found in features.hidden.items()}, ids_PT1
 
 
-def _output(model: Transformer, features: Features, precision: str) -> ComputedTargets:
+def _output(model: LanguageModel, features: Features, precision: str) -> ComputedTargets:
     """What a teacher's output head takes."""
     final_ND = features.final_BTD.flatten(0, 1).float()
     if not torch.isfinite(final_ND).all():
@@ -63,7 +63,7 @@ def _output(model: Transformer, features: Features, precision: str) -> ComputedT
 
 
 def sample_hidden(
-    teacher: Transformer,
+    teacher: LanguageModel,
     windows: TokenWindows,
     split: str,
     rows: list[int],
@@ -81,7 +81,7 @@ def sample_hidden(
 
 
 def sample_positions(
-    teacher: Transformer,
+    teacher: LanguageModel,
     windows: TokenWindows,
     split: str,
     rows: list[int],

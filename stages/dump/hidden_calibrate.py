@@ -7,12 +7,12 @@ from stages.dump.config import DumpConfig
 from stages.dump.forward import sample_hidden
 from stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
 from stages.fidelity.measure import near_student
-from stages.models.transformer import State, Transformer
+from stages.models.language_model import LanguageModel, State
 from stages.progress import say
 
 
 def calibrate_hidden(
-    config: DumpConfig, teacher: Transformer, windows: TokenWindows, sample: Sample
+    config: DumpConfig, teacher: LanguageModel, windows: TokenWindows, sample: Sample
 ) -> tuple[FittedHidden, tuple[HiddenPoint, ...]]:
     """The hidden states of config.hidden_layers as config.hidden keeps them, and what that costs, layer by layer."""
     found = hidden_sample(config, teacher, windows, sample)
@@ -26,10 +26,10 @@ def calibrate_hidden(
     return fitted, points
 
 
-def hidden_sample(config: DumpConfig, teacher: Transformer, windows: TokenWindows, sample: Sample) -> HiddenSample:
+def hidden_sample(config: DumpConfig, teacher: LanguageModel, windows: TokenWindows, sample: Sample) -> HiddenSample:
     """Hidden states in the windows of the sample, which are forwarded again: only some dumps keep them."""
 
-    def states_of(model: Transformer, rows: list[int]) -> HiddenWindows:
+    def states_of(model: LanguageModel, rows: list[int]) -> HiddenWindows:
         wanted = [State(config.hidden.output, layer) for layer in config.hidden_layers]
         return sample_hidden(model, windows, "train", rows, config.batch_windows, config.precision, wanted)
 
@@ -37,7 +37,7 @@ def hidden_sample(config: DumpConfig, teacher: Transformer, windows: TokenWindow
         fit=states_of(teacher, sample.fit.windows),
         measure=states_of(teacher, sample.measure.windows),
         student=states_of(near_student(teacher), sample.measure.windows),
-        embedding_VD=teacher.model.embed_tokens.weight.detach(),
+        embedding_VD=teacher.embedding_weight.detach(),
         total_positions=sample.total_positions,
-        query_width=teacher.config.width,
+        query_width=teacher.widths.query,
     )

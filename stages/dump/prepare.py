@@ -30,7 +30,7 @@ from stages.dump.forward import sample_positions
 from stages.dump.hidden_calibrate import calibrate_hidden
 from stages.errors import CheckpointError
 from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
-from stages.models.transformer import Transformer
+from stages.models.language_model import LanguageModel
 from stages.threads import torch_threads
 
 MEASURED_POSITIONS = 12_288
@@ -47,7 +47,7 @@ class Prepared:
 def prepare(
     config: DumpConfig,
     corpus: TokenizedCorpus,
-    teacher: Transformer,
+    teacher: LanguageModel,
     teacher_fingerprint: str,
     windows: TokenWindows,
     folder: Path,
@@ -128,7 +128,7 @@ def with_tables(
 
 def calibration_sample(
     config: DumpConfig,
-    teacher: Transformer,
+    teacher: LanguageModel,
     windows: TokenWindows,
     num_windows: int,
     total_positions: int,
@@ -143,7 +143,7 @@ def calibration_sample(
     fitted = [window for place, window in enumerate(chosen) if place not in places] or measured
     student = near_student(teacher)
 
-    def positions_of(model: Transformer, rows: list[int], beside: Ensemble) -> TeacherPositions:
+    def positions_of(model: LanguageModel, rows: list[int], beside: Ensemble) -> TeacherPositions:
         return sample_positions(model, windows, "train", rows, config.batch_windows, config.precision, beside)
 
     near = positions_of(student, measured, ALONE)
@@ -156,17 +156,15 @@ def calibration_sample(
     )
 
 
-def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: Transformer) -> None:
+def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: LanguageModel) -> None:
     """Raise CheckpointError if teacher and corpus do not belong together, or a layer asked for is not there."""
     if teacher.vocab_size != corpus.vocab_size:
         raise CheckpointError(
             f"the teacher has {teacher.vocab_size} output entries, but the tokenizer of the corpus has "
             f"{corpus.vocab_size}; train the teacher on this corpus"
         )
-    if beyond := [layer for layer in config.hidden_layers if layer > teacher.config.layers]:
-        raise CheckpointError(
-            f"cache.hidden_layers: found {beyond}, but the teacher has {teacher.config.layers} blocks"
-        )
+    if beyond := [layer for layer in config.hidden_layers if layer > teacher.depth]:
+        raise CheckpointError(f"cache.hidden_layers: found {beyond}, but the teacher has {teacher.depth} blocks")
 
 
 def split_specs(config: DumpConfig, corpus: TokenizedCorpus) -> dict[SplitName, SplitSpec]:

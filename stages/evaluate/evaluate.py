@@ -5,13 +5,13 @@ import torch
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import MetricSums, ValidationMetrics
 from stages.losses.chunked_head import chunks
-from stages.models.transformer import Transformer
+from stages.models.language_model import LanguageModel
 from stages.progress import Progress
 from stages.targets.source import Epoch, Signals, TargetSource
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, source: TargetSource, config: EvaluateConfig, label: str) -> ValidationMetrics:
+def evaluate(model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str) -> ValidationMetrics:
     """Metrics of `model` over every validation window, computed in float32; against the teacher if the source has one.
 
     The model stays on its device and is left in evaluation mode.

@@ -18,7 +18,7 @@ from stages.losses.chunked_head import chunks
 from stages.losses.forward_kl import ForwardKL
 from stages.losses.student import StudentChunk
 from stages.losses.target import FullTarget, Targets
-from stages.models.transformer import Transformer
+from stages.models.language_model import LanguageModel
 
 NOISE_SHARE = 0.15
 _NOISE_SEED = 0
@@ -41,7 +41,7 @@ class FeaturePairs:
     head_VD: Tensor
 
 
-def near_student(teacher: Transformer) -> Transformer:
+def near_student(teacher: LanguageModel) -> LanguageModel:
     """The teacher with noise of 15% of its deviation on every matrix: a good student, the hard case for a cache."""
     student = copy.deepcopy(teacher)
     generator = torch.Generator().manual_seed(_NOISE_SEED)

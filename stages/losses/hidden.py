@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from stages.losses.hidden_config import HiddenLossConfig
-from stages.models.transformer import State
+from stages.models.language_model import State
 
 
 class HiddenLoss(nn.Module):

@@ -9,8 +9,7 @@ Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.models.config import ModelConfig
+from stages.models.language_model import Features, LanguageModel, State, StateWidths
 from stages.models.linear import QuantizedLinear, project, quantize_linears
 from stages.models.past import LayerPast
 from stages.models.subln import SubNorm
@@ -26,27 +26,8 @@ from stages.quantize.config import QuantizeConfig
 _INITIAL_STD = 0.02
 
 
-class State(NamedTuple):
-    """A hidden state by name: which output of which block, by number from 1; residual 0 is the embedding."""
-
-    output: HiddenOutput
-    layer: int
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a forward pass gives.
-
-    final_BTD: input of the output head, after the last norm. hidden: the states asked for, (B, T, D) each, but qkv,
-    which is queries, keys and values before rotation, (B, T, D + 2 G E).
-    """
-
-    final_BTD: Tensor
-    hidden: dict[State, Tensor] = field(default_factory=dict)
-
-
-class Transformer(nn.Module):
-    """Token ids to features; `head_weight` turns features into logits, chunk by chunk, in the losses."""
+class Transformer(LanguageModel):
+    """Token ids to features."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, quantize: QuantizeConfig | None = None) -> None:
         super().__init__()
@@ -62,13 +43,24 @@ class Transformer(nn.Module):
         self._is_compiled = False
 
     @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.config.layers
+
+    @property
+    def widths(self) -> StateWidths:
+        """Of its hidden states."""
+        return StateWidths(self.config.width, self.config.width, self.config.num_kv_heads * self.config.head_width)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The embedding, (V, D)."""
+        return self.model.embed_tokens.weight
+
+    @property
     def head_weight(self) -> Tensor:
         """The output matrix, (V, D), quantised if it is to be."""
         return self.lm_head.quantized_weight() if isinstance(self.lm_head, QuantizedLinear) else self.lm_head.weight
-
-    def quantized_linears(self) -> dict[str, QuantizedLinear]:
-        """The quantised layers by name, in order."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, QuantizedLinear)}
 
     def forward(
         self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
@@ -79,10 +71,6 @@ class Transformer(nn.Module):
         if isinstance(self.lm_head, QuantizedLinear):
             return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))
         return features
-
-    def logits(self, input_ids_BT: Tensor) -> Tensor:
-        """Logits of every position, (B, T, V): for small inputs; training uses the chunked head."""
-        return F.linear(self(input_ids_BT).final_BTD, self.head_weight)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Normal with deviation 0.02; the projections into the residual stream by 1 / sqrt(2 layers) less (GPT-2).
@@ -117,15 +105,11 @@ class Transformer(nn.Module):
             yield
 
     def quantize_by(self, strength: float) -> None:
-        """Turn quantisation, and SubLN with it, on by so much: from 0, full precision, to 1."""
+        """As of every model; SubLN is turned on with quantisation."""
+        super().quantize_by(strength)
         for module in self.modules():
-            if isinstance(module, QuantizedLinear | SubNorm):
+            if isinstance(module, SubNorm):
                 module.strength = strength
-
-    def fit_steps(self) -> None:
-        """Set every learned quantisation step to its initial value for the weights that are here now."""
-        for layer in self.quantized_linears().values():
-            layer.fit_step()
 
 
 class Decoder(nn.Module):

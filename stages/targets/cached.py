@@ -10,7 +10,7 @@ from cache import Cache, HiddenSpec, SplitName, WindowBatch
 from cache.hidden import HiddenOutput
 from cache.order import WindowOrder
 from cache.profiles.profile import TailTreatment
-from stages.models.transformer import State
+from stages.models.language_model import State
 from stages.targets.hidden import HiddenStates
 from stages.targets.source import Epoch, Signals, TargetBatch
 from stages.targets.stored import MakeTargets, make_targets

@@ -17,8 +17,7 @@ from stages.data.tokenized import load_corpus
 from stages.data.tokens import TokenWindows
 from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
-from stages.models.config import ModelConfig
-from stages.models.transformer import Features, Transformer
+from stages.models.language_model import Features, LanguageModel
 from stages.targets.source import Epoch, Signals, TargetBatch
 
 
@@ -32,7 +31,7 @@ class OnlineSource:
         data_folder: Path,
         device: torch.device,
         *,
-        teacher: Transformer | None = None,
+        teacher: LanguageModel | None = None,
         temperature: float = 1.0,
         max_train_windows: int | None = None,
         hidden_stride: int = 1,
@@ -57,23 +56,22 @@ class OnlineSource:
 
     def state_width(self, output: HiddenOutput) -> int:
         """Width of the teacher's states of this kind."""
-        shape = self._shape
-        return shape.width + (2 * shape.num_kv_heads * shape.head_width if output == "qkv" else 0)
+        return self._known_teacher.widths.of(output)
 
     @property
     def query_width(self) -> int:
         """Width of the teacher's queries."""
-        return self._shape.width
+        return self._known_teacher.widths.query
 
     def known_layers(self, output: HiddenOutput) -> tuple[int, ...]:
         """All blocks of the teacher."""
         del output
-        return tuple(range(1, self._shape.layers + 1))
+        return tuple(range(1, self._known_teacher.depth + 1))
 
     @property
-    def _shape(self) -> ModelConfig:
+    def _known_teacher(self) -> LanguageModel:
         assert self._teacher is not None, "a source is chosen for the signals that the losses need"
-        return self._teacher.config
+        return self._teacher
 
     def num_windows(self, split: SplitName) -> int:
         """Windows in a split."""
@@ -101,7 +99,7 @@ class OnlineSource:
         batch = TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {})
         return batch if self._teacher is None or signals == Signals() else self.with_teacher(batch, signals)
 
-    def taught_by(self, teacher: Transformer) -> "OnlineSource":
+    def taught_by(self, teacher: LanguageModel) -> "OnlineSource":
         """The same windows with another teacher."""
         other = copy.copy(self)
         other._teacher = teacher  # noqa: SLF001 - our own

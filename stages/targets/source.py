@@ -16,7 +16,7 @@ from cache.profiles.profile import TailTreatment
 from cache.spec import SplitName
 from stages.errors import CorpusError
 from stages.losses.target import Targets
-from stages.models.transformer import State
+from stages.models.language_model import State
 
 
 @dataclass(frozen=True)

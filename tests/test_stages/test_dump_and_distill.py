@@ -21,7 +21,7 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.models.config import ModelConfig
 from stages.models.folder import load_model, model_fingerprint
-from stages.models.transformer import State
+from stages.models.language_model import State
 from stages.progress import Progress
 from stages.quantize.config import QuantizeConfig
 from stages.targets.cached import CachedSource

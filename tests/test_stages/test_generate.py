@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stages.models.config import ModelConfig
 from stages.models.generate import CausalModel, Sampling, TransformerRollout, draw, generate
+from stages.models.language_model import State
 from stages.models.past import LayerPast
-from stages.models.transformer import State, Transformer
+from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 
 VOCAB = 61

@@ -11,7 +11,8 @@ from stages.losses.hidden import HiddenLoss
 from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig, resolved_layers
 from stages.losses.relations import RelationLoss, Widths, relation_divergence
 from stages.models.config import ModelConfig
-from stages.models.transformer import State, Transformer
+from stages.models.language_model import State
+from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 
 

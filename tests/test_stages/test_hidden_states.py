@@ -30,7 +30,7 @@ from stages.losses.hidden import HiddenLoss
 from stages.losses.hidden_config import HiddenLossConfig
 from stages.models.config import ModelConfig
 from stages.models.folder import load_model
-from stages.models.transformer import State
+from stages.models.language_model import State
 from stages.targets.cached import CachedSource
 from stages.targets.hidden import HiddenStates, HiddenTransforms
 from stages.targets.source import Epoch, Signals

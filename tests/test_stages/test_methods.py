@@ -20,7 +20,8 @@ from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.selection_config import CurriculumConfig
 from stages.losses.term import WeightedTerm
 from stages.models.folder import load_model
-from stages.models.transformer import State, Transformer
+from stages.models.language_model import State
+from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 from stages.targets.cached import CachedSource
 from stages.targets.online import OnlineSource

@@ -1,0 +1,99 @@
+"""What training, dump and evaluation ask of a model, whoever made it: features, an output matrix, quantised layers.
+
+Shapes: B batch, T positions, D width, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor, nn
+
+from cache.hidden import HiddenOutput
+from stages.models.linear import QuantizedLinear
+from stages.quantize.config import QuantizeConfig
+
+
+class State(NamedTuple):
+    """A hidden state by name: which output of which block, by number from 1; residual 0 is the embedding."""
+
+    output: HiddenOutput
+    layer: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a forward pass gives.
+
+    final_BTD: input of the output head, after the last norm. hidden: the states asked for, (B, T, D) each, but qkv,
+    which is queries, keys and values before rotation, (B, T, widths of all three).
+    """
+
+    final_BTD: Tensor
+    hidden: dict[State, Tensor] = field(default_factory=dict)
+
+
+class StateWidths(NamedTuple):
+    """Of a block: its residual stream, all queries, and all keys, which is that of all values."""
+
+    residual: int
+    query: int
+    key: int
+
+    def of(self, output: HiddenOutput) -> int:
+        """The width of a hidden state."""
+        return self.query + 2 * self.key if output == "qkv" else self.residual
+
+
+class LanguageModel(nn.Module, ABC):
+    """Token ids to features; `head_weight` turns features into logits, chunk by chunk, in the losses.
+
+    `vocab_size` is that of the tokenizer: ids beyond it have no logits. `quantize` is None in full precision.
+    """
+
+    vocab_size: int
+    quantize: QuantizeConfig | None
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    @property
+    @abstractmethod
+    def widths(self) -> StateWidths:
+        """Of its hidden states."""
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """The output matrix, (V, D), quantised if it is to be."""
+
+    @property
+    @abstractmethod
+    def embedding_weight(self) -> Tensor:
+        """The embedding, (V, D)."""
+
+    @abstractmethod
+    def forward(self, input_ids_BT: Tensor, states: Collection[State] = ()) -> Features:
+        """Features of every position."""
+
+    def logits(self, input_ids_BT: Tensor) -> Tensor:
+        """Logits of every position, (B, T, V): for small inputs; training uses the chunked head."""
+        return F.linear(self(input_ids_BT).final_BTD, self.head_weight)
+
+    def quantized_linears(self) -> dict[str, QuantizedLinear]:
+        """The quantised layers by name, in order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, QuantizedLinear)}
+
+    def quantize_by(self, strength: float) -> None:
+        """Turn quantisation on by so much: from 0, full precision, to 1."""
+        for layer in self.quantized_linears().values():
+            layer.strength = strength
+
+    def fit_steps(self) -> None:
+        """Set every learned quantisation step to its initial value for the weights that are here now."""
+        for layer in self.quantized_linears().values():
+            layer.fit_step()
