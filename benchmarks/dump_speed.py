@@ -28,7 +28,8 @@ from stages.dump.config import DumpConfig, ProfileSettings
 from stages.dump.dump import write_missing_shards
 from stages.dump.prepare import Prepared, prepare
 from stages.losses.chunked_head import chunks
-from stages.models.folder import load_model, model_fingerprint
+from stages.models.folder import load_model
+from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
 from stages.progress import Progress
 from stages.threads import torch_threads

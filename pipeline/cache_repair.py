@@ -140,7 +140,7 @@ def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | 
     """What of the run is not what the cache was made from, one line each."""
     from stages.data.tokenized import load_corpus
     from stages.errors import CorpusError
-    from stages.models.folder import CONFIG_NAME, WEIGHTS_NAME, model_fingerprint
+    from stages.models.origin import known_fingerprint
 
     if spec.format_version != FORMAT_VERSION:
         yield f"the program that wrote format version {spec.format_version}; this one writes version {FORMAT_VERSION}"
@@ -156,8 +156,7 @@ def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | 
                 yield f"{workspace.data}: found split {split} with fingerprint {found}, expected {declared.fingerprint}"
     dump = DumpLogits(workspace)
     members = dump.config.cache.ensemble
-    is_there = all((workspace.teacher / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
-    own = model_fingerprint(workspace.teacher) if is_there else None
+    own = known_fingerprint(workspace.teacher)
     teacher = own and dump.config.cache.teacher_fingerprint(own)
     if teacher != spec.teacher_fingerprint:
         places = ", ".join(map(str, (workspace.teacher, *(member.path for member in members))))

@@ -19,7 +19,7 @@ from stages.distill.config import DistillConfig, StudentConfig
 from stages.dump.config import DumpConfig
 from stages.evaluate.config import EvaluateConfig
 from stages.losses.schedule import NUMBER
-from stages.models.config import ModelConfig
+from stages.models.hugging_face_shape import Shape
 from stages.settings import Section
 from stages.teacher.config import TeacherConfig
 
@@ -85,9 +85,9 @@ class Config(Section):
         return [*self.stages, DEFAULT_STUDENT]
 
     @property
-    def student_shape(self) -> ModelConfig:
+    def student_shape(self) -> Shape:
         """The default student's own shape, or that of its teacher. Raises CheckpointError if a given one is missing."""
-        return self.for_student(DEFAULT_STUDENT).student.model or self.teacher.shape
+        return self.for_student(DEFAULT_STUDENT).student.shape or self.teacher.shape
 
     def teacher_of(self, name: str) -> str | None:
         """The stage whose student teaches this one; None if the teacher does."""

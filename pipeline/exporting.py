@@ -30,7 +30,8 @@ from stages.export.hugging_face import write_hugging_face
 from stages.export.packages import import_gguf
 from stages.export.parity import Bounds, HeldOut, Parity
 from stages.export.student import Student, load_student
-from stages.models.folder import model_fingerprint, pick_device
+from stages.models.folder import pick_device
+from stages.models.origin import model_fingerprint
 from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetSource
 
@@ -167,7 +168,7 @@ def _what_to_do(student: Student, one: Wanted, verdict: Verdict) -> str:
     """About an export past its bounds."""
     if not verdict.is_well_computed:
         return f"{verdict.runtime} does not compute these weights as they are: use another version or format"
-    quantize = student.model.quantize
+    quantize = student.loaded.quantize
     if quantize is None or quantize.activations == "none":
         return (
             "activations were not rounded in training, and 8 bits there lose too much of them: train with "

@@ -17,8 +17,10 @@ from cache.manifest import cache_fingerprint, load_manifest
 from pipeline.config import DEFAULT_STUDENT, save_config
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.models.config import ModelConfig
-from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, model_fingerprint, read_description
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
+from stages.models.hub import find_model
+from stages.models.hugging_face_shape import Shape
+from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
 
 
 class Step(ABC):
@@ -140,8 +142,17 @@ class Teacher(Step):
     """Token windows, or a checkpoint that is given, to the run's teacher."""
 
     command = "teacher"
-    products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
-    owned = (*products, "tokenizer_config.json", "metrics.jsonl", "tensorboard", "checkpoints", ".*.partial")
+    products = (CONFIG_NAME, TOKENIZER_NAME, "summary.json")
+    owned = (
+        *products,
+        WEIGHTS_NAME,
+        ORIGIN_NAME,
+        "tokenizer_config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        ".*.partial",
+    )
     resumable = ("checkpoints/step-*",)
 
     @property
@@ -160,12 +171,20 @@ class Teacher(Step):
 
     def inputs(self) -> dict[str, str]:
         """The tokens, and the checkpoint that is given, if it is here."""
-        given = self.config.teacher.path
-        if given is None or not all((given / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        config = self.config.teacher
+        given = None if config.path is None else find_model(config.path, config.revision, download=False)
+        if given is None:
             return super().inputs()
-        return {**super().inputs(), "checkpoint": model_fingerprint(given)}
+        used = load_origin(self.folder)
+        if used is not None and used.folder == given.absolute() and used.is_unchanged():
+            return {**super().inputs(), "checkpoint": used.fingerprint}  # weights may take minutes to read
+        return super().inputs() | _known({"checkpoint": known_fingerprint(given, config.dtype)})
 
-    def shape(self) -> ModelConfig:
+    def is_complete(self) -> bool:
+        """See Step; the weights are here, or the folder says where they are."""
+        return super().is_complete() and any((self.folder / name).is_file() for name in (WEIGHTS_NAME, ORIGIN_NAME))
+
+    def shape(self) -> Shape:
         """The teacher's shape: of one that is given, as its copy here says, if there is one."""
         is_copied = self.config.teacher.path is not None and (self.folder / CONFIG_NAME).is_file()
         return read_description(self.folder).shape if is_copied else self.config.teacher.shape
@@ -178,7 +197,7 @@ class Teacher(Step):
         config, data, evaluate = self.config.teacher, self.workspace.data, self.config.evaluate
         if config.path is None:
             return train_teacher(config, data, self.folder, evaluate).fingerprint
-        return take_teacher(config.path, data, self.folder, self.config.cache.device, evaluate).fingerprint
+        return take_teacher(config, data, self.folder, self.config.cache.device, evaluate).fingerprint
 
 
 def teacher_step(workspace: Workspace) -> Step:
@@ -311,11 +330,13 @@ class Distill(Step):
         if self.config.distill.targets != "online":
             steps["cache"] = DumpLogits(self.workspace)
         further = {f"cache {n}": cache_fingerprint(c.dir) for n, c in enumerate(self.config.distill.caches, start=2)}
-        return fingerprints(steps) | _known(further)
+        student = self.config.student
+        given = known_fingerprint(student.folder) if student.init == "given" and student.folder else None
+        return fingerprints(steps) | _known({**further, "student checkpoint": given})
 
-    def shape(self) -> ModelConfig:
+    def shape(self) -> Shape:
         """The student's own shape, or its teacher's."""
-        return self.config.student.model or Teacher(self.workspace).shape()
+        return self.config.student.shape or Teacher(self.workspace).shape()
 
     def settings(self) -> dict[str, Any]:
         """The student's sections, with its shape resolved."""
@@ -332,7 +353,7 @@ class Distill(Step):
         shape = self._co_trained_shape()
         return {"student": student, "distill": distill} | ({"co_teacher": shape.numbers()} if shape else {})
 
-    def _co_trained_shape(self) -> ModelConfig | None:
+    def _co_trained_shape(self) -> Shape | None:
         """The shape of a teacher that is trained beside the student; None if there is none."""
         online = self.config.distill.online
         return Teacher(self.workspace).shape() if online is not None and online.co_train else None

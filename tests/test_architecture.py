@@ -16,7 +16,7 @@ THIRD_PARTY = {
     "pipeline": {"click", "pydantic", "pydantic_core", "tomli_w"},
     "stages": {
         "torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers",
-        "accelerate", "gguf", "xllamacpp",
+        "accelerate", "gguf", "xllamacpp", "huggingface_hub",
     },
     "cache": {"numpy", "h5py", "zstandard", "pydantic"},
 }  # fmt: skip

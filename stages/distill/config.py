@@ -1,6 +1,7 @@
 """Settings of the student and its distillation."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,9 @@ from stages.losses.config import LossConfig
 from stages.losses.hidden_config import resolved_layers
 from stages.losses.selection_config import CurriculumConfig, OnlineConfig
 from stages.models.config import ModelConfig
+from stages.models.description import read_description
+from stages.models.hub import fetch_model, find_model
+from stages.models.hugging_face_shape import Shape
 from stages.quantize.config import QuantizeConfig
 from stages.settings import Section, neutral, normalised
 from stages.training.config import TrainingConfig
@@ -20,12 +24,47 @@ from stages.training.config import TrainingConfig
 class StudentConfig(Section):
     """The model that is distilled."""
 
-    model: Annotated[ModelConfig | None, Field(description="its shape; none takes the teacher's")] = None
+    newer = ("path",)
+
+    model: Annotated[
+        ModelConfig | None,
+        Field(description="its shape, of our own transformer; none takes that of path, or the teacher's"),
+    ] = None
+    path: Annotated[
+        Path | None,
+        neutral(
+            "a model whose architecture the student has, and whose weights too with init = 'given': a folder of ours, "
+            "one of transformers, or a name on the hub. A plain Llama becomes one of our own transformer"
+        ),
+    ] = None
+    revision: Annotated[str | None, neutral("of a model on the hub: branch, tag or commit; none is main")] = None
     quantize: Annotated[QuantizeConfig, Field(description="how its linear layers are quantised")] = QuantizeConfig()
     init: Annotated[
-        Literal["random", "teacher"],
-        Field(description="first weights; teacher needs the teacher's folder and its shape"),
+        Literal["random", "teacher", "given"],
+        Field(description="first weights; teacher needs the teacher's folder and its shape; given takes those at path"),
     ] = "random"
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        if self.model is not None and self.path is not None:
+            raise ValueError("give model (a shape of our own transformer) or path (a model that has it); found both")
+        if self.init == "given" and self.path is None:
+            raise ValueError("init = 'given' takes the weights at path, and found no path; set it, or another init")
+        if self.revision is not None and self.path is None:
+            raise ValueError("revision: is of a model on the hub, and found no path; leave it out")
+        return self
+
+    @property
+    def folder(self) -> Path | None:
+        """The model that path names, if it is on this machine."""
+        return None if self.path is None else find_model(self.path, self.revision, download=False)
+
+    @property
+    def shape(self) -> Shape | None:
+        """Its own; None for the teacher's. Raises CheckpointError if it is at a path where no model is."""
+        if self.path is None:
+            return self.model
+        return read_description(fetch_model(self.path, self.revision)).shape
 
 
 class DistillConfig(LossConfig):

@@ -10,17 +10,16 @@ from stages.distill.config import DistillConfig, StudentConfig
 from stages.distill.curriculum import pacing_of
 from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
-from stages.errors import CheckpointError
+from stages.distill.start import start
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.compiled import compile_model
-from stages.models.config import ModelConfig
-from stages.models.description import read_description
-from stages.models.folder import WEIGHTS_NAME, load_weights, model_fingerprint, read_tensors, save_model
-from stages.models.subln import fit_to_inputs
-from stages.models.transformer import Transformer
-from stages.targets.source import Epoch, Signals, TargetSource, endless_batches
+from stages.models.folder import new_model, save_model
+from stages.models.hugging_face_shape import Shape
+from stages.models.language_model import LanguageModel
+from stages.models.origin import model_fingerprint
+from stages.targets.source import TargetSource, endless_batches
 from stages.training.loop import Training, TrainingSummary
 
 CO_TEACHER = "co_teacher"
@@ -55,14 +54,14 @@ class StudentSummary(BaseModel):
 def distill(
     config: DistillConfig,
     student_config: StudentConfig,
-    shape: ModelConfig,
+    shape: Shape,
     source: TargetSource,
     device: torch.device,
     folder: Path,
     teacher_folder: Path,
     evaluation: EvaluateConfig,
     inputs: dict[str, str],
-    teacher_shape: ModelConfig | None = None,
+    teacher_shape: Shape | None = None,
 ) -> StudentSummary:
     """Train, save, evaluate; resumes from the last checkpoint in `folder`.
 
@@ -71,13 +70,8 @@ def distill(
     of the student's, as it gave the targets at the end.
     """
     torch.manual_seed(config.training.seed)
-    student = Transformer(shape, source.vocab_size, student_config.quantize)
-    student.initialize(torch.Generator().manual_seed(config.training.seed))
-    student.to(device)
-    if student_config.init == "teacher":
-        start_from_teacher(student, teacher_folder, source)
-    elif shape.subln:
-        _fit_subln(student, source)
+    student = new_model(shape, source.vocab_size, student_config.quantize, config.training.seed).to(device)
+    start(student, student_config, teacher_folder, source)
     if config.training.compile:
         compile_model(student)
     learner: Objective | CoTraining
@@ -108,7 +102,7 @@ def distill(
         validation=evaluate(student, source, evaluation, folder.name),
         train=trained,
         targets=source.kind,
-        model=model_size(shape, student_config, source.vocab_size),
+        model=model_size(student),
         fingerprints={**inputs, "student": model_fingerprint(folder)},
     )
     write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
@@ -116,47 +110,19 @@ def distill(
     return summary
 
 
-def model_size(shape: ModelConfig, student: StudentConfig, vocab_size: int) -> ModelSize:
+def model_size(student: LanguageModel) -> ModelSize:
     """Parameters and packed bytes of a student."""
-    quantize = student.quantize
-    parameters = shape.parameters(vocab_size)
-    shapes = [found for name, found in shape.all_linear_shapes(vocab_size).items() if quantize.covers(name)]
-    coded = sum(rows * columns for rows, columns in shapes) if quantize.packed_bits else 0
-    scales = sum(quantize.num_scales(rows, columns) for rows, columns in shapes)
-    shared = 2 * vocab_size * shape.width if shape.tied_embeddings and quantize.covers("lm_head") and coded else 0
+    quantize, layers = student.quantize, student.quantized_linears().values()
+    steps = sum(layer.log_step.numel() for layer in layers if layer.log_step is not None)
+    parameters = sum(parameter.numel() for parameter in student.parameters()) - steps
+    bits = None if quantize is None else quantize.packed_bits
+    coded = sum(layer.weight.numel() for layer in layers) if bits else 0
+    scales = sum(layer.quantize.num_scales(*layer.weight.shape) for layer in layers)
+    embedding = student.embedding_weight
+    is_tied = coded and any(layer.weight.data_ptr() == embedding.data_ptr() for layer in layers)
+    shared = 2 * embedding.numel() if is_tied else 0
     return ModelSize(
         parameters=parameters,
-        ternary_parameters=coded if quantize.is_ternary else 0,
-        packed_bytes=-(-coded * (quantize.packed_bits or 0) // 8) + 2 * (parameters - coded + scales) + shared,
+        ternary_parameters=coded if quantize is not None and quantize.is_ternary else 0,
+        packed_bytes=-(-coded * (bits or 0) // 8) + 2 * (parameters - coded + scales) + shared,
     )
-
-
-def start_from_teacher(student: Transformer, teacher_folder: Path, source: TargetSource) -> None:
-    """Give a student its teacher's weights; learned steps where they mean the same, and SubLN where there is none."""
-    path = teacher_folder / WEIGHTS_NAME
-    own = (".log_step", "_sub_norm.weight")
-    extra = {name: tensor for name, tensor in student.state_dict().items() if name.endswith(own)}
-    theirs = read_description(teacher_folder).quantize
-    has_its_steps = theirs is not None and student.quantize is not None and theirs.has_steps_of(student.quantize)
-    tensors = read_tensors(path)
-    if not has_its_steps:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".log_step")}
-    try:
-        load_weights(student, {**extra, **tensors}, path)
-    except CheckpointError as exc:
-        raise CheckpointError(
-            f"{exc}; student.init = 'teacher' needs the teacher's folder and a student of its shape: leave "
-            "student.model out, or set student.init to 'random'"
-        ) from exc
-    if not has_its_steps:
-        student.fit_steps()  # they follow from the weights
-    if student.config.subln and not any(name.endswith("_sub_norm.weight") for name in tensors):
-        _fit_subln(student, source)
-
-
-def _fit_subln(student: Transformer, source: TargetSource) -> None:
-    """Let SubLN begin where it changes least: in full precision, on one window."""
-    batch = next(source.batches("train", 1, Signals(), Epoch()))
-    student.quantize_by(0)
-    fit_to_inputs(student, lambda: student(batch.input_ids_BT))
-    student.quantize_by(1)

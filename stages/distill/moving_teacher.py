@@ -11,8 +11,9 @@ from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.selection_config import OnlineConfig
 from stages.losses.term import LossValues, WeightedTerm
-from stages.models.config import ModelConfig
-from stages.models.transformer import Transformer
+from stages.models.folder import new_model
+from stages.models.hugging_face_shape import Shape
+from stages.models.language_model import LanguageModel
 from stages.progress import say
 from stages.quantize.warmup import quantization_strength
 from stages.targets.online import OnlineSource
@@ -29,14 +30,14 @@ class MovingTeacher(nn.Module):
 
     num_steps: Tensor
 
-    def __init__(self, config: OnlineConfig, student: Transformer, trained: Transformer | None) -> None:
+    def __init__(self, config: OnlineConfig, student: LanguageModel, trained: LanguageModel | None) -> None:
         """`trained` is the teacher that config.co_train asks for, with its first weights."""
         super().__init__()
         self._decay = config.ema
         self.trained = trained
         self._averaged = (student if config.ema_of == "student" else trained,)  # not a part of this module
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
-        self.average: Transformer | None = None
+        self.average: LanguageModel | None = None
         if config.ema is not None:
             (averaged,) = self._averaged
             assert averaged is not None, "checked with the config"
@@ -48,7 +49,7 @@ class MovingTeacher(nn.Module):
                 )
 
     @property
-    def teacher(self) -> Transformer:
+    def teacher(self) -> LanguageModel:
         """The model that gives the targets."""
         model = self.average or self.trained
         assert model is not None, "one of them is configured"
@@ -85,10 +86,10 @@ class CoTraining(nn.Module):
     @classmethod
     def of(
         cls,
-        student: Transformer,
+        student: LanguageModel,
         config: DistillConfig,
         source: TargetSource,
-        teacher_shape: ModelConfig,
+        teacher_shape: Shape,
         device: torch.device,
     ) -> "CoTraining":
         """What config.online asks for; a teacher that is trained starts from random weights of the student's seed."""
@@ -96,8 +97,7 @@ class CoTraining(nn.Module):
         assert isinstance(source, OnlineSource), "moving teachers are online, as the config says"
         trained = None
         if config.online.co_train:
-            trained = Transformer(teacher_shape, source.vocab_size)
-            trained.initialize(torch.Generator().manual_seed(config.training.seed))
+            trained = new_model(teacher_shape, source.vocab_size, None, config.training.seed)
         moving = MovingTeacher(config.online, student, trained).to(device)
         own = source.taught_by(moving.teacher)
         return cls(Objective(student, config, own).to(device), moving, own, config.online.learning_rate)

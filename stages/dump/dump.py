@@ -25,8 +25,9 @@ from stages.dump.forward import forward_windows
 from stages.dump.hidden import hidden_arrays
 from stages.dump.prepare import prepare
 from stages.errors import CheckpointError
-from stages.models.folder import load_model, model_fingerprint, pick_device
+from stages.models.folder import load_model, pick_device
 from stages.models.language_model import LanguageModel, State
+from stages.models.origin import model_fingerprint
 from stages.progress import Progress
 from stages.targets.hidden import HiddenTransforms
 from stages.threads import torch_threads

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, model_fingerprint
+from stages.models.origin import known_fingerprint
 from stages.settings import Section, neutral
 
 
@@ -14,12 +14,14 @@ class EnsembleMember(Section):
 
     path: Annotated[
         Path,
-        neutral("folder of a finished model, a teacher or a student; its content is what counts, not where it is"),
+        neutral(
+            "folder of a finished model, a teacher, a student or a causal language model of transformers; its content "
+            "is what counts, not where it is"
+        ),
     ]
     weight: Annotated[float, Field(gt=0, description="its weight; weights are divided by the sum of all")] = 1.0
 
     @property
     def fingerprint(self) -> str | None:
         """That of the model, None if it is not here."""
-        is_here = all((self.path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
-        return model_fingerprint(self.path) if is_here else None
+        return known_fingerprint(self.path)

@@ -12,6 +12,7 @@ from stages.errors import ExportError
 from stages.export.folder_reader import read_folder
 from stages.export.gguf_reader import check_gguf, read_gguf
 from stages.export.llama_cpp_runtime import llama_cpp_runtime
+from stages.export.own_format import compare_own_format
 from stages.export.packages import find_transformers, find_xllamacpp
 from stages.export.parity import (
     FLOAT_BOUNDS,
@@ -27,6 +28,7 @@ from stages.export.rounding import as_trained, in_blocks, rounded_in_blocks, rou
 from stages.export.student import Student
 from stages.export.tokenizer_parity import tokenizer_parity
 from stages.export.transformers_runtime import TransformersRuntime
+from stages.models.hugging_face import HuggingFaceModel
 
 NUM_WINDOWS = 16
 _POSITIONS_PER_WINDOW = 256
@@ -91,6 +93,9 @@ def check_file(student: Student, path: Path, text: HeldOut) -> Verdict:
 
 def compare_weights(student: Student, folder: Path) -> None:
     """Raises ExportError unless the folder holds the student's trits and values, and scales to float32's rounding."""
+    if isinstance(student.loaded, HuggingFaceModel):
+        compare_own_format(student.loaded, folder)
+        return
     found = dict(read_folder(folder).model.named_parameters())
     layers = student.model.quantized_linears()
     for name, parameter in found.items():
@@ -106,14 +111,14 @@ def compare_weights(student: Student, folder: Path) -> None:
 
 def judge_folder(student: Student, kind: Literal["hf", "bitnet"], folder: Path, text: HeldOut) -> Verdict:
     """The verdict of transformers on a folder, or ours on its files where transformers is not installed."""
-    model, packed = student.model, kind == "bitnet"
+    model, packed = student.loaded, kind == "bitnet"
     transformers = find_transformers(packed=packed)
     references = [rounded_per_position(model) if packed else without_rounding(model), as_trained(model)]
     bounds = INT8_BOUNDS if packed else FLOAT_BOUNDS
     if transformers is None:
         back = read_folder(folder)
         return _verdict(back, references, text, _POSITIONS_PER_WINDOW, bounds, None)
-    theirs = TransformersRuntime(transformers, folder)
+    theirs = TransformersRuntime(transformers, folder, model.vocab_size)
     tokenizer = load_tokenizer(student.tokenizer_json)
     num_texts = tokenizer_parity(tokenizer, theirs.tokenize, text.ids, theirs.name)
     return _verdict(theirs, references, text, _POSITIONS_PER_WINDOW, bounds, num_texts)

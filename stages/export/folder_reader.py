@@ -8,6 +8,7 @@ from torch import Tensor
 from stages.errors import ExportError, StageError
 from stages.export.bitnet import unpack_trits
 from stages.export.rounding import TorchRuntime, round_before
+from stages.models.config import ModelConfig
 from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, read_config, read_description
 from stages.models.folder import load_weights, read_tensors
 from stages.models.transformer import Transformer
@@ -34,6 +35,7 @@ def read_folder(folder: Path) -> TorchRuntime:
                 tensors[name] = unpack_trits(tensor) / scale if is_divided else unpack_trits(tensor) * scale
             elif not name.endswith(_SCALE):
                 tensors[name] = tensor.to(torch.float32)
+        assert isinstance(description.shape, ModelConfig), "we wrote a Llama or a BitNet"
         model = Transformer(description.shape, description.vocab_size).eval()
         load_weights(model, tensors, folder / WEIGHTS_NAME)
     except (StageError, KeyError) as exc:

@@ -11,17 +11,23 @@ from torch import Tensor
 
 from cache.atomic import write_atomically
 from stages.data.tokenizer import load_tokenizer
+from stages.export.own_format import write_own_format
 from stages.export.student import Student
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from stages.models.folder import hugging_face_config
+from stages.models.hugging_face import HuggingFaceModel
 from stages.models.transformer import Transformer
 
 
 def write_hugging_face(student: Student, folder: Path) -> None:
     """Write the folder: `LlamaForCausalLM`, or `BitNetForCausalLM` with SiLU for a student with SubLN.
 
-    A quantised head has an output matrix of its own, even where the student shares it with the embedding.
+    A student of another architecture goes out as that one. A quantised head has an output matrix of its own, even where
+    the student shares it with the embedding.
     """
+    if isinstance(student.loaded, HuggingFaceModel):
+        write_own_format(student.loaded, folder, student.tokenizer_json, student.context_length, student.end_of_text_id)
+        return
     layers = student.model.quantized_linears()
     own = {f"{name}.weight": layer.quantized_weight().detach().float() for name, layer in layers.items()}
     write_folder(student, folder, plain_tensors(student.model) | own, {})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stages.export.formats import BLOCK_COLUMNS
 from stages.export.gguf import exported_tensors
 from stages.export.student import float_activations, int8_activations, plain_transformer
+from stages.models.language_model import LanguageModel
 from stages.models.transformer import Transformer
 from stages.quantize.absmax import absmax_quantize
 
@@ -18,10 +19,10 @@ Rounding = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TorchRuntime:
-    """A runtime (see parity) that is our own transformer."""
+    """A runtime (see parity) that is the model as it is in memory."""
 
     name: str
-    model: Transformer
+    model: LanguageModel
     round_head: Rounding | None = None
     """Applied to the input of the head; all other layers do it themselves."""
 
@@ -42,17 +43,17 @@ def int8_blocks(x: Tensor) -> Tensor:
     return absmax_quantize(x.reshape(*x.shape[:-1], -1, BLOCK_COLUMNS)).flatten(-2)
 
 
-def as_trained(model: Transformer) -> TorchRuntime:
+def as_trained(model: LanguageModel) -> TorchRuntime:
     """The student with its own rounding of activations."""
     return TorchRuntime("as trained", model)
 
 
-def without_rounding(model: Transformer) -> TorchRuntime:
+def without_rounding(model: LanguageModel) -> TorchRuntime:
     """The student's weights with activations in float32: what a dequantised model computes."""
     return TorchRuntime("float activations", float_activations(model))
 
 
-def rounded_per_position(model: Transformer) -> TorchRuntime:
+def rounded_per_position(model: LanguageModel) -> TorchRuntime:
     """The student's weights with 8 bits per position, whatever it was trained with: what packed layers compute."""
     return TorchRuntime("int8 per position", int8_activations(model))
 

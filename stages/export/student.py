@@ -1,16 +1,21 @@
 """A trained student as it is exported, and its twins that compute as other runtimes do."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ExportError
 from stages.models.config import ModelConfig
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, model_fingerprint, read_config
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
 from stages.models.folder import load_model
+from stages.models.hugging_face import HuggingFaceModel
+from stages.models.language_model import LanguageModel
+from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
 
 
@@ -19,10 +24,22 @@ class Student:
     """A model folder of ours in memory, in evaluation mode."""
 
     folder: Path
-    model: Transformer
+    loaded: LanguageModel
     context_length: int
     end_of_text_id: int
     fingerprint: str
+
+    @property
+    def model(self) -> Transformer:
+        """Our own transformer. Raises ExportError for another architecture, which goes out as itself alone."""
+        if isinstance(self.loaded, HuggingFaceModel):
+            raise ExportError(
+                f"{self.folder}: found an architecture of transformers ({self.loaded.shape.kind}), which goes out in "
+                "its own format only, with its weights dequantised: use `--format hf`; what is packed, or read by "
+                "llama.cpp, is our own transformer, a Llama"
+            )
+        assert isinstance(self.loaded, Transformer), "there are no other models"
+        return self.loaded
 
     @property
     def tokenizer_json(self) -> Path:
@@ -41,23 +58,23 @@ def load_student(folder: Path) -> Student:
     return Student(folder, model, context_length, end_of_text_id, model_fingerprint(folder))
 
 
-def float_activations(model: Transformer) -> Transformer:
+def float_activations(model: LanguageModel) -> LanguageModel:
     """The same weights, latent and quantised, with no rounding of activations."""
-    if model.quantize is None:
-        return model
-    quantize = model.quantize.model_copy(update={"activations": "none"})
-    twin = Transformer(model.config, model.vocab_size, quantize)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
+    return _with_activations(model, "none")
 
 
-def int8_activations(model: Transformer) -> Transformer:
+def int8_activations(model: LanguageModel) -> LanguageModel:
     """The same weights, with 8 bits per position before every quantised layer, whatever it was trained with."""
-    if model.quantize is None or model.quantize.activations == "absmax-int8":
+    return _with_activations(model, "absmax-int8")
+
+
+def _with_activations(model: LanguageModel, activations: Literal["absmax-int8", "none"]) -> LanguageModel:
+    if model.quantize is None or model.quantize.activations == activations:
         return model
-    quantize = model.quantize.model_copy(update={"activations": "absmax-int8"})
-    twin = Transformer(model.config, model.vocab_size, quantize)
-    twin.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
+    twin.quantize = model.quantize.model_copy(update={"activations": activations})
+    for layer in twin.quantized_linears().values():
+        layer.quantize = twin.quantize
     return twin.eval()
 
 

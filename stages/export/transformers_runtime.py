@@ -13,8 +13,12 @@ from stages.errors import ExportError
 class TransformersRuntime:
     """A runtime (see parity) that is the model and the tokenizer which transformers makes of a folder."""
 
-    def __init__(self, transformers: Any, folder: Path) -> None:
-        """`transformers`: the package. Loads safetensors only, no code from the folder, nothing from a network."""
+    def __init__(self, transformers: Any, folder: Path, vocab_size: int) -> None:
+        """`transformers`: the package. vocab_size: ids there are; outputs beyond are padding, and do not count.
+
+        Loads safetensors only, no code from the folder, nothing from a network.
+        """
+        self._vocab_size = vocab_size
         self.name = f"transformers {transformers.__version__}"
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
@@ -36,7 +40,7 @@ class TransformersRuntime:
         """See Runtime."""
         with torch.compiler.set_stance("force_eager"):  # else its packed layers compile themselves for a minute
             logits_1PV: Tensor = self._model(input_ids=ids_T[None], logits_to_keep=positions_P).logits
-        return logits_1PV[0].double().log_softmax(-1)
+        return logits_1PV[0, :, : self._vocab_size].double().log_softmax(-1)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text; names of special tokens in it are those tokens."""

@@ -10,7 +10,8 @@ from cache import CacheMismatchError, Need, open_cache
 from stages.errors import TargetsError
 from stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
 from stages.losses.target import ComputedTargets
-from stages.models.folder import CONFIG_NAME, load_model, model_fingerprint
+from stages.models.folder import CONFIG_NAME, load_model
+from stages.models.origin import model_fingerprint
 from stages.progress import Progress
 from stages.targets.cached import CachedSource
 from stages.targets.source import Epoch, Signals

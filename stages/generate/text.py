@@ -12,9 +12,10 @@ from stages.data.text_stream import TextStream
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import PromptError, TokenizerError
 from stages.models.causal import causal_model, load_causal_model
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
-from stages.models.folder import is_ours, load_model
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
+from stages.models.folder import load_model
 from stages.models.generate import CausalModel, Sampling, stream
+from stages.models.transformer import Transformer
 from stages.packed.model import memory_text, pack_model
 from stages.progress import say
 
@@ -57,7 +58,11 @@ def _load(folder: Path) -> CausalModel:
     if not is_ours(read_config(folder / CONFIG_NAME)):
         say(f"{folder}: a model of transformers, runs as it is")
         return load_causal_model(folder, _CPU)
-    model = pack_model(load_model(folder))
+    model = load_model(folder)
+    if not isinstance(model, Transformer):
+        say(f"{folder}: an architecture of transformers, runs as it was trained, unpacked")
+        return causal_model(model.eval(), folder, _CPU)
+    pack_model(model)
     say(f"{folder}: {memory_text(model)}")
     return causal_model(model, folder, _CPU)
 

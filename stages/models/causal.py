@@ -9,20 +9,25 @@ import torch
 from torch import Tensor
 
 from stages.errors import CheckpointError
-from stages.models.description import CONFIG_NAME, read_config
-from stages.models.folder import is_ours, load_model
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
+from stages.models.folder import load_model
 from stages.models.generate import CausalModel, TransformerRollout
+from stages.models.hugging_face import HuggingFaceModel
+from stages.models.hugging_face_folder import load_inner, num_ids
+from stages.models.language_model import LanguageModel
+from stages.models.origin import Origin, load_origin
 from stages.models.transformer import Transformer
 
 
 def load_causal_model(folder: Path, device: torch.device) -> CausalModel:
     """The model in `folder`: a teacher or student of ours by our own code, anything else by transformers."""
-    if not is_ours(read_config(folder / CONFIG_NAME)):
-        return _load_hugging_face(folder, device)
-    return causal_model(load_model(folder).to(device).eval(), folder, device)
+    origin = load_origin(folder)
+    if origin is None and is_ours(read_config(folder / CONFIG_NAME)):
+        return causal_model(load_model(folder).to(device).eval(), folder, device)
+    return _hugging_face_model(origin or Origin(folder=folder), folder / TOKENIZER_NAME, device)
 
 
-def causal_model(model: Transformer, folder: Path, device: torch.device) -> CausalModel:
+def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> CausalModel:
     """A model of ours that is on the device, packed or not, with what its folder says of it."""
     config = read_config(folder / CONFIG_NAME)
     try:
@@ -35,15 +40,18 @@ def causal_model(model: Transformer, folder: Path, device: torch.device) -> Caus
         vocab_size=model.vocab_size,
         max_positions=max_positions,
         device=device,
-        rollout=partial(TransformerRollout, model),
+        rollout=partial(HuggingFaceRollout, model.inner, model.vocab_size)
+        if isinstance(model, HuggingFaceModel)
+        else partial(TransformerRollout, _own(model)),
     )
 
 
 class HuggingFaceRollout:
-    """A rollout of a model of transformers, on its own cache."""
+    """A rollout of a model of transformers, on its own cache; ids from vocab_size on are padding and not drawn."""
 
-    def __init__(self, model: Any, capacity: int) -> None:  # noqa: ARG002 - its cache grows as it needs
+    def __init__(self, model: Any, vocab_size: int, capacity: int) -> None:  # noqa: ARG002 - its cache grows
         self._model = model
+        self._vocab_size = vocab_size
         self._cache: Any = None
         can_keep_one = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._arguments = {"logits_to_keep": 1} if can_keep_one else {}
@@ -52,7 +60,7 @@ class HuggingFaceRollout:
         """As in Rollout."""
         out = self._model(input_ids=ids_RT, past_key_values=self._cache, use_cache=True, **self._arguments)
         self._cache = out.past_key_values
-        last_RV: Tensor = out.logits[:, -1].float()
+        last_RV: Tensor = out.logits[:, -1, : self._vocab_size].float()
         return last_RV
 
     def keep(self, rows: Tensor) -> None:
@@ -60,25 +68,10 @@ class HuggingFaceRollout:
         self._cache.batch_select_indices(rows)
 
 
-def _load_hugging_face(folder: Path, device: torch.device) -> CausalModel:
-    """A causal model that transformers knows itself: safetensors only, no code from the folder, no network."""
-    try:
-        import transformers
-    except ImportError as exc:
-        raise CheckpointError(
-            f"{folder}: is no model of ours, and transformers, which may know it, is not installed; "
-            "run `pip install -e '.[hf]'`"
-        ) from exc
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    except Exception as exc:  # the library raises many kinds: config, weights, code of its own wanted
-        first_line = (str(exc).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{folder}: transformers cannot load it as a causal language model ({type(exc).__name__}: {first_line})"
-        ) from exc
+def _hugging_face_model(origin: Origin, tokenizer_json: Path, device: torch.device) -> CausalModel:
+    """A causal model that transformers knows itself."""
+    folder = origin.folder
+    model = load_inner(origin)
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise CheckpointError(
             f"{folder}: found a {model.config.model_type}, which keeps no keys and values; expected a decoder with "
@@ -90,11 +83,19 @@ def _load_hugging_face(folder: Path, device: torch.device) -> CausalModel:
     if stop_ids == (None,):
         raise CheckpointError(f"{folder / CONFIG_NAME}: found no eos_token_id, so no text would end; set it")
     start_id = getattr(model.config, "bos_token_id", None)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if tokenizer_json.is_file():
+        vocab_size = min(vocab_size, num_ids(tokenizer_json))
     return CausalModel(
         start_id=stop_ids[0] if start_id is None else start_id,
         stop_ids=stop_ids,
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=vocab_size,
         max_positions=getattr(model.config, "max_position_embeddings", None),
         device=device,
-        rollout=partial(HuggingFaceRollout, model.to(device).eval()),
+        rollout=partial(HuggingFaceRollout, model.to(device), vocab_size),
     )
+
+
+def _own(model: LanguageModel) -> Transformer:
+    assert isinstance(model, Transformer), "models are ours or of transformers"
+    return model

@@ -4,14 +4,17 @@ import os
 import shutil
 
 from stages.errors import StageError
+from stages.models.language_model import LanguageModel
 from stages.models.transformer import Transformer
 
 
-def compile_model(model: Transformer) -> None:
+def compile_model(model: LanguageModel) -> None:
     """Compile a model in place: see Transformer.compile_blocks. The first step takes a minute or more.
 
-    Raises StageError where there is no C++ compiler, which torch needs on a CPU.
+    Raises StageError where there is no C++ compiler, which torch needs on a CPU, and for other architectures.
     """
+    if not isinstance(model, Transformer):
+        raise StageError("training.compile: is for our own transformer, a Llama; set it to false")
     compiler = os.environ.get("CXX", "g++")
     if model.head_weight.device.type == "cpu" and shutil.which(compiler) is None:
         raise StageError(

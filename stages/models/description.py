@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cache.hashing import fingerprint_of, sha256_of_file
 from stages.errors import CheckpointError
 from stages.models.config import ModelConfig
+from stages.models.hugging_face_shape import HuggingFaceShape, Shape, llama_shape
 from stages.quantize.config import QuantizeConfig
 
 CONFIG_NAME = "config.json"
@@ -22,36 +22,48 @@ class Description(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    shape: ModelConfig
+    shape: Shape
     vocab_size: int
     quantize: QuantizeConfig | None
 
 
 def read_description(folder: Path) -> Description:
-    """The description of the model in a folder that `save_model` wrote."""
+    """The description of the model in a folder of ours, or of transformers.
+
+    A Llama of transformers that our own transformer computes is described as one of ours.
+    """
     path = folder / CONFIG_NAME
     config = read_config(path)
     try:
-        shape = ModelConfig(
-            width=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            kv_heads=config["num_key_value_heads"],
-            mlp_width=config["intermediate_size"],
-            tied_embeddings=config["tie_word_embeddings"],
-            rope_theta=config["rope_theta"],
-            norm_eps=config["rms_norm_eps"],
-            subln=config.get("subln", False),
-        )
-        quantize = QuantizeConfig(**config["quantize"]) if config["model_type"] == STUDENT_TYPE else None
+        if not is_ours(config):
+            vocab_size = config.get("text_config", config)["vocab_size"]
+            shape = llama_shape(config) or HuggingFaceShape.of(config)
+            return Description(shape=shape, vocab_size=vocab_size, quantize=None)
+        quantize = QuantizeConfig(**config["quantize"]) if config.get("quantize") else None
+        shape = HuggingFaceShape.of(config["hugging_face"]) if "hugging_face" in config else _own_shape(config)
         return Description(shape=shape, vocab_size=config["vocab_size"], quantize=quantize)
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(f"{path}: does not describe a model of ours ({exc})") from exc
 
 
-def model_fingerprint(folder: Path) -> str:
-    """SHA-256 over the architecture and the weights."""
-    return fingerprint_of([sha256_of_file(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
+def _own_shape(config: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        mlp_width=config["intermediate_size"],
+        tied_embeddings=config["tie_word_embeddings"],
+        rope_theta=config["rope_theta"],
+        norm_eps=config["rms_norm_eps"],
+        subln=config.get("subln", False),
+    )
+
+
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
+    kind = config.get("model_type")
+    return kind == STUDENT_TYPE or (kind == "llama" and "transformers_version" not in config)
 
 
 def read_config(path: Path) -> dict[str, Any]:

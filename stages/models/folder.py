@@ -17,10 +17,17 @@ from stages.models.description import (
     STUDENT_TYPE,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
-    model_fingerprint,
+    is_ours,
+    read_config,
     read_description,
 )
+from stages.models.hugging_face import HuggingFaceModel
+from stages.models.hugging_face_folder import load_hugging_face, new_hugging_face, tensors_of, with_shared
+from stages.models.hugging_face_shape import HuggingFaceShape, Shape
+from stages.models.language_model import LanguageModel
+from stages.models.origin import Origin, load_origin
 from stages.models.transformer import Transformer
+from stages.quantize.config import QuantizeConfig
 
 __all__ = [
     "CONFIG_NAME",
@@ -28,59 +35,97 @@ __all__ = [
     "WEIGHTS_NAME",
     "hugging_face_config",
     "load_model",
+    "load_transformer",
     "load_weights",
-    "model_fingerprint",
+    "new_model",
     "pick_device",
     "read_tensors",
     "save_model",
+    "saved_tensors",
 ]
 
 
 def save_model(
-    folder: Path, model: Transformer, tokenizer_json: Path, context_length: int, end_of_text_id: int
+    folder: Path, model: LanguageModel, tokenizer_json: Path, context_length: int, end_of_text_id: int
 ) -> None:
-    """Write the folder. A full-precision model loads in transformers as `LlamaForCausalLM`.
+    """Write the folder. Our own transformer in full precision loads in transformers as `LlamaForCausalLM`.
 
     A quantised model is saved with its latent full-precision weights, and its learned steps, under a model type of our
-    own, so that no other program takes those for the weights to run.
+    own, so that no other program takes those for the weights to run; so is a model of another architecture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_json.resolve() != (folder / TOKENIZER_NAME).resolve():
         shutil.copyfile(tokenizer_json, folder / TOKENIZER_NAME)
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
-    _write_json(folder / CONFIG_NAME, hugging_face_config(model, context_length, end_of_text_id))
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tied_embeddings:
-        del tensors["lm_head.weight"]
-    write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    _write_json(folder / CONFIG_NAME, _description(model, context_length, end_of_text_id))
+    write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(saved_tensors(model), metadata={"format": "pt"}))
 
 
-def load_model(folder: Path) -> Transformer:
-    """The model in a folder that `save_model` wrote, on the CPU, in float32."""
-    description = read_description(folder)
-    model = Transformer(description.shape, description.vocab_size, description.quantize)
-    load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+def load_model(folder: Path) -> LanguageModel:
+    """The model in a folder, on the CPU: one that `save_model` wrote, in float32, or one of transformers.
+
+    A run's folder of a teacher that is used in place says where that is (see origin.py).
+    """
+    origin = load_origin(folder)
+    if origin is None and is_ours(read_config(folder / CONFIG_NAME)):
+        description = read_description(folder)
+        model: LanguageModel
+        if isinstance(description.shape, HuggingFaceShape):
+            model = new_hugging_face(description.shape, description.vocab_size, description.quantize, seed=0)
+        else:
+            model = Transformer(description.shape, description.vocab_size, description.quantize)
+        load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+        return model
+    if origin is not None and not origin.is_unchanged() and origin.with_fingerprint() != origin:
+        raise CheckpointError(
+            f"{origin.folder}: is another model than when {folder} was made of it; run `tristill teacher --force`, or "
+            "put the model back"
+        )
+    return load_hugging_face(origin or Origin(folder=folder), folder / TOKENIZER_NAME)
+
+
+def load_transformer(folder: Path) -> Transformer:
+    """As load_model, for what is done with our own transformer only."""
+    model = load_model(folder)
+    if not isinstance(model, Transformer):
+        raise CheckpointError(f"{folder}: found an architecture of transformers, expected our own transformer, a Llama")
     return model
 
 
-def is_ours(config: dict[str, Any]) -> bool:
-    """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
-    kind = config.get("model_type")
-    return kind == STUDENT_TYPE or (kind == "llama" and "transformers_version" not in config)
+def new_model(shape: Shape, vocab_size: int, quantize: QuantizeConfig | None, seed: int) -> LanguageModel:
+    """A model with random weights of that seed."""
+    if isinstance(shape, HuggingFaceShape):
+        return new_hugging_face(shape.of_vocabulary(vocab_size), vocab_size, quantize, seed)
+    model = Transformer(shape, vocab_size, quantize)
+    model.initialize(torch.Generator().manual_seed(seed))
+    return model
 
 
-def load_weights(model: Transformer, tensors: dict[str, Tensor], where: Path) -> None:
+def saved_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """Every weight once, by name; those that are shared under the first of their names."""
+    if isinstance(model, HuggingFaceModel):
+        return tensors_of(model)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if isinstance(model, Transformer) and model.config.tied_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def load_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) -> None:
     """Copy tensors into a model; refuses missing, unknown and wrongly shaped ones by name."""
-    if model.config.tied_embeddings and "model.embed_tokens.weight" in tensors:
+    if isinstance(model, HuggingFaceModel):
+        tensors = with_shared(model, tensors)
+    if isinstance(model, Transformer) and model.config.tied_embeddings and "model.embed_tokens.weight" in tensors:
         tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    target = model.inner if isinstance(model, HuggingFaceModel) else model
+    expected = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected:
         odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         detail = "; ".join(f"{name}: found {found.get(name)}, expected {expected.get(name)}" for name in odd[:3])
         raise CheckpointError(f"{where}: {len(odd)} tensors do not fit the model: {detail}")
-    model.load_state_dict(tensors)
+    target.load_state_dict(tensors)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -134,6 +179,23 @@ def hugging_face_config(model: Transformer, context_length: int, end_of_text_id:
     if config.subln:
         description["subln"] = True
     return description
+
+
+def _description(model: LanguageModel, context_length: int, end_of_text_id: int) -> dict[str, Any]:
+    if isinstance(model, Transformer):
+        return hugging_face_config(model, context_length, end_of_text_id)
+    assert isinstance(model, HuggingFaceModel), "there are no other models"
+    quantize = {} if model.quantize is None else {"quantize": model.quantize.model_dump(exclude_none=True)}
+    return {
+        "architectures": ["TristillTernaryForCausalLM"],
+        "model_type": STUDENT_TYPE,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": context_length,
+        "bos_token_id": end_of_text_id,
+        "eos_token_id": end_of_text_id,
+        **quantize,
+        "hugging_face": model.shape.config,
+    }
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

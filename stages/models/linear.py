@@ -44,7 +44,9 @@ class _Quantized:
 
 
 class QuantizedLinear(nn.Linear):
-    """y = Q_a(x) Q_w(W)^T without bias; the latent weight W stays in full precision, with straight-through gradients.
+    """y = Q_a(x) Q_w(W)^T, plus a bias in full precision if there is one, with straight-through gradients.
+
+    The latent weight W stays in full precision.
 
     Wang et al. 2023, BitNet (arXiv 2310.11453) and Ma et al. 2024 (arXiv 2402.17764). The norm that those papers put
     inside the layer is the block's own RMSNorm, and SubLN where it is configured.
@@ -59,12 +61,18 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, quantize: QuantizeConfig, weight: Tensor | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        quantize: QuantizeConfig,
+        weight: Tensor | None = None,
+        bias: nn.Parameter | None = None,
     ) -> None:
-        """With `weight`, (out_features, in_features), the layer has that one, which it may share."""
+        """With `weight`, (out_features, in_features), the layer has that one, which it may share; so with `bias`."""
         super().__init__(in_features, out_features, bias=False, device=None if weight is None else "meta")
         if weight is not None:
             self.weight = weight
+        self.register_parameter("bias", bias)
         self.quantize = quantize
         steps = (out_features,) if quantize.scale_per == "row" else ()
         self.log_step = nn.Parameter(self.weight.new_zeros(steps)) if quantize.has_learned_step else None
@@ -116,11 +124,12 @@ class QuantizedLinear(nn.Linear):
     def multiply(self, x: Tensor, codes: ActivationCodes | None) -> Tensor:
         """As forward, with codes of x that are shared by layers of which integers may not serve all."""
         if codes is None or not multiplies_integers(x, self.ternary()):
-            return F.linear(self.quantized_input(x), self.quantized_weight())
+            return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         values_OI = self._current().in_dtype(dtype)
-        return integer_product(x, codes, self.quantized_weight(), self.ternary(), values_OI)
+        product = integer_product(x, codes, self.quantized_weight(), self.ternary(), values_OI)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """Q_a(x), differentiable."""
@@ -201,5 +210,5 @@ def quantize_linears(model: nn.Module, quantize: QuantizeConfig) -> None:
         raise StageError("; ".join(f"student.quantize.{problem}" for problem in problems))
     for name, linear in linears.items():
         if quantize.covers(name):
-            quantized = QuantizedLinear(linear.in_features, linear.out_features, quantize, linear.weight)
+            quantized = QuantizedLinear(linear.in_features, linear.out_features, quantize, linear.weight, linear.bias)
             model.set_submodule(name, quantized)

@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.models.config import ModelConfig
 from stages.models.description import read_description
+from stages.models.hub import find_model
+from stages.models.hugging_face_shape import Shape
+from stages.models.origin import Dtype
 from stages.settings import Section, neutral
 from stages.training.config import TrainingConfig
 
@@ -14,13 +17,29 @@ from stages.training.config import TrainingConfig
 class TeacherConfig(Section):
     """The model that students learn from: trained here in full precision, or any checkpoint that is given."""
 
+    newer = ("dtype",)
+
     path: Annotated[
         Path | None,
         neutral(
-            "folder of a finished model, a teacher or a student, quantised or not, whose tokenizer is that of `data`; "
-            "nothing is trained then. Its content is what counts, not where it is"
+            "a finished model whose tokenizer is that of `data`; nothing is trained then. A folder of ours, a teacher "
+            "or a student, quantised or not; or any causal language model of transformers in safetensors (extra `hf`), "
+            "by its folder or its name on the hub. Its content is what counts, not where it is"
         ),
     ] = None
+    revision: Annotated[str | None, neutral("of a model on the hub: branch, tag or commit; none is main")] = None
+    dtype: Annotated[Dtype, Field(description="of a model of transformers, as it is forwarded")] = "float32"
+    attention: Annotated[
+        str | None,
+        neutral(
+            "attention of a model of transformers: eager, sdpa, flash_attention_2 ..; none leaves it the choice. All "
+            "give the same to rounding"
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        neutral("run the Python code that comes with a model of transformers: only what you have read or trust wholly"),
+    ] = False
     model: Annotated[ModelConfig | None, Field(description="its shape, if it is trained here")] = None
     training: Annotated[TrainingConfig | None, Field(description="how it is trained here")] = None
 
@@ -43,10 +62,23 @@ class TeacherConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _loading_is_of_given_ones(self) -> Self:
+        given = [*(["revision"] if self.revision else []), *self.of_transformers]
+        if self.path is None and given:
+            raise ValueError(f"{', '.join(given)}: how a given model is loaded, and no path gives one; leave it out")
+        return self
+
     @property
-    def shape(self) -> ModelConfig:
+    def of_transformers(self) -> list[str]:
+        """The settings given that are for models of transformers."""
+        names = ("dtype", "attention", "trust_remote_code")
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+    @property
+    def shape(self) -> Shape:
         """The shape of the teacher: configured, or as the given folder says. Raises CheckpointError if it cannot."""
         if self.path is None:
             assert self.model is not None, "checked above"
             return self.model
-        return read_description(self.path).shape
+        return read_description(find_model(self.path, self.revision, download=False) or self.path).shape

@@ -1,52 +1,107 @@
-"""Takes a finished model as the teacher: any checkpoint will do, a quantised student too."""
+"""Takes a finished model as the teacher: any checkpoint will do, a quantised student or a model of transformers too."""
 
 import shutil
 from pathlib import Path
 
 from cache.atomic import atomic_file
-from cache.hashing import sha256_of_file
-from stages.data.tokenized import load_corpus
+from stages.data.tokenized import TokenizedCorpus, load_corpus
+from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
-from stages.models.folder import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_model, model_fingerprint, pick_device
+from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
+from stages.models.folder import load_model, pick_device
+from stages.models.hub import fetch_model
+from stages.models.hugging_face_folder import load_hugging_face
+from stages.models.language_model import LanguageModel
+from stages.models.origin import Origin, model_fingerprint
+from stages.progress import say
 from stages.targets.online import OnlineSource
+from stages.teacher.config import TeacherConfig
 from stages.teacher.summary import TeacherSummary
 
 
 def take_teacher(
-    given: Path, data_folder: Path, folder: Path, device_name: str | None, evaluation: EvaluateConfig
+    config: TeacherConfig, data_folder: Path, folder: Path, device_name: str | None, evaluation: EvaluateConfig
 ) -> TeacherSummary:
-    """Copy the model into `folder`, byte for byte, and evaluate it, once it is known to load and to fit the corpus."""
+    """Make `folder` the run's folder of the given model, and evaluate it; it has to load and to fit the corpus.
+
+    One of ours is copied, byte for byte; one of transformers stays where it is, and the folder says where.
+    """
+    assert config.path is not None, "a teacher that is not given is trained"
     device = pick_device(device_name)
     corpus = load_corpus(data_folder)
-    model = load_model(given).to(device)
-    _check_tokenizer(given, data_folder, corpus.tokenizer_sha256)
-    if model.vocab_size != corpus.vocab_size:
-        raise CheckpointError(
-            f"{given}: found {model.vocab_size} output entries, expected {corpus.vocab_size}, one for each id of "
-            f"{data_folder / TOKENIZER_NAME}; give a teacher whose vocabulary is not padded"
-        )
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME):
-        with (given / name).open("rb") as original, atomic_file(folder / name) as copy:
-            shutil.copyfileobj(original, copy)
-    source = OnlineSource(data_folder, device)
+    given = fetch_model(config.path, config.revision)
+    require_same_tokenizer(
+        _tokenizer_of(given),
+        data_folder / TOKENIZER_NAME,
+        "the teacher",
+        f"set data.tokenizer to {{ kind = 'file', path = '{given}' }} and run `tristill tokenize --force`",
+    )
+    take = _take_ours if is_ours(read_config(given / CONFIG_NAME)) else _use_in_place
+    model = take(config, given, corpus, data_folder, folder).to(device)
     summary = TeacherSummary(
-        validation=evaluate(model, source, evaluation, "teacher"),
+        validation=evaluate(model, OnlineSource(data_folder, device), evaluation, "teacher"),
         train=None,
-        parameters=model.config.parameters(model.vocab_size),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         fingerprint=model_fingerprint(folder),
     )
     summary.save(folder)
     return summary
 
 
-def _check_tokenizer(given: Path, data_folder: Path, expected: str) -> None:
+def _take_ours(
+    config: TeacherConfig, given: Path, corpus: TokenizedCorpus, data_folder: Path, folder: Path
+) -> LanguageModel:
+    if odd := config.of_transformers:
+        raise CheckpointError(
+            f"teacher.{odd[0]}: is for models of transformers, and {given} is one of ours, which is forwarded in "
+            "float32, or as cache.precision says; leave it out"
+        )
+    model = load_model(given)
+    if model.vocab_size != corpus.vocab_size:
+        raise CheckpointError(
+            f"{given}: found {model.vocab_size} output entries, expected {corpus.vocab_size}, one for each id of "
+            f"{data_folder / TOKENIZER_NAME}; give a teacher whose vocabulary is not padded"
+        )
+    _copy(given / CONFIG_NAME, folder / CONFIG_NAME)
+    _copy(given / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+    _copy(data_folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    return model
+
+
+def _use_in_place(
+    config: TeacherConfig, given: Path, corpus: TokenizedCorpus, data_folder: Path, folder: Path
+) -> LanguageModel:
+    origin = Origin(
+        folder=given.absolute(),
+        dtype=config.dtype,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model = load_hugging_face(origin, data_folder / TOKENIZER_NAME)
+    say(f"teacher: {model.shape.kind} of transformers, {model.depth} blocks, in {config.dtype}, used in place: {given}")
+    if (num_padding := model.num_outputs - corpus.vocab_size) > 0:
+        say(
+            f"teacher: {model.num_outputs:,} outputs for {corpus.vocab_size:,} ids: the last {num_padding:,} are "
+            "padding of the output matrix, and never receive mass"
+        )
+    _copy(given / CONFIG_NAME, folder / CONFIG_NAME)
+    _copy(data_folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    origin.with_fingerprint().save(folder)
+    return model
+
+
+def _tokenizer_of(given: Path) -> Path:
     path = given / TOKENIZER_NAME
     if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; the ids that a teacher knows are those of its own tokenizer")
-    if (found := sha256_of_file(path)) != expected:
         raise CheckpointError(
-            f"{path}: found a tokenizer with SHA-256 {found}, expected {expected}, that of {data_folder}; set "
-            f"data.tokenizer to {{ kind = 'file', path = '{path}' }} and run `tristill tokenize --force`"
+            f"{path}: is missing; the ids that a teacher knows are those of its own tokenizer (one of SentencePiece is "
+            "turned into tokenizer.json by transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
         )
+    return path
+
+
+def _copy(original: Path, to: Path) -> None:
+    with original.open("rb") as source, atomic_file(to) as copy:
+        shutil.copyfileobj(source, copy)

@@ -10,7 +10,8 @@ from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import LossValues, WeightedTerm
 from stages.models.compiled import compile_model
-from stages.models.folder import model_fingerprint, pick_device, save_model
+from stages.models.folder import pick_device, save_model
+from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
 from stages.targets.online import OnlineSource
 from stages.targets.source import Signals, TargetBatch, endless_batches

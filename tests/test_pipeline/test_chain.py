@@ -13,7 +13,8 @@ from conftest import ROOT, Outcome, tristill
 from pipeline.config import Config, load_config, save_config
 from pipeline.errors import ConfigError
 from stages.errors import CheckpointError
-from stages.models.folder import load_model, model_fingerprint
+from stages.models.folder import load_model
+from stages.models.origin import model_fingerprint
 
 CONFIG = ("--config", "configs/test.toml")
 FAST = small_config('{ kind = "topk", temperatures = [1.0] }')

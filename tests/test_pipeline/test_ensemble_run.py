@@ -11,7 +11,7 @@ from small_run import small_config
 from cache import open_cache
 from cache.hashing import fingerprint_of
 from conftest import Outcome, tristill
-from stages.models.description import model_fingerprint
+from stages.models.origin import model_fingerprint
 
 PROFILE = '{ kind = "sampled", draws = 4 }'
 

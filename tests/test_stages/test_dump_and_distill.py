@@ -20,8 +20,10 @@ from stages.errors import CheckpointError, TargetsError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.models.config import ModelConfig
-from stages.models.folder import load_model, model_fingerprint
+from stages.models.folder import load_model
 from stages.models.language_model import State
+from stages.models.origin import model_fingerprint
+from stages.models.transformer import Transformer
 from stages.progress import Progress
 from stages.quantize.config import QuantizeConfig
 from stages.targets.cached import CachedSource
@@ -257,17 +259,17 @@ def test_a_dump_refuses_a_teacher_of_another_vocabulary_and_layers_it_has_not(ru
 
 def test_sizes_count_two_bits_for_ternary_weights_and_sixteen_for_the_rest() -> None:
     shape = ModelConfig(width=256, layers=2, heads=4, mlp_width=768)
-    size = model_size(shape, StudentConfig(), 2048)
+    size = model_size(Transformer(shape, 2048, QuantizeConfig()))
     ternary = 2 * (4 * 256 * 256 + 3 * 256 * 768)
     assert size.ternary_parameters == ternary
     assert size.parameters == ternary + 2048 * 256 + 5 * 256
     assert size.packed_bytes == ternary // 4 + 2 * (2048 * 256 + 5 * 256 + 14)
-    twin = model_size(shape, StudentConfig(quantize=QuantizeConfig(weights="none")), 2048)
+    twin = model_size(Transformer(shape, 2048, QuantizeConfig(weights="none")))
     assert twin.packed_bytes == 2 * twin.parameters
     rows = 2 * (5 * 256 + 2 * 768)
     for code, scales in (("nbit", rows), ("nbit-diffused", rows), ("nbit-learned", 14)):
         config = QuantizeConfig.model_validate({"weights": code, "bits": 3})
-        other = model_size(shape, StudentConfig(quantize=config), 2048)
+        other = model_size(Transformer(shape, 2048, config))
         assert (other.parameters, other.ternary_parameters) == (size.parameters, 0)
         assert other.packed_bytes == 3 * ternary // 8 + 2 * (2048 * 256 + 5 * 256 + scales)
 

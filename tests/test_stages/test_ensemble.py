@@ -22,8 +22,9 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.losses.target import DrawnTarget
 from stages.models.config import ModelConfig
-from stages.models.folder import load_model, model_fingerprint, save_model
+from stages.models.folder import load_model, save_model
 from stages.models.language_model import State
+from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
 from stages.targets.mixed import MixedSource
 from stages.targets.source import Epoch, Signals, TargetBatch

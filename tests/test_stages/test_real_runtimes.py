@@ -135,7 +135,7 @@ def test_both_ternary_types_hold_the_same_student(trained: Callable[[str], Given
 def test_weights_that_are_all_zero_are_exact_zeros(trained: Callable[[str], Given], tmp_path: Path) -> None:
     for name, dead in (("merges", slice(None)), ("learned rows, no rounding", 3)):
         of_the_run, text = trained(name)
-        student = replace(of_the_run, model=deepcopy(of_the_run.model))
+        student = replace(of_the_run, loaded=deepcopy(of_the_run.model))
         with torch.no_grad():
             student.model.get_parameter("model.layers.1.mlp.down_proj.weight")[dead] = 0
         assert check_file(student, write_file(student, tmp_path), text).broken == []
@@ -325,7 +325,7 @@ def test_transformers_gives_the_logits_of_a_student_that_is_not_ternary(
     of_the_run, text = trained("merges")
     model = Transformer(SHAPE, of_the_run.model.vocab_size, QuantizeConfig(weights="nbit-learned", bits=3))
     model.initialize(torch.Generator().manual_seed(0))
-    student = replace(of_the_run, model=model.eval())
+    student = replace(of_the_run, loaded=model.eval())
     write_hugging_face(student, tmp_path)
     verdict = check_folder(student, "hf", tmp_path, text)
     assert verdict.broken == []

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from stages.errors import CheckpointError
 from stages.models.config import ModelConfig
-from stages.models.folder import load_model, model_fingerprint, save_model
+from stages.models.folder import load_model, save_model
 from stages.models.language_model import State
+from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
 from stages.quantize.absmean import absmean_ternary
 from stages.quantize.config import QuantizeConfig

@@ -11,9 +11,10 @@ from small_training import CPU, SHAPE, distill_config, dump_config, make_run, pl
 
 from stages.distill.choose import choose_source
 from stages.distill.config import StudentConfig
-from stages.distill.distill import distill, model_size, start_from_teacher
+from stages.distill.distill import distill, model_size
 from stages.distill.health import TernaryHealth
 from stages.distill.moving_teacher import CoTraining
+from stages.distill.start import start_from
 from stages.dump.dump import dump_logits
 from stages.errors import StageError
 from stages.evaluate.config import EvaluateConfig
@@ -251,7 +252,7 @@ def test_a_student_that_starts_from_a_student_takes_its_learned_steps_where_they
     second = Transformer(SHAPE, 270, QuantizeConfig.model_validate({"weights": code}))
     second.initialize(torch.Generator().manual_seed(0))
     source = choose_source(distill_config(), dump_config(), SHAPE.layers, places(run, run / "cache"), CPU)
-    start_from_teacher(second, tmp_path / "first", source)
+    start_from(second, tmp_path / "first", source)
     taught = load_model(tmp_path / "first")
     for name, layer in taught.quantized_linears().items():
         own = second.quantized_linears()[name]
@@ -262,7 +263,7 @@ def test_a_student_that_starts_from_a_student_takes_its_learned_steps_where_they
 def test_a_quantised_head_that_shares_the_embedding_adds_to_what_is_packed() -> None:
     def packed_bytes(layers: tuple[str, ...], *, tied: bool) -> int:
         shape = SHAPE.model_copy(update={"tied_embeddings": tied})
-        return model_size(shape, StudentConfig(quantize=QuantizeConfig(layers=layers)), 100).packed_bytes
+        return model_size(Transformer(shape, 100, QuantizeConfig(layers=layers))).packed_bytes
 
     blocks, head = ("model.layers.*",), ("model.layers.*", "lm_head")
     trits, scale = 100 * SHAPE.width * 2 // 8, 2

@@ -1,0 +1,47 @@
+"""Writes a student of an architecture of transformers as just that, its weights dequantised, and reads it back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache.atomic import write_atomically
+from stages.data.tokenizer import load_tokenizer
+from stages.errors import ExportError
+from stages.models.description import TOKENIZER_NAME
+from stages.models.hugging_face import HuggingFaceModel
+from stages.models.hugging_face_folder import load_inner
+from stages.models.origin import Origin
+
+
+def write_own_format(
+    model: HuggingFaceModel, folder: Path, tokenizer_json: Path, context_length: int, end_of_text_id: int
+) -> None:
+    """Write the folder as transformers itself saves such a model; linear layers it had transposed are so again."""
+    inner = model.plain_inner()
+    inner.config.architectures = [type(inner).__name__]
+    inner.save_pretrained(folder)
+    write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
+    end_of_text = load_tokenizer(tokenizer_json).id_to_token(end_of_text_id)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_atomically(folder / "tokenizer_config.json", (json.dumps(about, indent=2) + "\n").encode())
+
+
+def compare_own_format(model: HuggingFaceModel, folder: Path) -> None:
+    """Raises ExportError unless transformers reads the values that the student multiplies by, bit for bit."""
+    expected: dict[str, Any] = model.plain_inner().state_dict()
+    found: dict[str, Any] = load_inner(Origin(folder=folder)).state_dict()
+    odd = [name for name in expected.keys() | found.keys() if not _same(expected.get(name), found.get(name))]
+    if odd:
+        raise ExportError(f"{folder}: {min(odd)}: found other values than the student's")
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)

@@ -1,0 +1,44 @@
+"""Where a model is that a config names: a folder here, or a snapshot of a repository of the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from stages.errors import CheckpointError
+
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+
+
+def find_model(path: Path, revision: str | None, *, download: bool) -> Path | None:
+    """The folder; None if it is not on this machine and must not be downloaded, or there is no such folder."""
+    folder = path.expanduser()
+    if folder.is_dir() or not is_hub_name(path):
+        return folder if folder.is_dir() else None
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return None
+    try:
+        found = snapshot_download(str(path), revision=revision, allow_patterns=_WANTED, local_files_only=not download)
+    except Exception as exc:  # network, names, access, cache: the library has a kind for each
+        if not download:
+            return None
+        first_line = (str(exc).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path}: found no folder of that name here, and as a name on the Hugging Face hub it cannot be fetched "
+            f"({type(exc).__name__}: {first_line})"
+        ) from exc
+    return Path(found)
+
+
+def fetch_model(path: Path, revision: str | None) -> Path:
+    """The folder, downloaded if it is on the hub. Raises CheckpointError if it is nowhere."""
+    folder = find_model(path, revision, download=True)
+    if folder is None:
+        raise CheckpointError(f"{path}: found no folder there; expected one of a model, or a name on the hub")
+    return folder
+
+
+def is_hub_name(path: Path) -> bool:
+    """Whether it can be the name of a repository: `name` or `owner/name`."""
+    return _HUB_NAME.match(str(path)) is not None

@@ -1,0 +1,129 @@
+"""Models of transformers from folders: found, loaded with nothing from the network or of the folder's own code."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from stages.errors import CheckpointError
+from stages.models.description import CONFIG_NAME, read_config
+from stages.models.hugging_face import HuggingFaceModel
+from stages.models.hugging_face_shape import HuggingFaceShape
+from stages.models.origin import Origin
+from stages.quantize.config import QuantizeConfig
+
+
+def import_transformers(what: str) -> Any:
+    """The library, or CheckpointError with how to get it."""
+    try:
+        import transformers
+    except ImportError as exc:
+        raise CheckpointError(
+            f"{what}: is no model of ours, and transformers, which may know it, is not installed; "
+            "run `pip install -e '.[hf]'`"
+        ) from exc
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_inner(origin: Origin) -> Any:
+    """The causal language model itself, in evaluation mode, on the CPU; refuses a folder that lacks weights of it."""
+    transformers = import_transformers(str(origin.folder))
+    attention = {} if origin.attention is None else {"attn_implementation": origin.attention}
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            origin.folder,
+            dtype=getattr(torch, origin.dtype),
+            local_files_only=True,
+            trust_remote_code=origin.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **attention,
+        )
+    except Exception as exc:  # the library raises many kinds: config, weights, code of its own wanted
+        first_line = (str(exc).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{origin.folder}: transformers cannot load it as a causal language model "
+            f"({type(exc).__name__}: {first_line})"
+        ) from exc
+    missing = sorted([*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])])
+    if missing:
+        raise CheckpointError(
+            f"{origin.folder}: its weights lack {len(missing)} tensors of a {model.config.model_type}, which would be "
+            f"random: {', '.join(missing[:3])}; give a folder of a causal language model with all its weights"
+        )
+    return model.eval()
+
+
+def load_hugging_face(origin: Origin, tokenizer_json: Path) -> HuggingFaceModel:
+    """The model as the stages use it, for the ids of that tokenizer; no gradients."""
+    inner = load_inner(origin)
+    shape = hugging_face_shape(origin.folder)
+    try:
+        model = HuggingFaceModel(inner, shape, num_ids(tokenizer_json), None)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{origin.folder}: {exc}") from exc
+    except Exception as exc:  # a forward pass of any code
+        first_line = (str(exc).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{origin.folder}: its forward pass fails in transformers ({type(exc).__name__}: {first_line})"
+        ) from exc
+    return model.requires_grad_(requires_grad=False)
+
+
+def new_hugging_face(
+    shape: HuggingFaceShape, vocab_size: int, quantize: QuantizeConfig | None, seed: int
+) -> HuggingFaceModel:
+    """A model of that architecture with random weights, as transformers draws them; padded if its shape says so.
+
+    Raises CheckpointError if it has fewer outputs than there are ids.
+    """
+    transformers = import_transformers(f"architecture {shape.kind}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = transformers.AutoConfig.for_model(**shape.config)
+            inner = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as exc:  # as above
+            first_line = (str(exc).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"architecture {shape.kind}: transformers cannot make it ({type(exc).__name__}: {first_line})"
+            ) from exc
+    return HuggingFaceModel(inner.eval(), shape, vocab_size, quantize)
+
+
+def hugging_face_shape(folder: Path) -> HuggingFaceShape:
+    """The architecture in a folder of transformers."""
+    try:
+        return HuggingFaceShape.of(read_config(folder / CONFIG_NAME))
+    except ValueError as exc:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {exc}, expected the description of a model") from exc
+
+
+def num_ids(tokenizer_json: Path) -> int:
+    """One more than the largest id of a tokenizer."""
+    try:
+        vocabulary = Tokenizer.from_file(str(tokenizer_json)).get_vocab(with_added_tokens=True)
+    except Exception as exc:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{tokenizer_json}: cannot be read as a tokenizer.json ({exc})") from exc
+    return int(max(vocabulary.values())) + 1
+
+
+def tensors_of(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
+    """Latent weights by the names of transformers, none twice; linear layers as (out, in)."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.inner.state_dict().items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def with_shared(model: HuggingFaceModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `tensors_of` gave, and the same again under the other names of weights that a model of this shape shares."""
+    own = model.inner.state_dict()
+    known = {own[name].data_ptr(): tensor for name, tensor in tensors.items() if name in own}
+    shared = {name: known[to.data_ptr()] for name, to in own.items() if name not in tensors and to.data_ptr() in known}
+    return {**tensors, **shared}

@@ -1,0 +1,103 @@
+"""The architecture of a causal language model of transformers, as its `config.json` says; loads no library."""
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cache.hashing import canonical_json
+from stages.models.config import ModelConfig
+
+_NOT_THE_SHAPE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+class HuggingFaceShape(BaseModel):
+    """What decides the computation; where the model came from and in which dtype it was saved does not.
+
+    config_json: canonical JSON of these keys.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    config_json: str
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "HuggingFaceShape":
+        """From the content of a `config.json`. Raises ValueError if it names no kind of model."""
+        if not isinstance(config.get("model_type"), str):
+            raise ValueError("found no model_type")  # noqa: TRY004 - read from a file
+        return cls(config_json=canonical_json({k: v for k, v in config.items() if k not in _NOT_THE_SHAPE}))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As transformers takes it."""
+        config: dict[str, Any] = json.loads(self.config_json)
+        return config
+
+    def of_vocabulary(self, vocab_size: int) -> "HuggingFaceShape":
+        """The same with so many ids."""
+        config = self.config
+        config.get("text_config", config)["vocab_size"] = vocab_size
+        return HuggingFaceShape.of(config)
+
+    @property
+    def kind(self) -> str:
+        """The name of the architecture: llama, qwen3, gpt2 .."""
+        return str(self.config["model_type"])
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks. Raises ValueError if the description does not say."""
+        config = self.config
+        text = config.get("text_config", config)
+        found = [text[name] for name in _DEPTHS if name in text]
+        if not found:
+            raise ValueError(f"found none of {', '.join(_DEPTHS)}, expected the number of blocks")
+        return int(found[0])
+
+    def numbers(self) -> dict[str, Any]:
+        """As of a Section: what results depend on."""
+        return {"hugging_face": self.config}
+
+
+Shape = ModelConfig | HuggingFaceShape
+"""Of a model of our own transformer, or of any that transformers knows."""
+
+
+def llama_shape(config: dict[str, Any]) -> ModelConfig | None:
+    """The shape of our own transformer that computes the same as this Llama of transformers; None if there is none.
+
+    Llamas with biases, scaled rotations or another activation are none of ours. transformers 5 keeps the base of the
+    rotation in `rope_parameters`, earlier ones in `rope_theta` and `rope_scaling`.
+    """
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if not isinstance(width, int) or not isinstance(heads, int) or config.get("model_type") != "llama":
+        return None
+    is_plain = (
+        config.get("hidden_act", "silu") == "silu"
+        and not config.get("attention_bias", False)
+        and not config.get("mlp_bias", False)
+        and rope.get("rope_type", "default") == "default"
+        and scaling.get("rope_type", scaling.get("type", "default")) == "default"
+        and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
+        and (config.get("head_dim") or width // heads) * heads == width
+        and "quantization_config" not in config
+    )
+    if not is_plain:
+        return None
+    try:
+        return ModelConfig(
+            width=width,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            mlp_width=config["intermediate_size"],
+            tied_embeddings=config.get("tie_word_embeddings", False),
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+        )
+    except (KeyError, ValueError):
+        return None

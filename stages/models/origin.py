@@ -1,0 +1,94 @@
+"""Where a model of transformers is that a run uses in place: `origin.json` in the run's folder of it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache.atomic import write_atomically
+from cache.hashing import fingerprint_of, sha256_of_file
+from stages.errors import CheckpointError
+from stages.models.description import CONFIG_NAME
+
+ORIGIN_NAME = "origin.json"
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class OriginFile(BaseModel):
+    """One file of the model as it was when it was hashed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    num_bytes: int
+    modified_ns: int
+
+
+class Origin(BaseModel):
+    """The folder of the model, how it is loaded, and what it is: SHA-256 over description, weights and dtype."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: Path
+    dtype: Dtype = "float32"
+    attention: str | None = None
+    trust_remote_code: bool = False
+    files: tuple[OriginFile, ...] = ()
+    fingerprint: str = ""
+
+    def with_fingerprint(self) -> "Origin":
+        """The same with its files read and hashed."""
+        files = model_files(self.folder)
+        hashes = [sha256_of_file(self.folder / file.name) for file in files]
+        fingerprint = fingerprint_of(hashes if self.dtype == "float32" else [self.dtype, *hashes])
+        return self.model_copy(update={"files": files, "fingerprint": fingerprint})
+
+    def is_unchanged(self) -> bool:
+        """Whether the files are those that were hashed, by name, size and time."""
+        try:
+            return self.files == model_files(self.folder)
+        except CheckpointError:
+            return False
+
+    def save(self, folder: Path) -> None:
+        """Write it to a run's folder."""
+        write_atomically(folder / ORIGIN_NAME, (self.model_dump_json(indent=2) + "\n").encode())
+
+
+def load_origin(folder: Path) -> Origin | None:
+    """What a run's folder says; None if its model is in it."""
+    path = folder / ORIGIN_NAME
+    if not path.is_file():
+        return None
+    try:
+        return Origin.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as exc:
+        raise CheckpointError(f"{path}: cannot be read ({exc}); run `tristill teacher --force`") from exc
+
+
+def model_files(folder: Path) -> tuple[OriginFile, ...]:
+    """The description and the weights in safetensors, whole or in parts. Raises CheckpointError if there are none."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights or not (folder / CONFIG_NAME).is_file():
+        missing = "*.safetensors" if (folder / CONFIG_NAME).is_file() else CONFIG_NAME
+        raise CheckpointError(
+            f"{folder}: found no {missing}; expected a folder of transformers: config.json, tokenizer.json and weights "
+            "in safetensors (pickled ones are not loaded)"
+        )
+    states = [(path, path.stat()) for path in [folder / CONFIG_NAME, *weights]]
+    return tuple(OriginFile(name=p.name, num_bytes=s.st_size, modified_ns=s.st_mtime_ns) for p, s in states)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 over the description and the weights, wherever they are."""
+    origin = load_origin(folder) or Origin(folder=folder).with_fingerprint()
+    return origin.fingerprint
+
+
+def known_fingerprint(folder: Path, dtype: Dtype = "float32") -> str | None:
+    """The same; None if there is no model, as far as names of files say. dtype: of one of transformers, as loaded."""
+    is_there = (folder / ORIGIN_NAME).is_file() or any(folder.glob("*.safetensors"))
+    if not is_there or not (folder / CONFIG_NAME).is_file():
+        return None
+    origin = load_origin(folder) or Origin(folder=folder, dtype=dtype).with_fingerprint()
+    return origin.fingerprint
