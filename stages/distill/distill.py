@@ -16,7 +16,7 @@ from stages.evaluate.evaluate import evaluate
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.compiled import compile_model
 from stages.models.folder import new_model, save_model
-from stages.models.hugging_face_shape import Shape
+from stages.models.hugging_face_shape import HuggingFaceShape, Shape
 from stages.models.language_model import LanguageModel
 from stages.models.origin import model_fingerprint
 from stages.targets.source import TargetSource, endless_batches
@@ -70,6 +70,8 @@ def distill(
     of the student's, as it gave the targets at the end.
     """
     torch.manual_seed(config.training.seed)
+    if isinstance(shape, HuggingFaceShape) and student_config.init == "random":
+        shape = shape.of_vocabulary(source.vocab_size)  # others keep the padding that their weights have
     student = new_model(shape, source.vocab_size, student_config.quantize, config.training.seed).to(device)
     start(student, student_config, teacher_folder, source)
     if config.training.compile:

@@ -94,9 +94,9 @@ def load_transformer(folder: Path) -> Transformer:
 
 
 def new_model(shape: Shape, vocab_size: int, quantize: QuantizeConfig | None, seed: int) -> LanguageModel:
-    """A model with random weights of that seed."""
+    """A model with random weights of that seed; one of transformers may have more outputs than there are ids."""
     if isinstance(shape, HuggingFaceShape):
-        return new_hugging_face(shape.of_vocabulary(vocab_size), vocab_size, quantize, seed)
+        return new_hugging_face(shape, vocab_size, quantize, seed)
     model = Transformer(shape, vocab_size, quantize)
     model.initialize(torch.Generator().manual_seed(seed))
     return model

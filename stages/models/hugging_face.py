@@ -107,6 +107,11 @@ class HuggingFaceModel(LanguageModel):
         weight: Tensor = self.inner.get_input_embeddings().weight
         return weight[: self.vocab_size]
 
+    def quantized_linears(self) -> dict[str, QuantizedLinear]:
+        """The quantised layers by the names that transformers gives them, in order."""
+        layers = self.inner.named_modules()
+        return {name: module for name, module in layers if isinstance(module, QuantizedLinear)}
+
     def forward(self, input_ids_BT: Tensor, states: Collection[State] = ()) -> Features:
         """Features of every position. Raises CheckpointError for a state that its blocks do not show."""
         with _collecting(states) as found:
@@ -192,8 +197,9 @@ class HuggingFaceModel(LanguageModel):
         scale = float((wanted * found).sum() / found.square().sum().clamp(min=1e-30))
         scale = 1.0 if abs(scale - 1) < 1e-2 else scale
         off = float((wanted - scale * found).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        if off > (1e-3 if self._head.weight.dtype == torch.float32 else 5e-2):
-            config = self.shape.config
+        config = self.shape.config
+        is_softcapped = bool(config.get("final_logit_softcapping"))  # which small logits do not show
+        if is_softcapped or off > (1e-3 if self._head.weight.dtype == torch.float32 else 5e-2):
             suspects = [f"{key} = {value}" for key, value in config.items() if "logit" in key and value]
             raise CheckpointError(
                 f"a {self.shape.kind} of transformers: its logits are no multiple of its last hidden states times its "

@@ -36,7 +36,7 @@ class HuggingFaceShape(BaseModel):
         return config
 
     def of_vocabulary(self, vocab_size: int) -> "HuggingFaceShape":
-        """The same with so many ids."""
+        """The same with so many outputs and embeddings."""
         config = self.config
         config.get("text_config", config)["vocab_size"] = vocab_size
         return HuggingFaceShape.of(config)

@@ -1,0 +1,272 @@
+"""Whole runs with teachers and students of transformers: any architecture, from tokens to an export."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import KINDS, PADDED, VOCAB, write_corpus, write_model, write_tokenizer
+
+from cache import Cache, open_cache
+from conftest import tristill
+from pipeline.config import load_config
+from pipeline.errors import PipelineError
+from pipeline.evaluation import evaluate_models
+from pipeline.exporting import export_model
+from pipeline.runner import execute
+from pipeline.steps import all_steps
+from pipeline.workspace import Workspace
+from stages.errors import StageError
+from stages.generate.text import generate_text
+from stages.models.folder import load_model, save_model
+from stages.models.hugging_face_folder import load_hugging_face
+from stages.models.origin import Origin
+from stages.models.transformer import Transformer
+
+pytest.importorskip("transformers")
+
+CONFIG = """
+[data]
+source = { kind = "text", paths = ["FOLDER/corpus.txt"], documents = "line" }
+tokenizer = { kind = "file", path = "TEACHER" }
+context_length = 24
+validation_fraction = 0.2
+max_train_tokens = 6_000
+max_validation_tokens = 1_000
+
+[teacher]
+path = "TEACHER"
+
+[cache]
+profile = { kind = "dense" }
+hidden_layers = [1, 2]
+hidden.coding = { kind = "float16" }
+max_train_windows = 128
+batch_windows = 16
+
+[student]
+init = "teacher"
+quantize.layers = ["PATTERN"]
+
+[distill]
+alpha = 0.3
+hidden = { weight = 0.1, layers = { 1 = 1, 2 = 2 } }
+training = { steps = 6, batch_windows = 4, learning_rate = 1e-3, checkpoint_every = 3 }
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_corpus(folder / "corpus.txt")
+    tokenizer_json = write_tokenizer(folder / "tokenizer.json")
+    for kind in KINDS:
+        write_model(folder / kind, kind, tokenizer_json, outputs=PADDED)
+    return folder
+
+
+def config_file(place: Path, kind: str, to: Path, teacher: Path | None = None, more: str = "") -> Path:
+    text = CONFIG.replace("FOLDER", str(place)).replace("TEACHER", str(teacher or place / kind))
+    to.write_text(text.replace("PATTERN", KINDS[kind][2]) + more)
+    return to
+
+
+def run(config: Path, run_dir: Path, *assignments: str, until: int | None = None) -> Workspace:
+    """Every step in this process, in order; the first `until` only."""
+    workspace = Workspace(load_config(config, assignments), run_dir)
+    for step in all_steps(workspace)[:until]:
+        execute(step)
+    return workspace
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_run_of_an_architecture(place: Path, tmp_path: Path, kind: str) -> None:
+    config = config_file(place, kind, tmp_path / "config.toml")
+    run_dir = tmp_path / "run"
+    workspace = run(config, run_dir)
+
+    origin = json.loads((run_dir / "teacher" / "origin.json").read_text())
+    assert origin["folder"] == str(place / kind)
+    assert not list((run_dir / "teacher").glob("*.safetensors"))
+    with_cache(workspace, lambda cache: teaches_like(cache, place / kind, kind))
+    summary = json.loads((run_dir / "students" / "student" / "summary.json").read_text())
+    assert summary["targets"] == "cached"
+    assert summary["model"]["ternary_parameters"] > 0
+    assert summary["validation"]["kl_to_teacher_nats"] > 0
+    student = load_model(workspace.student("student"))
+    assert isinstance(student, Transformer) == (kind == "llama")
+
+    said: list[str] = []
+    export_model(workspace, "student", "hf", (), None, said.append)
+    assert "computed by transformers" in said[0]
+    exported = json.loads((run_dir / "exports" / "student" / "hf" / "config.json").read_text())
+    theirs = json.loads((place / kind / "config.json").read_text())
+    assert exported["architectures"] == theirs["architectures"]
+    assert exported["vocab_size"] == (VOCAB if kind == "llama" else PADDED)
+
+
+def with_cache(workspace: Workspace, check: Any) -> None:
+    cache = open_cache(workspace.cache)
+    try:
+        check(cache)
+    finally:
+        cache.close()
+
+
+def teaches_like(cache: Cache, teacher: Path, kind: str) -> None:
+    """The dense profile holds the final state at 8 bits: logits from the cache are the teacher's to that."""
+    from stages.targets.cached import CachedSource
+    from stages.targets.source import Epoch, Signals
+
+    assert cache.spec.vocab_size == VOCAB
+    source = CachedSource(cache, torch.device("cpu"))
+    batch = next(iter(source.batches("train", 4, Signals(targets=True), Epoch())))
+    model = load_hugging_face(Origin(folder=teacher), teacher / "tokenizer.json")
+    with torch.no_grad():
+        wanted = torch.softmax(model.logits(batch.input_ids_BT).flatten(0, 1), dim=-1)
+    assert batch.targets is not None
+    found = batch.targets.chunk(slice(0, len(wanted))).log_probs(1.0).exp()
+    assert found.shape == wanted.shape
+    assert float((found - wanted).abs().sum(dim=-1).mean()) < 0.05
+
+
+def test_a_llama_of_transformers_gives_the_cache_of_our_own_transformer(place: Path, tmp_path: Path) -> None:
+    """The same weights, forwarded by transformers and by us, without rounding that hides a difference."""
+    model = Transformer(load_shape(place / "llama"), VOCAB)
+    theirs = load_hugging_face(Origin(folder=place / "llama"), place / "llama" / "tokenizer.json")
+    tensors = {name: tensor.clone() for name, tensor in theirs.inner.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:VOCAB]
+    model.load_state_dict(tensors)
+    save_model(tmp_path / "weights", model, place / "tokenizer.json", 24, 0)
+
+    caches = {}
+    for name, teacher in (("theirs", place / "llama"), ("ours", tmp_path / "weights")):
+        config = config_file(place, "llama", tmp_path / f"{name}.toml", teacher)
+        workspace = run(config, tmp_path / name, 'data.tokenizer.path="' + str(place / "llama") + '"', until=3)
+        caches[name] = open_cache(workspace.cache)
+    theirs_cache, ours_cache = caches["theirs"], caches["ours"]
+    unlike = {"teacher_fingerprint", "tables_fingerprint"}
+    assert theirs_cache.spec.model_dump(exclude=unlike) == ours_cache.spec.model_dump(exclude=unlike)
+    streams = [
+        cache.stream("train", 8, seed=None, epoch=0, hidden_layers=(1, 2)) for cache in (theirs_cache, ours_cache)
+    ]
+    num_codes = num_other = 0
+    for one, other in zip(*streams, strict=True):
+        assert np.array_equal(one.input_ids, other.input_ids)
+        assert one.target.keys() == other.target.keys()
+        for layer in (1, 2):  # float16 of sums in another order
+            assert np.allclose(one.hidden[layer], other.hidden[layer], rtol=2e-3, atol=2e-3)
+        difference = one.target["final"].astype(int) - other.target["final"].astype(int)
+        assert abs(difference).max() <= 1
+        num_codes, num_other = num_codes + difference.size, num_other + int((difference != 0).sum())
+        assert np.allclose(one.target["final_scale"], other.target["final_scale"], rtol=2e-3)
+    assert num_other < num_codes / 1000
+    for cache in caches.values():
+        cache.close()
+
+
+def load_shape(folder: Path) -> Any:
+    from stages.models.description import read_description
+
+    return read_description(folder).shape
+
+
+def test_online_targets_of_a_given_teacher_are_those_of_its_dense_cache(place: Path, tmp_path: Path) -> None:
+    config = config_file(place, "qwen3", tmp_path / "config.toml")
+    workspace = run(config, tmp_path / "run")
+    shutil.rmtree(workspace.cache)
+    online = run(config, tmp_path / "run", 'distill.targets="online"', until=2)
+    online = Workspace(load_config(config, ('distill.targets="online"',)), tmp_path / "run")
+    cached = json.loads((workspace.student("student") / "summary.json").read_text())
+    shutil.rmtree(workspace.student("student"))
+    execute(all_steps(online)[-1])
+    found = json.loads((workspace.student("student") / "summary.json").read_text())
+    assert found["targets"] == "online"
+    assert found["validation"]["loss_nats"] == pytest.approx(cached["validation"]["loss_nats"], rel=2e-3)
+
+
+def test_the_command_line_runs_a_given_teacher_and_generates_from_it(place: Path, tmp_path: Path) -> None:
+    config = config_file(place, "qwen3", tmp_path / "config.toml")
+    cli = ("--config", str(config), "--run-dir", str(tmp_path / "run"))
+    done = tristill("run", "--until", "distill", *cli)
+    assert done.code == 0, done.stderr
+    assert "teacher: 320 outputs for 300 ids: the last 20 are padding of the output matrix" in done.stderr
+    workspace = Workspace(load_config(config), tmp_path / "run")
+    for name in ("teacher", "student"):
+        folder = workspace.model_folder(name)
+        text = "".join(generate_text(folder, "def a", temperature=0, top_p=1, seed=0, max_tokens=4))
+        assert text.startswith("def a")
+    assert all(step.is_complete() for step in all_steps(workspace))
+    assert evaluate_models(workspace, ()).keys() == {"teacher", "student"}
+    with pytest.raises(StageError, match=r"found an architecture of transformers \(qwen3\), which goes out in its own"):
+        export_model(workspace, "student", "gguf", ("TQ2_0",), None, print)
+
+
+def test_a_student_of_another_architecture_learns_from_the_same_cache(place: Path, tmp_path: Path) -> None:
+    """A variant given as a path takes architecture and weights; one with random weights takes no padding."""
+    more = f"""
+[variants.gpt.student]
+path = "{place / "gpt2"}"
+init = "given"
+quantize.layers = ["transformer.h.*"]
+[variants.gpt.distill]
+hidden = {{ weight = 0.0 }}
+[variants.fresh.student]
+path = "{place / "gemma"}"
+init = "random"
+[variants.fresh.distill]
+hidden = {{ weight = 0.0 }}
+"""
+    config = config_file(place, "llama", tmp_path / "config.toml", more=more)
+    workspace = run(config, tmp_path / "run")
+    gpt = load_model(workspace.student("gpt"))
+    assert gpt.head_weight.shape[0] == VOCAB
+    assert len(gpt.quantized_linears()) == 8
+    fresh = json.loads((workspace.student("fresh") / "config.json").read_text())
+    assert fresh["hugging_face"]["model_type"] == "gemma3_text"
+    assert fresh["hugging_face"]["vocab_size"] == VOCAB
+
+
+@pytest.fixture
+def begun(place: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A run whose teacher is taken, of a model that may be changed."""
+    shutil.copytree(place / "qwen3", tmp_path / "model")
+    config = config_file(place, "qwen3", tmp_path / "config.toml", tmp_path / "model")
+    run(config, tmp_path / "run", until=2)
+    return config, tmp_path / "run"
+
+
+def test_a_model_that_changed_since_is_refused(begun: tuple[Path, Path], place: Path) -> None:
+    config, run_dir = begun
+    write_model(config.parent / "model", "qwen3", place / "tokenizer.json", outputs=PADDED, seed=1)
+    with pytest.raises((StageError, PipelineError), match=r"input checkpoint: was|is another model than when"):
+        run(config, run_dir, until=3)
+
+
+def test_a_model_that_is_gone_is_named(begun: tuple[Path, Path]) -> None:
+    config, run_dir = begun
+    shutil.rmtree(config.parent / "model")
+    with pytest.raises(StageError, match=r"is another model than when|found no"):
+        run(config, run_dir, until=3)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_with_the_first_ids(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "qwen3", tmp_path / "model")
+    content = json.loads((place / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    first, second = (text for text, i in vocab.items() if i in (258, 259))
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(content))
+    config = config_file(place, "qwen3", tmp_path / "config.toml", tmp_path / "model")
+    with pytest.raises(StageError, match=r"the tokenizer of the teacher .* 2 of 300 ids differ: id 258 is"):
+        run(config, tmp_path / "run", 'data.tokenizer.path="' + str(place / "qwen3") + '"', until=2)
+
+
+def test_loading_options_without_a_given_model_are_refused() -> None:
+    done = tristill("teacher", "--config", "configs/test.toml", "--set", "teacher.dtype=bfloat16")
+    assert done.code == 2
+    assert "teacher: dtype: how a given model is loaded, and no path gives one" in done.stderr

@@ -1,0 +1,339 @@
+"""Models of transformers as the stages use them: their logits, hidden states, gradients, weights and refusals."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import KINDS, PADDED, VOCAB, describe, write_model, write_tokenizer
+
+from stages.data.tokenizer_gate import require_same_tokenizer, tokenizer_difference
+from stages.errors import CheckpointError, TokenizerError
+from stages.export.own_format import compare_own_format, write_own_format
+from stages.models.description import read_description
+from stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
+from stages.models.hub import fetch_model, find_model
+from stages.models.hugging_face import HuggingFaceModel
+from stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
+from stages.models.hugging_face_shape import HuggingFaceShape, llama_shape
+from stages.models.language_model import State
+from stages.models.origin import Origin, model_fingerprint
+from stages.quantize.absmax import absmax_quantize
+from stages.quantize.absmean import absmean_ternary
+from stages.quantize.config import QuantizeConfig
+
+pytest.importorskip("transformers")
+IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(kind: str, tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(kind)
+    write_model(folder, kind, tokenizer_json, outputs=PADDED)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> HuggingFaceModel:
+    return load_hugging_face(Origin(folder=folder, **options), folder / "tokenizer.json")
+
+
+def reference(folder: Path) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers_without_padding(folder: Path) -> None:
+    model = load(folder)
+    wanted = reference(folder)(input_ids=IDS).logits
+    assert wanted.shape[-1] == PADDED
+    assert model.head_weight.shape[0] == VOCAB
+    assert model.num_outputs == PADDED
+    assert torch.equal(model.logits(IDS), wanted[..., :VOCAB])
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_residual_stream_before_the_last_norm(folder: Path) -> None:
+    model = load(folder)
+    theirs = reference(folder)(input_ids=IDS, output_hidden_states=True).hidden_states
+    states = [State("residual", layer) for layer in range(model.depth + 1)]
+    found = model(IDS, states).hidden
+    assert list(found) == states
+    for layer in range(model.depth):  # transformers has the last norm in its last one
+        assert torch.equal(found[State("residual", layer)], theirs[layer])
+    norm = model.inner.base_model.ln_f if hasattr(model.inner.base_model, "ln_f") else model.inner.base_model.norm
+    assert torch.equal(norm(found[State("residual", model.depth)]), theirs[model.depth])
+
+
+@torch.no_grad()
+def test_every_state_of_a_thread_is_its_own(folder: Path) -> None:
+    model = load(folder)
+    batches = [torch.randint(0, VOCAB, (1, 8), generator=torch.Generator().manual_seed(i)) for i in range(16)]
+
+    def look(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, [State("attention", 2)]).hidden[State("attention", 2)]
+
+    alone = [look(ids) for ids in batches]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(look, batches))
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+@torch.no_grad()
+def test_queries_keys_and_values_are_there_where_the_blocks_show_them(kind: str, folder: Path) -> None:
+    model = load(folder)
+    if kind == "gpt2":
+        with pytest.raises(CheckpointError, match=r"a gpt2 of transformers does not show them.*q_proj, k_proj, v_proj"):
+            model(IDS, [State("qkv", 1)])
+        return
+    assert model(IDS, [State("qkv", 1)]).hidden[State("qkv", 1)].shape[-1] == model.widths.of("qkv") == 64
+
+
+def test_a_missing_layer_is_refused_by_number(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"layer 3: .* expected 2 blocks"):
+        load(folder)(IDS, [State("residual", 3)])
+
+
+@torch.no_grad()
+def test_a_quantised_layer_is_absmean_of_the_weights_it_came_with(kind: str, folder: Path) -> None:
+    teacher, quantize = load(folder), QuantizeConfig(layers=(KINDS[kind][2],))
+    student = new_model(hugging_face_shape(folder), VOCAB, quantize, seed=0)
+    load_weights(student, saved_tensors(teacher), folder)
+    student.fit_steps()
+    layers = student.quantized_linears()
+    assert {name.split(".")[1] for name in layers} <= {"layers", "h"}
+    name, layer = next(iter(layers.items()))
+    plain = teacher.inner.get_submodule(name)
+    assert torch.equal(layer.quantized_weight(), absmean_ternary(plain.weight, "tensor").dequantized())
+    x = torch.randn(3, plain.in_features)
+    by_hand = absmax_quantize(x) @ layer.quantized_weight().T + (0 if plain.bias is None else plain.bias)
+    assert torch.allclose(layer(x), by_hand, atol=1e-5)
+    assert torch.equal(student.embedding_weight, teacher.embedding_weight)
+    assert torch.equal(student.head_weight, teacher.head_weight)
+
+
+def test_unquantised_strength_is_the_teacher_itself(kind: str, folder: Path) -> None:
+    teacher = load(folder)
+    student = new_model(hugging_face_shape(folder), VOCAB, QuantizeConfig(layers=(KINDS[kind][2],)), seed=0)
+    load_weights(student, saved_tensors(teacher), folder)
+    student.quantize_by(0)
+    with torch.no_grad():
+        assert torch.allclose(student.logits(IDS), teacher.logits(IDS), atol=1e-5)
+
+
+def test_training_reaches_every_weight_and_ties_stay_tied(kind: str, folder: Path) -> None:
+    student = new_model(hugging_face_shape(folder), VOCAB, QuantizeConfig(layers=(KINDS[kind][2],)), seed=0)
+    assert isinstance(student, HuggingFaceModel)
+    student.train()
+    assert not student.inner.training
+    student.logits(IDS).square().mean().backward()
+    without = [name for name, parameter in student.named_parameters() if parameter.grad is None]
+    assert without == []
+    is_tied = student.inner.get_output_embeddings().weight is student.inner.get_input_embeddings().weight
+    assert is_tied == (kind in {"qwen3", "gpt2", "gemma"})
+
+
+@pytest.mark.parametrize("weights", ["absmean", "seq"])
+def test_a_saved_student_is_the_student(kind: str, folder: Path, tmp_path: Path, weights: Any) -> None:
+    quantize = QuantizeConfig(layers=(KINDS[kind][2],), weights=weights)
+    student = new_model(hugging_face_shape(folder), VOCAB, quantize, seed=3).eval()
+    save_model(tmp_path, student, folder / "tokenizer.json", 12, 0)
+    back = load_model(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(back.logits(IDS), student.logits(IDS))
+    assert back.quantize == quantize
+    assert isinstance(read_description(tmp_path).shape, HuggingFaceShape)
+
+
+def test_an_export_in_its_own_format_has_the_weights_that_are_multiplied(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    quantize = QuantizeConfig(layers=(KINDS[kind][2],), activations="none")
+    student = new_model(hugging_face_shape(folder), VOCAB, quantize, seed=3).eval()
+    assert isinstance(student, HuggingFaceModel)
+    write_own_format(student, tmp_path, folder / "tokenizer.json", 12, 0)
+    compare_own_format(student, tmp_path)
+    with torch.no_grad():
+        theirs = reference(tmp_path)(input_ids=IDS).logits[..., :VOCAB]
+        assert torch.allclose(theirs, student.logits(IDS), atol=1e-5)
+    assert type(reference(tmp_path)) is type(reference(folder))
+
+
+def test_bfloat16_weights_are_another_teacher(folder: Path) -> None:
+    plain, half = Origin(folder=folder).with_fingerprint(), Origin(folder=folder, dtype="bfloat16").with_fingerprint()
+    assert plain.fingerprint == model_fingerprint(folder) != half.fingerprint
+    model = load(folder, dtype="bfloat16")
+    assert model.head_weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        far = (model.logits(IDS).float() - load(folder).logits(IDS)).abs().max()
+    assert 0 < far < 1
+
+
+def test_eager_attention_computes_the_same(folder: Path) -> None:
+    with torch.no_grad():
+        assert torch.allclose(load(folder, attention="eager").logits(IDS), load(folder).logits(IDS), atol=1e-5)
+
+
+def test_an_unknown_attention_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot load it as a causal language model"):
+        load(folder, attention="telepathy")
+
+
+def test_a_llama_is_described_as_our_own_transformer(kind: str, folder: Path) -> None:
+    shape = read_description(folder).shape
+    assert isinstance(shape, HuggingFaceShape) == (kind != "llama")
+    assert shape.layers == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"head_dim": 8},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"quantization_config": {"quant_method": "bitnet"}},
+        {"model_type": "mistral"},
+    ],
+    ids=str,
+)
+def test_a_llama_that_computes_otherwise_is_none_of_ours(tokenizer_json: Path, tmp_path: Path, other: Any) -> None:
+    import json
+
+    write_model(tmp_path, "llama", tokenizer_json)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert llama_shape(config) is not None
+    assert llama_shape({**config, **other}) is None
+
+
+def test_weights_that_lack_a_tensor_are_refused_by_name(tokenizer_json: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_model(tmp_path, "llama", tokenizer_json)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lack 1 tensors of a llama.*random: model\.norm\.weight"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_not_loaded(tokenizer_json: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path, "llama", tokenizer_json)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot load it as a causal language model"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"found no \*\.safetensors.*pickled ones are not loaded"):
+        model_fingerprint(tmp_path)
+
+
+def test_code_of_a_folder_runs_only_on_request(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", tokenizer_json)
+    (tmp_path / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    )
+    auto = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    describe(tmp_path, model_type="mine", auto_map=auto)
+    with pytest.raises(CheckpointError, match="cannot load it"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert load(tmp_path, trust_remote_code=True).depth == 2
+    assert (tmp_path / "ran").exists()
+
+
+def test_softcapped_logits_are_refused_with_the_setting(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "gemma", tokenizer_json, final_logit_softcapping=30.0)
+    with pytest.raises(CheckpointError, match=r"final_logit_softcapping = 30\.0"):
+        load(tmp_path)
+
+
+def test_fewer_outputs_than_ids_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", tokenizer_json, outputs=VOCAB - 1)
+    with pytest.raises(CheckpointError, match=f"found {VOCAB - 1} outputs, expected at least {VOCAB}"):
+        load(tmp_path)
+
+
+def test_a_tokenizer_is_compared_by_what_it_holds(tokenizer_json: Path, tmp_path: Path) -> None:
+    import json
+
+    content = json.loads(tokenizer_json.read_text())
+    same = tmp_path / "same.json"
+    content["truncation"], content["padding"] = (
+        {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0},
+        None,
+    )
+    content["model"]["merges"] = [
+        " ".join(pair) if isinstance(pair, list) else pair for pair in content["model"]["merges"]
+    ]
+    same.write_text(json.dumps(content, indent=1))
+    assert same.read_bytes() != tokenizer_json.read_bytes()
+    assert tokenizer_difference(same, tokenizer_json) is None
+
+    one, two = [text for text, i in content["model"]["vocab"].items() if i in (17, 40)]
+    vocab = content["model"]["vocab"]
+    vocab[one], vocab[two] = vocab[two], vocab[one]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    with pytest.raises(
+        TokenizerError, match=r"the tokenizer of the teacher is not that of .*: 2 of 300 ids differ: id 17 is"
+    ):
+        require_same_tokenizer(other, tokenizer_json, "the teacher", "give another")
+
+
+def test_the_same_ids_that_cut_texts_otherwise_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    import json
+
+    content = json.loads(tokenizer_json.read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    other = tmp_path / "tokenizer.json"
+    other.write_text(json.dumps(content))
+    assert "pre_tokenizer differ" in (tokenizer_difference(other, tokenizer_json) or "")
+    content["pre_tokenizer"]["add_prefix_space"] = False
+    content["model"]["merges"] = content["model"]["merges"][::-1]
+    other.write_text(json.dumps(content))
+    assert "model.merges differ" in (tokenizer_difference(other, tokenizer_json) or "")
+
+
+def test_a_vocabulary_that_ends_earlier_is_named_by_its_first_missing_id(tokenizer_json: Path, tmp_path: Path) -> None:
+    shorter = write_tokenizer(tmp_path / "tokenizer.json", vocab_size=VOCAB - 4)
+    assert "4 of 300 ids differ: id 296 is none, not" in (tokenizer_difference(shorter, tokenizer_json) or "")
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache_on_this_machine(
+    tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the hub's cache, made by hand: what a download leaves."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    write_model(repository / "snapshots" / ("0" * 40), "llama", tokenizer_json)
+    found = find_model(Path("someone/tiny"), None, download=False)
+    assert found == repository / "snapshots" / ("0" * 40)
+    assert load(found).depth == 2
+    assert find_model(Path("someone/else"), None, download=False) is None
+    with pytest.raises(CheckpointError, match="someone/else: found no folder of that name here, and as a name on the"):
+        fetch_model(Path("someone/else"), None)
+    with pytest.raises(CheckpointError, match="/no/such/folder: found no folder there"):
+        fetch_model(Path("/no/such/folder"), None)
