@@ -1,10 +1,13 @@
-"""What a cache holds of single positions, as plain values: ids, and what the teacher expected there."""
+"""What a cache holds of one window, as plain values: ids, what the teacher gave the labels, and what it expected."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cache.distribution import largest_probabilities
-from cache.reader import Cache
+from cache.reader import Cache, WindowBatch
 from cache.spec import SplitName
 
 
@@ -12,8 +15,8 @@ from cache.spec import SplitName
 class PeekedPosition:
     """One position.
 
-    entropy_nats and label_probability: at tau_dump, to 1/16 nat; None if the cache has no signals. top: the ids with
-    the largest probabilities that the cache knows, see largest_probabilities.
+    entropy_nats and label_probability: at tau_dump, to 1/16 nat; None where the cache knows neither. top: the ids with
+    the largest probabilities that the cache knows, see largest_probabilities; empty where it knows nothing.
     """
 
     position: int
@@ -24,21 +27,49 @@ class PeekedPosition:
     top: list[tuple[int, float]]
 
 
-def peek(cache: Cache, split: SplitName, window: int, num_positions: int, num_top: int) -> list[PeekedPosition]:
-    """The first positions of one window. Raises CacheRequestError for a split or window that is not there."""
+@dataclass(frozen=True, slots=True)
+class PeekedWindow:
+    """One window of T positions.
+
+    ids: all T + 1. label_probabilities: what the teacher gave each label, T numbers; None where the cache does not
+    know. positions: those that were asked for, more closely.
+    """
+
+    ids: list[int]
+    label_probabilities: list[float | None]
+    positions: list[PeekedPosition]
+
+
+def peek(cache: Cache, split: SplitName, window: int, positions: range, num_top: int) -> PeekedWindow:
+    """One window, and those of `positions` in it that it has, with the largest entries of each.
+
+    Raises CacheRequestError for a split or window that is not there.
+    """
     batch = cache.window(split, window)
-    input_ids_T, label_ids_T = batch.input_ids[0, :-1], batch.input_ids[0, 1:]
-    arrays = {name: array[0, :num_positions] for name, array in batch.target.items()}
-    tables = cache.spec.target_part.own_tables(cache.tables)
-    known = largest_probabilities(cache.spec.profile, arrays, tables, input_ids_T[:num_positions], num_top)
-    return [
-        PeekedPosition(
-            position=t,
-            input_id=int(input_ids_T[t]),
-            label_id=int(label_ids_T[t]),
-            entropy_nats=float(batch.signals["teacher_entropy"][0, t]) if batch.signals else None,
-            label_probability=math.exp(batch.signals["label_log_prob"][0, t]) if batch.signals else None,
-            top=top,
-        )
-        for t, top in enumerate(known)
+    ids = [int(token_id) for token_id in batch.input_ids[0]]
+    label_log_probs = _signal(batch, "label_log_prob")
+    probabilities = [None if nats is None else math.exp(nats) for nats in label_log_probs]
+    entropies = _signal(batch, "teacher_entropy")
+    rows = range(cache.spec.context_length)[positions.start : positions.stop : positions.step]
+    closely = [
+        PeekedPosition(t, ids[t], ids[t + 1], entropies[t], probabilities[t], top)
+        for t, top in zip(rows, _largest(cache, batch, rows, num_top), strict=True)
     ]
+    return PeekedWindow(ids, probabilities, closely)
+
+
+def _signal(batch: WindowBatch, name: str) -> list[float | None]:
+    """One number a position; a number that is not finite stands for nothing known."""
+    num_positions = batch.input_ids.shape[1] - 1
+    if name not in batch.signals:
+        return [None] * num_positions
+    return [float(value) if math.isfinite(value) else None for value in batch.signals[name][0]]
+
+
+def _largest(cache: Cache, batch: WindowBatch, rows: Sequence[int], num_top: int) -> list[list[tuple[int, float]]]:
+    if not rows:
+        return []
+    chosen = np.asarray(rows)
+    arrays = {name: array[0, chosen] for name, array in batch.target.items()}
+    tables = cache.spec.target_part.own_tables(cache.tables)
+    return list(largest_probabilities(cache.spec.profile, arrays, tables, batch.input_ids[0, chosen], num_top))

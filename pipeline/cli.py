@@ -190,29 +190,47 @@ def info(
     "--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True, help="Which split."
 )
 @click.option("--window", type=click.IntRange(min=0), default=0, show_default=True, help="Which window of the split.")
-@click.option("--positions", type=click.IntRange(min=1), default=8, show_default=True, help="How many, from the first.")
+@click.option("--windows", type=click.IntRange(min=1), default=1, show_default=True, help="How many, from that one on.")
+@click.option("--first", type=click.IntRange(min=0), default=0, show_default=True, help="First position of the table.")
+@click.option("--positions", type=click.IntRange(min=0), default=8, show_default=True, help="Positions in the table.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Entries shown per position.")
+@click.option(
+    "--color/--no-color",
+    default=None,
+    show_default="on a terminal, unless NO_COLOR is set",
+    help="Whether the text is coloured by the teacher's confidence.",
+)
 @cache_folder_options
 def peek(
     folder: Path | None,
     split: SplitName,
     window: int,
+    windows: int,
+    first: int,
     positions: int,
     top: int,
+    color: bool | None,
     config_path: Path,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:
-    """Show what a cache knows of a few positions, as text: the token, the next one, and what the teacher expected.
+    """Show windows as text, coloured by how sure the teacher was of each token, and what it expected at some positions.
+
+    Control characters of tokens are shown as pictures or in angle brackets; the end of a line also ends it here.
 
     \b
-    Example:
+    Examples:
         tristill cache peek runs/demo/cache --split train --window 3 --positions 16
+        tristill cache peek --windows 20 --positions 0 --color | less -R
     """
     from pipeline.cache_peek import peek_text
+    from pipeline.terminal import encodable, wants_colour
 
     folder = folder or workspace_of(config_path, assignments, run_dir).cache
-    click.echo(peek_text(folder, split, window, positions, top))
+    is_coloured = wants_colour(color)
+    chosen, closely = range(window, window + windows), range(first, first + positions)
+    for text in peek_text(folder, split, chosen, closely, top, is_coloured=is_coloured):
+        click.echo(encodable(text) + "\n" * (windows > 1), color=is_coloured)
 
 
 @cache.command()

@@ -32,6 +32,7 @@ from stages.export.parity import Bounds, HeldOut, Parity
 from stages.export.student import Student, load_student
 from stages.models.folder import pick_device
 from stages.models.origin import model_fingerprint
+from stages.progress import waiting
 from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetSource
 
@@ -144,7 +145,8 @@ def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], 
     partial, old = (one.path.with_name(f".{one.path.name}.{state}") for state in ("partial", "old"))
     _remove(partial)
     try:
-        verdict = _write_and_check(student, one, partial, text)
+        with waiting(f"export {one.path.name}"):
+            verdict = _write_and_check(student, one, partial, text)
         echo(verdict_text(one, verdict))
         if verdict.broken:
             raise ExportError(

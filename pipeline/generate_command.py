@@ -9,6 +9,7 @@ import click
 
 from pipeline.config import DEFAULT_STUDENT
 from pipeline.options import run_options, workspace_of
+from stages.progress import say
 
 _SMALLEST_TEMPERATURE = 1e-3
 
@@ -82,6 +83,10 @@ def generate(
     from stages.generate.text import generate_text
 
     folder = workspace_of(config_path, assignments, run_dir).model_folder(name)
-    for piece in generate_text(folder, prompt, **sampling):
+
+    def end(speed: str) -> None:
+        click.echo()
+        say(speed)
+
+    for piece in generate_text(folder, prompt, **sampling, on_done=end):
         click.echo(piece.encode("utf-8"), nl=False)
-    click.echo()

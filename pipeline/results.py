@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import MissingInputError
 from pipeline.provenance import read_provenance
+from pipeline.terminal import cells
 from pipeline.workspace import Workspace
 from stages.losses.config import DEFAULT_ALPHA
 
@@ -107,9 +108,10 @@ def run_table(workspace: Workspace) -> str:
 
 def text_table(lines: list[list[str]]) -> str:
     """Aligned columns in Markdown, so that what is printed can be pasted."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = [max(cells(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| " + " | ".join(cell + " " * (width - cells(cell)) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([rendered[0], rule, *rendered[1:]])

@@ -1,18 +1,57 @@
 """Progress of long work on stderr: a bar on a terminal, plain lines otherwise."""
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
 
-_PLAIN_LINE_EVERY_S = 10.0
+_PLAIN_LINE_EVERY_S = 5.0
+_TICK_S = 0.5
 
 
 def say(text: str) -> None:
-    """One line for the user that is not the result."""
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """One line for the user that is not the result; above a bar, if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """Says from time to time how long the block has lasted: for work of which nothing can be counted."""
+    started_s = time.monotonic()
+    is_over = threading.Event()
+    is_told = False
+
+    def tell_in_lines() -> None:
+        nonlocal is_told
+        while not is_over.wait(_pause_s(time.monotonic() - started_s)):
+            say(f"{label}: {time.monotonic() - started_s:,.0f} s")
+            is_told = True
+
+    def tell_in_place() -> None:
+        with tqdm(desc=label, bar_format="{desc}: {elapsed}", leave=False, dynamic_ncols=True, file=sys.stderr) as line:
+            while not is_over.wait(_TICK_S):
+                line.refresh()
+
+    thread = threading.Thread(target=tell_in_place if sys.stderr.isatty() else tell_in_lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    if is_told:
+        say(f"{label}: {time.monotonic() - started_s:,.0f} s, done")
+
+
+def _pause_s(elapsed_s: float) -> float:
+    """Until the next plain line: there is one after 1, 2, 4 and 8 s, then every 5 s, in the end at every hundredth."""
+    return max(1.0, min(elapsed_s, _PLAIN_LINE_EVERY_S), elapsed_s / 100)
 
 
 class Progress:
@@ -22,7 +61,8 @@ class Progress:
         """`done` units were done before a resume: they count for the percentage, not for the speed."""
         self._label, self._total, self._unit = label, total, unit
         self._done = self._start_done = done
-        self._start_s = self._last_line_s = time.monotonic()
+        self._start_s = time.monotonic()
+        self._next_line_s = _pause_s(0)
         self._note = ""
         self._bar = (
             tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
@@ -35,10 +75,11 @@ class Progress:
         self._done += units
         self._note = note or self._note
         if self._bar is not None:
-            self._bar.update(units)
             self._bar.set_postfix_str(self._note, refresh=False)
-        elif time.monotonic() - self._last_line_s >= _PLAIN_LINE_EVERY_S:
+            self._bar.update(units)
+        elif self.elapsed_s >= self._next_line_s:
             self._print_line()
+            self._next_line_s = self.elapsed_s + _pause_s(self.elapsed_s)
 
     @property
     def elapsed_s(self) -> float:
@@ -51,7 +92,6 @@ class Progress:
         return (self._done - self._start_done) / max(self.elapsed_s, 1e-9)
 
     def _print_line(self) -> None:
-        self._last_line_s = time.monotonic()
         parts = [f"{self._label}: {self._done:,}"]
         if self._total:
             parts[0] += f" of {self._total:,} ({self._done / self._total:.0%})"

@@ -15,9 +15,12 @@ class TextStream:
     at once gives. Only the ids since the last whole character but one are decoded again.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
         """The ids follow those of a prompt, whose text is not given again."""
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
         self._num_whole = 0  # of these ids, at the last whole character
         self._num_given = 0  # characters of their text
@@ -45,4 +48,4 @@ class TextStream:
         self._num_given = len(self._decoded())
 
     def _decoded(self) -> str:
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens))

@@ -1,17 +1,22 @@
-"""Token ids as text that people can read."""
+"""Token ids as text that people can read: no control character of a token comes out of here as it is."""
 
-from collections.abc import Iterable
+import itertools
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from stages.data.text_stream import TextStream
 from stages.data.tokenizer import load_tokenizer
 
 _NOT_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_CONTROL_PICTURES = 0x2400
+_DELETE, _PICTURE_OF_DELETE = 0x7F, "\N{SYMBOL FOR DELETE}"
 
 
 def token_texts(tokenizer_json: Path, ids: Iterable[int]) -> dict[int, str]:
     """Every id as quoted text; one whose bytes are no whole character as the vocabulary spells it, in angle brackets.
 
-    An id that the tokenizer does not know is given as its number.
+    An id that the tokenizer does not know is given as its number. What cannot be printed is escaped as in Python.
     """
     tokenizer = load_tokenizer(tokenizer_json)
 
@@ -20,6 +25,53 @@ def token_texts(tokenizer_json: Path, ids: Iterable[int]) -> dict[int, str]:
         if spelling is None:
             return f"<{token_id}>"
         text = tokenizer.decode([token_id], skip_special_tokens=False)
-        return repr(text) if text and _NOT_A_CHARACTER not in text else f"<{spelling}>"
+        return repr(text) if text and _NOT_A_CHARACTER not in text else f"<{visible(spelling)}>"
 
     return {token_id: text_of(token_id) for token_id in set(ids)}
+
+
+def text_pieces(tokenizer_json: Path, ids: Sequence[int]) -> list[tuple[int, str]]:
+    """The text of all ids as it is, in pieces of whole characters, each with the number of tokens that it took.
+
+    Numbers are positive and add up to that of the ids. Bytes that never become a character are U+FFFD; an id that the
+    tokenizer does not know is its number in angle brackets.
+    """
+    tokenizer = load_tokenizer(tokenizer_json)
+    pieces: list[tuple[int, str]] = []
+    num_tokens = 0
+    for is_known, run in itertools.groupby(ids, lambda token_id: tokenizer.id_to_token(token_id) is not None):
+        if not is_known:
+            pieces += [(1, f"<{token_id}>") for token_id in run]
+            continue
+        stream = TextStream(tokenizer, skip_special_tokens=False)
+        for token_id in run:
+            num_tokens += 1
+            if text := stream.add(token_id):
+                pieces.append((num_tokens, text))
+                num_tokens = 0
+        if num_tokens:
+            pieces.append((num_tokens, stream.finish()))
+            num_tokens = 0
+        elif held_back := stream.finish():  # of a token that ended another character too
+            count, text = pieces.pop()
+            pieces.append((count, text + held_back))
+    return pieces
+
+
+def visible(text: str) -> str:
+    """The text with everything that is not a printable character or a space in a form that is.
+
+    Control characters as their pictures, U+2400 and on; others, such as marks of direction, as <U+202E>.
+    """
+    return "".join(map(_visible_character, text))
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(_CONTROL_PICTURES + code)
+    if code == _DELETE:
+        return _PICTURE_OF_DELETE
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return f"<U+{code:04X}>"

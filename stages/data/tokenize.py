@@ -18,7 +18,7 @@ from stages.data.tokenized import TokenizedCorpus, TokenizedSplit
 from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, train_tokenizer
 from stages.data.tokens import TokenFileWriter, token_file
 from stages.errors import CorpusError
-from stages.progress import Progress
+from stages.progress import Progress, waiting
 
 _BATCH_CHARACTERS = 2**20
 
@@ -76,7 +76,8 @@ def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[str]]) 
     """The tokenizer, its `tokenizer.json` and its end-of-text id; the file of an existing one is kept byte for byte."""
     if isinstance(config.tokenizer, TrainedTokenizer):
         texts = (text for text in read_documents() if not is_validation(text, config))
-        tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
+        with waiting("tokenizer"):
+            tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
         tokenizer_json = tokenizer.to_str().encode("utf-8")
     else:
         tokenizer, end_of_text = existing_tokenizer(config.tokenizer), config.tokenizer.end_of_text

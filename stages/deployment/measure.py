@@ -17,7 +17,7 @@ from stages.export.gguf import write_gguf
 from stages.export.llama_cpp import Timings
 from stages.export.student import Student, load_student
 from stages.packed.model import memory_use, pack_model
-from stages.progress import Progress
+from stages.progress import Progress, waiting
 from stages.threads import torch_threads
 
 _LONGEST_PROMPT, _MOST_NEW = 512, 128
@@ -58,8 +58,9 @@ def measure_deployment(
         entries = list(_teacher_entries(loaded.pop("teacher")))
         version = None
         for name, student in loaded.items():
-            files = list(_gguf_entries(name, student, folder, stack, context, threads))
-            entries += [*_packed_entries(name, student), *files]
+            with waiting(f"forms of {name}"):
+                files = list(_gguf_entries(name, student, folder, stack, context, threads))
+                entries += [*_packed_entries(name, student), *files]
             found = [entry.contender.version for entry in files if isinstance(entry.contender, InLlamaCpp)]
             version = found[0] if found else version
         generator = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ from stages.errors import CheckpointError
 from stages.models.folder import load_model, pick_device
 from stages.models.language_model import LanguageModel, State
 from stages.models.origin import model_fingerprint
-from stages.progress import Progress
+from stages.progress import Progress, waiting
 from stages.targets.hidden import HiddenTransforms
 from stages.threads import torch_threads
 
@@ -53,7 +53,8 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     ensemble = load_ensemble(config, data_folder, corpus, device)
     fingerprint = config.teacher_fingerprint(model_fingerprint(teacher_folder))
     assert fingerprint is not None, "all teachers were just loaded"
-    prepared = prepare(config, corpus, teacher, fingerprint, windows["train"], folder, ensemble)
+    with waiting("calibration"):
+        prepared = prepare(config, corpus, teacher, fingerprint, windows["train"], folder, ensemble)
     spec = prepared.spec
     tokenizer_json = (data_folder / TOKENIZER_NAME).read_bytes()
     writer = CacheWriter(folder, spec, tokenizer_json, prepared.tables_image, config.compression_level)

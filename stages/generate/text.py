@@ -1,7 +1,7 @@
 """Text from the model in a folder, as it is written; a ternary student runs from packed weights."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,20 @@ _CPU = torch.device("cpu")
 
 
 def generate_text(
-    folder: Path, prompt: str, *, temperature: float, top_p: float, seed: int, max_tokens: int | None
+    folder: Path,
+    prompt: str,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    max_tokens: int | None,
+    on_done: Callable[[str], None] = say,
 ) -> Iterator[str]:
     """The prompt, then what the model in the folder writes after it, in pieces of whole characters as it is written.
 
     One row of random numbers, those that the first document of a synthetic corpus of this seed has. Without max_tokens
-    there are 100, or as many as the context has room for. Raises PromptError if it has none, or not enough.
+    there are 100, or as many as the context has room for. `on_done` is told at the end how fast it was. Raises
+    PromptError if the context has no room, or not enough.
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     model = _load(folder)
@@ -37,11 +45,16 @@ def generate_text(
     sampling = Sampling(temperature, top_p, _room(ids, model, max_tokens, folder))
     uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
     yield prompt
-    yield from _written(model, tokenizer, ids, sampling, torch.from_numpy(uniform_M))
+    yield from _written(model, tokenizer, ids, sampling, torch.from_numpy(uniform_M), on_done)
 
 
 def _written(
-    model: CausalModel, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, uniform_M: torch.Tensor
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: Sampling,
+    uniform_M: torch.Tensor,
+    on_done: Callable[[str], None],
 ) -> Iterator[str]:
     text = TextStream(tokenizer, ids[1:])
     num_new, started_s = 0, time.perf_counter()
@@ -51,7 +64,9 @@ def _written(
             yield text.add(new_id)
     yield text.finish()
     elapsed_s = time.perf_counter() - started_s
-    say(f"{num_new} tokens after {len(ids) - 1} of prompt in {elapsed_s:.2f} s: {num_new / elapsed_s:,.0f} tokens/s")
+    on_done(
+        f"{num_new} tokens after {len(ids) - 1} of prompt in {elapsed_s:.2f} s: {num_new / elapsed_s:,.0f} tokens/s"
+    )
 
 
 def _load(folder: Path) -> CausalModel:

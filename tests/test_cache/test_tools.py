@@ -403,7 +403,10 @@ def test_the_probabilities_shown_are_those_that_students_learn_from(tmp_path: Pa
 def test_peek_shows_ids_and_signals_of_the_window_that_is_asked_for(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, SampledProfile())
     batch = cache.window("validation", 2)
-    seen = peek(cache, "validation", 2, num_positions=4, num_top=1)
+    window = peek(cache, "validation", 2, range(4), num_top=1)
+    seen = window.positions
+    assert window.ids == batch.input_ids[0].tolist()
+    assert window.label_probabilities == pytest.approx(np.exp(batch.signals["label_log_prob"][0].astype(np.float64)))
     assert [position.position for position in seen] == [0, 1, 2, 3]
     assert [position.input_id for position in seen] == batch.input_ids[0, :4].tolist()
     assert [position.label_id for position in seen] == batch.input_ids[0, 1:5].tolist()
@@ -411,14 +414,20 @@ def test_peek_shows_ids_and_signals_of_the_window_that_is_asked_for(tmp_path: Pa
     label_probs = np.exp(batch.signals["label_log_prob"][0, :4].astype(np.float64))
     assert [position.label_probability for position in seen] == pytest.approx(label_probs)
     assert [len(position.top) for position in seen] == [1] * 4
-    assert len(peek(cache, "validation", 2, num_positions=100, num_top=1)) == cache.spec.context_length
+    assert len(peek(cache, "validation", 2, range(100), num_top=1).positions) == cache.spec.context_length
+    assert peek(cache, "validation", 2, range(3, 5), num_top=2).positions == [
+        *peek(cache, "validation", 2, range(100), num_top=2).positions[3:5]
+    ]
+    assert peek(cache, "validation", 2, range(100, 105), num_top=2).positions == []
     with pytest.raises(CacheRequestError, match="window 3: the split validation has 3 windows"):
-        peek(cache, "validation", 3, num_positions=1, num_top=1)
+        peek(cache, "validation", 3, range(1), num_top=1)
 
 
 def test_peek_shows_a_cache_without_signals(tmp_path: Path) -> None:
     spec = make_spec(9, 2, format_version=1, profile=PlainTopKProfile(top_k=5, temperature=2.0))
-    (position,) = peek(write_cache(tmp_path, spec), "train", 0, num_positions=1, num_top=2)
+    window = peek(write_cache(tmp_path, spec), "train", 0, range(1), num_top=2)
+    (position,) = window.positions
+    assert window.label_probabilities == [None] * spec.context_length
     assert (position.entropy_nats, position.label_probability) == (None, None)
 
 

@@ -288,7 +288,11 @@ def test_peek_shows_the_text_of_a_window_and_what_the_teacher_expected(cache: Pa
         "cache", "peek", str(cache), "--split", "train", "--window", "3", "--positions", "4", "--top", "2"
     )
     assert outcome.code == 0, outcome.stderr
-    title, _, header, _, *rows = outcome.stdout.splitlines()
+    title, _, rest = outcome.stdout.partition("\n\n")
+    text, _, table = rest.rpartition("\n\n")
+    header, _, *rows = table.splitlines()
+    words = tokenizer.decode(ids, skip_special_tokens=False).split()
+    assert "".join(text.replace("\u21b5", "").split()) == "".join(words)
     assert title == f"train, window 3 of 400, at temperature {opened.spec.profile.temperature:g}"
     assert "| position | input" in header
     assert len(rows) == 4

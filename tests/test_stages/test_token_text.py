@@ -1,0 +1,72 @@
+"""Tokens as text: whole characters, and nothing in them that a terminal would obey."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from stages.data.config import TrainedTokenizer
+from stages.data.token_text import text_pieces, token_texts, visible
+from stages.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+TOKENIZER = train_tokenizer(
+    TrainedTokenizer(vocab_size=300, train_bytes=1000), ["a few words and a few more of these words"] * 3
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(TOKENIZER.to_str())
+    return path
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ids=st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=20)
+    | st.text().map(lambda text: TOKENIZER.encode(text).ids)
+)
+def test_pieces_are_the_text_of_all_ids_and_take_every_token_once(tokenizer_json: Path, ids: list[int]) -> None:
+    found = list(text_pieces(tokenizer_json, ids))
+    assert "".join(text for _, text in found) == TOKENIZER.decode(ids, skip_special_tokens=False)
+    assert sum(num_tokens for num_tokens, _ in found) == len(ids)
+    assert all(num_tokens for num_tokens, _ in found)
+
+
+def test_a_character_of_several_tokens_is_one_piece(tokenizer_json: Path) -> None:
+    ids = TOKENIZER.encode("a\u4f60!").ids
+    assert len(ids) == 5
+    assert list(text_pieces(tokenizer_json, ids)) == [(1, "a"), (3, "\u4f60"), (1, "!")]
+
+
+def test_special_tokens_and_ids_that_are_not_known_are_pieces_of_their_own(tokenizer_json: Path) -> None:
+    end, (a,), first_byte = (
+        TOKENIZER.token_to_id(END_OF_TEXT),
+        TOKENIZER.encode("a").ids,
+        TOKENIZER.encode("\u4f60").ids[0],
+    )
+    assert list(text_pieces(tokenizer_json, [a, end, 900, a])) == [(1, "a"), (1, END_OF_TEXT), (1, "<900>"), (1, "a")]
+    assert list(text_pieces(tokenizer_json, [first_byte, 900])) == [(1, "\ufffd"), (1, "<900>")]
+
+
+@given(st.text())
+def test_what_is_visible_obeys_nobody_and_printable_text_stays_as_it_is(text: str) -> None:
+    assert all(character.isprintable() or unicodedata.category(character) == "Zs" for character in visible(text))
+    if text.isprintable():
+        assert visible(text) == text
+
+
+def test_characters_that_cannot_be_printed_have_pictures_or_numbers() -> None:
+    assert visible("\x1b[2J\x00\t\x7f") == "\u241b[2J\u2400\u2409\u2421"
+    assert visible("a\u202eb\x9b1m\ufeff") == "a<U+202E>b<U+009B>1m<U+FEFF>"
+
+
+def test_a_vocabulary_that_holds_escape_sequences_gives_none_away(tmp_path: Path) -> None:
+    unknown = "\x1b[2J"
+    tokenizer = Tokenizer(models.WordLevel({unknown: 0, "\x1b]0;title\x07": 1}, unk_token=unknown))
+    tokenizer.decoder = decoders.Replace("\x1b[2J", "")  # so that the first decodes to nothing and is spelled
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert token_texts(tmp_path / "tokenizer.json", [0, 1, 2]) == {0: "<\u241b[2J>", 1: r"'\x1b]0;title\x07'", 2: "<2>"}
