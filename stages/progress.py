@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -40,9 +42,16 @@ class Progress:
         elif time.monotonic() - self._last_line_s >= _PLAIN_LINE_EVERY_S:
             self._print_line()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not counted."""
+        started_s = time.monotonic()
+        yield
+        self._start_s += time.monotonic() - started_s
+
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the start, pauses left out."""
         return time.monotonic() - self._start_s
 
     @property
