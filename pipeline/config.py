@@ -184,7 +184,7 @@ def set_key(plain: dict[str, Any], key: str, value: Any, given: set[str], where:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: {parent} is a value, not a table")
-    for other in _displaced({last}):
+    for other in displaced({last}):
         if ".".join([*parents, other]) not in given:
             table.pop(other, None)
     table[last] = value
@@ -289,7 +289,7 @@ def section_types(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _displaced(keys: Iterable[str]) -> set[str]:
+def displaced(keys: Iterable[str]) -> set[str]:
     """What settings that are given take the place of, since they say the same in another way."""
     return {other for key in keys for other in _SAYS_THE_SAME.get(key, ())}
 
@@ -301,8 +301,8 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """
     if "kind" in changes and changes["kind"] != base.get("kind"):
         return dict(changes)
-    displaced = _displaced(changes)
-    merged = {key: value for key, value in base.items() if key not in displaced}
+    away = displaced(changes)
+    merged = {key: value for key, value in base.items() if key not in away}
     for key, value in changes.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and key != "layers":
