@@ -31,7 +31,7 @@ marked with * change no number: they may differ without making anything stale.
 """
 _SWEEP_INTRODUCTION = """# Sweeps
 
-The settings of `configs/sweeps/NAME.toml`; see [sweeps.md](sweeps.md).
+Likewise, the settings of what `tristill sweep` reads; see [sweeps.md](sweeps.md).
 """
 ROOT = Path(__file__).resolve().parent.parent
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

@@ -7,6 +7,7 @@ import click
 
 from pipeline.errors import MissingPackageError
 from pipeline.runner import plan, run_steps
+from pipeline.sweep.check import check_settings
 from pipeline.sweep.config import load_sweep
 from pipeline.sweep.student import Base
 
@@ -60,6 +61,7 @@ def sweep(
     found, of_base = load_sweep(config_path, assignments)
     base = Base(found, config_path.stem, of_base, run_dir)
     if make_cache:
+        check_settings(found, base)
         changes = [part for assignment in of_base for part in ("--set", assignment)]
         steps = plan(base.workspace, "dump-logits")
         run_steps(steps, ["--config", str(base.path), *changes, "--run-dir", str(base.run_dir)])

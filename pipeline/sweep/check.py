@@ -16,19 +16,21 @@ from stages.models.description import CONFIG_NAME
 _OF_WHOLE_DISTRIBUTIONS = {"top1_agreement", "acceptance_rate"}
 
 
-def check_sweep(sweep: SweepConfig, base: Base) -> CacheSpec:
-    """The spec of the cache that all students are to read.
-
-    Raises ConfigError with every problem of the sweep and its points, MissingInputError without a finished cache.
-    """
+def check_settings(sweep: SweepConfig, base: Base) -> None:
+    """Raise ConfigError with every problem of the sweep and its points that is there whatever the cache holds."""
     refuse(base.path, list(_problems_of_keys(sweep, base)))  # nothing can be tried with keys that are wrong
+    refuse(base.path, _problems_of_points(sweep, base, None))
+
+
+def check_sweep(sweep: SweepConfig, base: Base) -> None:
+    """Raise ConfigError with every problem of the sweep and its points, MissingInputError without a finished cache."""
     try:
         spec = _cache(base)
     except MissingInputError:
-        refuse(base.path, _problems_of_points(sweep, base, None))
+        check_settings(sweep, base)
         raise
+    refuse(base.path, list(_problems_of_keys(sweep, base)))
     refuse(base.path, [*_problems_of_metric(sweep, spec), *_problems_of_points(sweep, base, spec)])
-    return spec
 
 
 def _cache(base: Base) -> CacheSpec:
@@ -89,8 +91,8 @@ def _problems_of_point(sweep: SweepConfig, base: Base, spec: CacheSpec | None, p
     steps = student.config.distill.training.steps
     if sweep.pruning is not None and sweep.pruning.every >= steps:
         yield f"pruning.every: found {sweep.pruning.every}, expected fewer than the {steps} steps of a student"
-    if student.config.student.init == "teacher" and not (base.workspace.teacher / CONFIG_NAME).is_file():
-        yield f"student.init: 'teacher' needs the folder {base.workspace.teacher}, which is not there"
     if spec is not None:
+        if student.config.student.init == "teacher" and not (base.workspace.teacher / CONFIG_NAME).is_file():
+            yield f"student.init: 'teacher' needs the folder {base.workspace.teacher}, which is not there"
         unserved = student.config.distill.unserved_by(spec, student.shape().layers)
         yield from (f"distill: {base.workspace.cache} does not serve it: {reason}" for reason in unserved)

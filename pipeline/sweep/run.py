@@ -121,8 +121,8 @@ class _Worker:
         """Lock the trial's folder; None if another has, or if there is nothing to train."""
         known = trial.user_attrs.get("parameters")
         with ExitStack() as stack:
-            if known is not None and not self._lock(known, stack):
-                return None
+            if known is not None and not (self._lock(known, stack) and self._study.is_running(trial)):
+                return None  # whoever had the lock may have ended the trial before letting go of it
             parameters = self._study.take(trial)
             if parameters is None or (known is None and not self._lock(parameters, stack)):
                 return None

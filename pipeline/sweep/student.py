@@ -10,11 +10,11 @@ from pipeline.config import (
     VARIANT_SECTIONS,
     Config,
     displaced,
-    load_config,
     problems_of,
     read_toml,
     set_key,
 )
+from pipeline.options import workspace_of
 from pipeline.steps import Distill, Step
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.points import Point, folder_name
@@ -26,17 +26,16 @@ class Base:
 
     def __init__(self, sweep: SweepConfig, name: str, assignments: tuple[str, ...], run_dir: Path | None) -> None:
         """Raises ConfigError with every problem of the base's config."""
-        config = load_config(sweep.base, assignments)
+        self.workspace = workspace_of(sweep.base, assignments, run_dir or sweep.run_dir)
+        self.run_dir = self.workspace.run_dir
         self.assignments = assignments
         self.path = sweep.base
-        self.run_dir = run_dir or sweep.run_dir or Path("runs") / sweep.base.stem
-        self.workspace = Workspace(config, self.run_dir)
         self.folder = self.run_dir / "sweeps" / name
         self._plain = read_toml(sweep.base, assignments)
         self._plain.pop("variants", None)
         student = self._plain.setdefault("student", {})
         if any(key.startswith("student.model.") for key in sweep.vary) and "model" not in student:
-            shape = config.student_shape  # what one key of it is varied from
+            shape = self.workspace.config.student_shape  # what one key of it is varied from
             student["model"] = shape.model_dump(mode="json", exclude_none=True)
 
     def plain(self, parameters: Point) -> dict[str, Any]:

@@ -116,6 +116,10 @@ class SweepStudy:
             if is_ours or trial.user_attrs.get("place") == self._place
         ]
 
+    def is_running(self, trial: optuna.Trial) -> bool:
+        """Whether it has not ended since it was looked up."""
+        return self.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING
+
     def elsewhere(self) -> list[str]:
         """Where trials run that this process leaves alone."""
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
