@@ -86,6 +86,7 @@ def ledger_text(found: Ledger) -> str:
     """In plain words."""
     median, least, most = found.online_over_cached
     teacher = f"{found.teacher_s:,.0f} s to train" if found.teacher_s is not None else "no time that is known"
+    students = f"{found.num_students} student{'s' * (found.num_students != 1)}"
     difference_s = found.online_total_s - found.offline_total_s
     pays = (
         "An online step is no dearer here, so that the cache pays at no number of students."
@@ -94,7 +95,7 @@ def ledger_text(found: Ledger) -> str:
     )
     return (
         f"ledger: the teacher took {teacher}, which is paid either way. Its cache took {found.dump_s:,.0f} s to dump "
-        f"and {found.cache_bytes / 1e6:,.1f} MB of disk; {found.num_students} students took {found.students_s:,.0f} s "
+        f"and {found.cache_bytes / 1e6:,.1f} MB of disk; {students} took {found.students_s:,.0f} s "
         f"from it: {found.offline_total_s:,.0f} s in all.\nWith the teacher forwarded at every step, a step of the "
         f"base's student takes {median:.2f} times as long ({least:.2f} to {most:.2f}; "
         f"{1000 * found.cached_step_s:,.0f} and {1000 * found.online_step_s:,.0f} ms), and the same students "

@@ -62,7 +62,7 @@ def probe_steps(
     device: torch.device,
     budget_s: float = 60.0,
 ) -> list[tuple[float, float]]:
-    """Seconds of a cached and an online step of the same student on the same windows, in turns.
+    """Seconds of a cached and an online step of the same student on the same windows, in turns; each is first in turn.
 
     A first round warms up and is not among them; after some `budget_s` no further one is begun, but three are done.
     """
@@ -70,6 +70,7 @@ def probe_steps(
     started = time.monotonic()
     found: list[tuple[float, float]] = []
     while len(found) <= _LEAST_ROUNDS or (len(found) <= _ROUNDS and time.monotonic() - started < budget_s):
-        cached_s, online_s = (runner.seconds() for runner in runners)
-        found.append((cached_s, online_s))
+        order = (0, 1) if len(found) % 2 else (1, 0)
+        seconds = {which: runners[which].seconds() for which in order}
+        found.append((seconds[0], seconds[1]))
     return found[1:]
