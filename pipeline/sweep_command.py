@@ -59,7 +59,7 @@ def sweep(
     if importlib.util.find_spec("optuna") is None:
         raise MissingPackageError("a sweep needs the package optuna, which is not installed; pip install -e '.[sweep]'")
     found, of_base = load_sweep(config_path, assignments)
-    base = Base(found, config_path.stem, of_base, run_dir)
+    base = Base(found, config_path, of_base, run_dir)
     if make_cache:
         check_settings(found, base)
         changes = [part for assignment in of_base for part in ("--set", assignment)]
@@ -69,7 +69,7 @@ def sweep(
     from pipeline.sweep.records import results_text
     from pipeline.sweep.run import run_sweep
 
-    results = run_sweep(found, config_path.stem, base, force=force, take_over=take_over)
+    results = run_sweep(found, base, force=force, take_over=take_over)
     if as_json:
         click.echo(results.model_dump_json(indent=2))
         return

@@ -18,8 +18,8 @@ _OF_WHOLE_DISTRIBUTIONS = {"top1_agreement", "acceptance_rate"}
 
 def check_settings(sweep: SweepConfig, base: Base) -> None:
     """Raise ConfigError with every problem of the sweep and its points that is there whatever the cache holds."""
-    refuse(base.path, list(_problems_of_keys(sweep, base)))  # nothing can be tried with keys that are wrong
-    refuse(base.path, _problems_of_points(sweep, base, None))
+    refuse(base.sweep_path, list(_problems_of_keys(sweep, base)))  # nothing can be tried with keys that are wrong
+    refuse(base.sweep_path, _problems_of_points(sweep, base, None))
 
 
 def check_sweep(sweep: SweepConfig, base: Base) -> None:
@@ -29,8 +29,8 @@ def check_sweep(sweep: SweepConfig, base: Base) -> None:
     except MissingInputError:
         check_settings(sweep, base)
         raise
-    refuse(base.path, list(_problems_of_keys(sweep, base)))
-    refuse(base.path, [*_problems_of_metric(sweep, spec), *_problems_of_points(sweep, base, spec)])
+    refuse(base.sweep_path, list(_problems_of_keys(sweep, base)))
+    refuse(base.sweep_path, [*_problems_of_metric(sweep, spec), *_problems_of_points(sweep, base, spec)])
 
 
 def _cache(base: Base) -> CacheSpec:

@@ -48,15 +48,13 @@ class Claim:
     lock: ExitStack
 
 
-def run_sweep(
-    sweep: SweepConfig, name: str, base: Base, *, force: bool = False, take_over: bool = False
-) -> SweepResults:
+def run_sweep(sweep: SweepConfig, base: Base, *, force: bool = False, take_over: bool = False) -> SweepResults:
     """Train all students that nobody has trained yet or is training now; what the whole sweep has found so far."""
     check_sweep(sweep, base)
     if force:
-        _clear(sweep, name, base)
-    with open_study(sweep, name, base.folder, _identity(sweep, base), take_over=take_over) as study:
-        return _Worker(sweep, name, base, study).run()
+        _clear(sweep, base)
+    with open_study(sweep, base.name, base.folder, _identity(sweep, base), take_over=take_over) as study:
+        return _Worker(sweep, base, study).run()
 
 
 def _identity(sweep: SweepConfig, base: Base) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def _identity(sweep: SweepConfig, base: Base) -> dict[str, Any]:
     return {"cache": cache_fingerprint(base.workspace.cache), **plain, **vary, **fixed}
 
 
-def _clear(sweep: SweepConfig, name: str, base: Base) -> None:
+def _clear(sweep: SweepConfig, base: Base) -> None:
     """Remove the study and every student. Raises BusyError if one of them is being trained."""
     if not base.folder.is_dir():
         return
@@ -76,15 +74,15 @@ def _clear(sweep: SweepConfig, name: str, base: Base) -> None:
     with ExitStack() as locks:
         for folder in sorted(students.glob("*")):
             locks.enter_context(locked(folder))
-        delete_study(sweep, name, base.folder)
+        delete_study(sweep, base.name, base.folder)
         shutil.rmtree(students, ignore_errors=True)
         for name_of_results in ("results.csv", "results.json"):
             (base.folder / name_of_results).unlink(missing_ok=True)
 
 
 class _Worker:
-    def __init__(self, sweep: SweepConfig, name: str, base: Base, study: SweepStudy) -> None:
-        self._sweep, self._name, self._base, self._study = sweep, name, base, study
+    def __init__(self, sweep: SweepConfig, base: Base, study: SweepStudy) -> None:
+        self._sweep, self._base, self._study = sweep, base, study
         found = cache_fingerprint(base.workspace.cache)
         assert found is not None, "checked with the sweep"
         self._cache = found
@@ -195,7 +193,7 @@ class _Worker:
     def _write(self, *, with_ledger: bool = False) -> SweepResults:
         with locked(self._base.folder, wait=True):
             trials = self._study.trials()
-            results = results_of(self._name, self._sweep, trials, self._base.folder, self._cache)
+            results = results_of(self._base.name, self._sweep, trials, self._base.folder, self._cache)
             is_done = not any(trial.state in {"running", "waiting"} for trial in results.trials)
             if with_ledger and is_done:
                 found = self._ledger(results)

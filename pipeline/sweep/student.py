@@ -24,13 +24,15 @@ from pipeline.workspace import Workspace
 class Base:
     """The run that a sweep varies, and the sweep's own folder in it."""
 
-    def __init__(self, sweep: SweepConfig, name: str, assignments: tuple[str, ...], run_dir: Path | None) -> None:
-        """Raises ConfigError with every problem of the base's config."""
+    def __init__(self, sweep: SweepConfig, path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+        """`path`: of the sweep's file. Raises ConfigError with every problem of the base's config."""
         self.workspace = workspace_of(sweep.base, assignments, run_dir or sweep.run_dir)
         self.run_dir = self.workspace.run_dir
         self.assignments = assignments
         self.path = sweep.base
-        self.folder = self.run_dir / "sweeps" / name
+        self.sweep_path = path
+        self.name = path.stem
+        self.folder = self.run_dir / "sweeps" / self.name
         self._plain = read_toml(sweep.base, assignments)
         self._plain.pop("variants", None)
         student = self._plain.setdefault("student", {})

@@ -1,10 +1,12 @@
 """Sweeps that cannot be right are refused before anything is trained; those that are shipped can; the ledger adds up."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, make_spec, tristill
+from conftest import ENVIRONMENT, ROOT, make_spec, tristill
 from pipeline.errors import ConfigError, MissingInputError, PipelineError
 from pipeline.sweep.check import _problems_of_metric, check_sweep
 from pipeline.sweep.config import Grid, Range, SweepConfig, load_sweep
@@ -20,7 +22,7 @@ TEST = ROOT / "configs" / "sweeps" / "test.toml"
 
 def check(run_dir: Path, *changes: str, path: Path = TEST) -> None:
     sweep, of_base = load_sweep(path, changes)
-    check_sweep(sweep, Base(sweep, path.stem, of_base, run_dir))
+    check_sweep(sweep, Base(sweep, path, of_base, run_dir))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -100,7 +102,7 @@ def test_all_problems_of_all_points_are_told_at_once(finished_run: Path) -> None
             "vary.student.init=['teecher']",
         )
     lines = str(caught.value).splitlines()
-    assert lines[0] == "configs/test.toml: 4 problems:"
+    assert lines[0] == f"{TEST}: 4 problems:"
     paths = [line.split(":")[0].strip() for line in lines[1:]]
     assert sorted(paths) == ["distill.alpha", "distill.alpha", "distill.temperature", "student.init"]
 
@@ -151,6 +153,22 @@ def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(tmp_pat
     ):
         pass
     assert "secret" not in str(caught.value)
+
+
+def test_without_optuna_the_extra_is_named() -> None:
+    start = "import sys; sys.modules['optuna'] = None; sys.argv = ['tristill', 'sweep']; "
+    done = subprocess.run(
+        [sys.executable, "-c", start + "from pipeline.__main__ import main; main()"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: a sweep needs the package optuna, which is not installed; pip install -e '.[sweep]'\n"
+    )
 
 
 def test_the_ledger_is_what_a_hand_computes() -> None:
