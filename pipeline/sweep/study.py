@@ -257,9 +257,10 @@ def _refuse_other_settings(name: str, folder: Path, begun: dict[str, Any], now: 
 def _distribution(varied: Any) -> BaseDistribution:
     if not isinstance(varied, Range):
         return CategoricalDistribution([json.dumps(value) for value in varied])
+    high = (varied.values() or [varied.high])[-1]  # Optuna wants a whole number of steps
     if varied.kind == "int":
-        return IntDistribution(int(varied.low), int(varied.high), log=varied.log, step=int(varied.step or 1))
-    return FloatDistribution(varied.low, varied.high, log=varied.log, step=varied.step)
+        return IntDistribution(int(varied.low), int(high), log=varied.log, step=int(varied.step or 1))
+    return FloatDistribution(varied.low, high, log=varied.log, step=varied.step)
 
 
 def _pruner(sweep: SweepConfig) -> BasePruner:

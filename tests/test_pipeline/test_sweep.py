@@ -95,7 +95,7 @@ def test_a_grid_trains_every_combination_with_every_seed_and_reports_what_the_st
     for name in ("data", "teacher"):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / name).symlink_to(finished_run / name)
-    results = sweep("vary.distill.temperature=[1.0, 2.0]", "vary.distill.alpha=[0.2]")
+    results = sweep("vary.distill.temperature={low=1.0, high=2.5, step=1.0}", "vary.distill.alpha=[0.2]")
     run_dir = tmp_path / "run"
     assert read_results(run_dir) == results
     alphas = [(t.parameters["distill.temperature"], t.parameters["distill.training.seed"]) for t in results.trials]
@@ -123,7 +123,9 @@ def test_a_grid_trains_every_combination_with_every_seed_and_reports_what_the_st
     assert results.ledger is not None
     assert results.ledger.num_students == 4
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "sweeps" / "test" / "students").rglob("*")}
-    assert sweep("vary.distill.temperature=[1.0, 2.0]", "vary.distill.alpha=[0.2]") == results, "nothing is done again"
+    assert sweep("vary.distill.temperature={low=1.0, high=2.5, step=1.0}", "vary.distill.alpha=[0.2]") == results, (
+        "nothing is done again"
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -291,6 +293,7 @@ def test_further_seeds_are_added_and_other_settings_are_refused_until_forced(swe
     first = sweep("vary.distill.alpha=[0.2]", "seeds=[0]")
     more = sweep("vary.distill.alpha=[0.2]", "seeds=[0, 3]")
     assert more.trials[0] == first.trials[0]
+    assert sweep("vary.distill.alpha=[0.2]", "seeds=[0, 3]", "distill.alpha=0.9").trials == more.trials, "it is varied"
     assert [trial.parameters["distill.training.seed"] for trial in more.trials] == [0, 3]
     for change, line in (
         ("vary.distill.alpha=[0.2, 0.4]", r"vary\.distill\.alpha: was \[0\.2\], is \[0\.2, 0\.4\]"),
