@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TRISTILL := $(BIN)/tristill
 RUN := $(TRISTILL) run --config $(CONFIG) $(ARGS) --until
 
-.PHONY: teacher dump-logits distill evaluate export test test-slow check format docs bench
+.PHONY: teacher dump-logits distill evaluate export sweep test test-slow check format docs bench
 
 # The steps. Each runs all steps before it that are not up to date.
 teacher dump-logits distill evaluate: $(VENV)/.installed
@@ -21,6 +21,11 @@ teacher dump-logits distill evaluate: $(VENV)/.installed
 export: $(VENV)/.installed-export
 	$(RUN) distill
 	$(TRISTILL) export --config $(CONFIG) $(ARGS) --format $(FORMAT)
+
+# Many students of one cache, which is made first if it is not there: CONFIG=configs/sweeps/NAME.toml
+sweep: CONFIG = configs/sweeps/demo.toml
+sweep: $(VENV)/.installed-sweep
+	$(TRISTILL) sweep --config $(CONFIG) $(ARGS) --make-cache
 
 # Two at a time, with one thread of torch each; then those that want the machine for themselves.
 test: $(VENV)/.installed-dev
@@ -68,6 +73,10 @@ $(VENV)/.installed-export: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[hf,gguf]'
 	touch $@
 
+$(VENV)/.installed-sweep: $(VENV)/.installed
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[sweep]'
+	touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,tensorboard]'
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,sweep,tensorboard]'
 	touch $@

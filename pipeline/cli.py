@@ -20,6 +20,7 @@ from pipeline.generate_command import generate
 from pipeline.options import run_options, workspace_of
 from pipeline.runner import execute, plan, run_steps
 from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
+from pipeline.sweep_command import sweep
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say
 
@@ -149,7 +150,7 @@ def distill(
     _run_step(Distill(workspace, check_student_name(name)), force)
 
 
-for command in (evaluate, generate, export):
+for command in (evaluate, generate, export, sweep):
     cli.add_command(command)
 
 

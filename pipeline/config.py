@@ -5,7 +5,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -25,8 +25,8 @@ from stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
 _SAYS_THE_SAME = {"losses": ("alpha", "temperature"), "alpha": ("losses",), "temperature": ("losses",)}
-_VARIANT_SECTIONS = {"student", "distill", "evaluate"}
-_STAGE_SECTIONS = _VARIANT_SECTIONS | {"cache"}
+VARIANT_SECTIONS = {"student", "distill", "evaluate"}
+_STAGE_SECTIONS = VARIANT_SECTIONS | {"cache"}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
@@ -112,20 +112,32 @@ class Config(Section):
 
 def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
     """The config in a TOML file after `dotted.key=value` assignments. Raises ConfigError with every problem found."""
+    plain = read_toml(path, assignments)
+    refuse(path, list(problems_of(plain)))
+    return Config.model_validate(plain)
+
+
+def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a TOML file says after `dotted.key=value` assignments, unchecked."""
     try:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
-        shipped = ", ".join(sorted(str(p) for p in Path("configs").glob("*.toml"))) or "none here"
+        folder = "configs/sweeps" if path.parent.name == "sweeps" else "configs"
+        shipped = ", ".join(sorted(str(p) for p in Path(folder).glob("*.toml"))) or "none here"
         raise ConfigError(f"{path}: found no config there; configs in this checkout: {shipped}") from exc
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read as TOML: {exc}") from exc
     given: set[str] = set()
     for assignment in assignments:
-        given.add(_assign(plain, assignment, given))
-    problems = list(_problems(plain))
+        key, value = parse_assignment(assignment)
+        set_key(plain, key, value, given, f"--set {assignment}")
+    return plain
+
+
+def refuse(path: Path, problems: Sequence[str]) -> None:
+    """Raise ConfigError with every problem of a file, if there is any."""
     if problems:
         raise ConfigError(f"{path}: {len(problems)} problems:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return Config.model_validate(plain)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -153,29 +165,33 @@ def check_link_name(name: str, config: Config) -> str:
     return name
 
 
-def _assign(plain: dict[str, Any], assignment: str, given: set[str]) -> str:
-    """Set one key, and take away what it displaces unless that was `given` by an assignment too; the key."""
+def parse_assignment(assignment: str) -> tuple[str, Any]:
+    """Key and value of `dotted.key=value`; what is no TOML is a word."""
     key, separator, text = assignment.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {assignment}: expected dotted.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return key.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *parents, last = key.strip().split(".")
+        return key.strip(), text.strip()
+
+
+def set_key(plain: dict[str, Any], key: str, value: Any, given: set[str], where: str) -> None:
+    """Set one dotted key, and take away what it displaces unless that was `given` too, to which the key is added."""
+    *parents, last = key.split(".")
     table = plain
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {assignment}: {parent} is a value, not a table")
-    for other in _displaced({last}):
+            raise ConfigError(f"{where}: {parent} is a value, not a table")
+    for other in displaced({last}):
         if ".".join([*parents, other]) not in given:
             table.pop(other, None)
     table[last] = value
-    return ".".join([*parents, last])
+    given.add(key)
 
 
-def _problems(plain: dict[str, Any]) -> Iterator[str]:
+def problems_of(plain: dict[str, Any]) -> Iterator[str]:
     """Every problem of the config itself and of each stage and variant merged into it, as `path: what`."""
     own = list(_validation_problems(plain))
     yield from own
@@ -183,7 +199,7 @@ def _problems(plain: dict[str, Any]) -> Iterator[str]:
     taken = {DEFAULT_STUDENT, "teacher"}
     for table, sections, why in (
         ("stages", _STAGE_SECTIONS, "since a run has one corpus, and one teacher to begin with"),
-        ("variants", _VARIANT_SECTIONS, "since variants share one cache"),
+        ("variants", VARIANT_SECTIONS, "since variants share one cache"),
     ):
         students = plain.get(table)
         for name, changes in students.items() if isinstance(students, dict) else ():
@@ -273,7 +289,7 @@ def section_types(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _displaced(keys: Iterable[str]) -> set[str]:
+def displaced(keys: Iterable[str]) -> set[str]:
     """What settings that are given take the place of, since they say the same in another way."""
     return {other for key in keys for other in _SAYS_THE_SAME.get(key, ())}
 
@@ -285,8 +301,8 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     """
     if "kind" in changes and changes["kind"] != base.get("kind"):
         return dict(changes)
-    displaced = _displaced(changes)
-    merged = {key: value for key, value in base.items() if key not in displaced}
+    away = displaced(changes)
+    merged = {key: value for key, value in base.items() if key not in away}
     for key, value in changes.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and key != "layers":

@@ -6,6 +6,8 @@ PipelineError
     StaleError          an artefact was made with other settings or inputs; names them
     BusyError           another process works on the same folder
     ChildError          a step that `run` started has failed; it has said why itself
+    MissingPackageError an extra of this project is not installed
+    StudyError          the Optuna study of a sweep cannot be read or written
     RepairError         what of a cache could not be repaired, and what that takes
 """
 
@@ -32,6 +34,14 @@ class StaleError(PipelineError):
 
 class BusyError(PipelineError):
     """Another process works on the same artefact."""
+
+
+class MissingPackageError(PipelineError):
+    """What a command needs is not installed."""
+
+
+class StudyError(PipelineError):
+    """The study of a sweep cannot be read or written."""
 
 
 class RepairError(PipelineError):

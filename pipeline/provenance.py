@@ -72,7 +72,7 @@ def write_provenance(folder: Path, provenance: Provenance) -> None:
 
 def differences(recorded: Provenance, settings: dict[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """What changed since, one line each. An input that is not known now says nothing."""
-    old, new = _SETTINGS_SINCE | _flat(recorded.settings), _SETTINGS_SINCE | _flat(settings)
+    old, new = _SETTINGS_SINCE | flat(recorded.settings), _SETTINGS_SINCE | flat(settings)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     lines = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
     for name, fingerprint in recorded.inputs.items():
@@ -82,12 +82,15 @@ def differences(recorded: Provenance, settings: dict[str, Any], inputs: Mapping[
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; freed by the system when the process ends, however it ends."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the folder for this process; freed by the system when the process ends, however it ends.
+
+    Raises BusyError if another holds it, unless it is to `wait` for that one.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as exc:
             raise BusyError(
                 f"{folder}: another process is working on it; wait for it, or use another --run-dir"
@@ -97,7 +100,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested tables by their dotted keys."""
     if not isinstance(value, dict):
         return {path: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{path}.{key}".lstrip(".")).items()}
+    return {k: v for key, part in value.items() for k, v in flat(part, f"{path}.{key}".lstrip(".")).items()}

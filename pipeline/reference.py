@@ -21,12 +21,17 @@ from pydantic_core import PydanticUndefined
 from cache.atomic import write_atomically
 from pipeline.cli import cli
 from pipeline.config import Config, section_types
+from pipeline.sweep.config import Range, SweepConfig
 from stages.settings import affects_numbers
 
 _CONFIG_INTRODUCTION = """# Config
 
 Made from the program by `make docs`. A config is a TOML file; `--set dotted.key=value` changes one setting. Settings
 marked with * change no number: they may differ without making anything stale.
+"""
+_SWEEP_INTRODUCTION = """# Sweeps
+
+Likewise, the settings of what `tristill sweep` reads; see [sweeps.md](sweeps.md).
 """
 ROOT = Path(__file__).resolve().parent.parent
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -63,7 +68,13 @@ def config_reference() -> str:
     """Every section and field of the config, from the classes that check it."""
     parts = [_CONFIG_INTRODUCTION]
     parts += _section_reference("", Config, set())
-    return "\n".join(parts)
+    return "\n".join([*parts, sweep_reference()])
+
+
+def sweep_reference() -> str:
+    """As config_reference, of the files of sweeps."""
+    ranges = _section_reference("vary.KEY", Range, set())
+    return "\n".join([_SWEEP_INTRODUCTION, *_section_reference("", SweepConfig, set()), *ranges])
 
 
 def _section_reference(path: str, section: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:

@@ -27,22 +27,30 @@ def execute(step: Step, *, force: bool = False) -> None:
     with locked(step.folder):
         if force:
             _clear(step)
-        refuse_if_stale(step)
         if step.is_complete():
+            refuse_if_stale(step)
             say(f"{step.label}: up to date in {step.folder}")
-            return
-        started = time.monotonic()
-        provenance = new_provenance(step.label, step.settings(), step.inputs())
-        step.save_config()
-        write_provenance(step.folder, provenance)
-        fingerprint = step.build()
-        done = {
-            "status": "complete",
-            "fingerprint": fingerprint,
-            "elapsed_s": time.monotonic() - started,
-            "peak_rss_mib": peak_rss_mib(),
-        }
-        write_provenance(step.folder, provenance.model_copy(update=done))
+        else:
+            build_held(step)
+
+
+def build_held(step: Step) -> None:
+    """Build a step's artefact in its folder, which this process has locked; does nothing if it is up to date."""
+    refuse_if_stale(step)
+    if step.is_complete():
+        return
+    started = time.monotonic()
+    provenance = new_provenance(step.label, step.settings(), step.inputs())
+    step.save_config()
+    write_provenance(step.folder, provenance)
+    fingerprint = step.build()
+    done = {
+        "status": "complete",
+        "fingerprint": fingerprint,
+        "elapsed_s": time.monotonic() - started,
+        "peak_rss_mib": peak_rss_mib(),
+    }
+    write_provenance(step.folder, provenance.model_copy(update=done))
 
 
 def _require_inputs(step: Step) -> None:

@@ -17,6 +17,7 @@ from cache.manifest import cache_fingerprint, load_manifest
 from pipeline.config import DEFAULT_STUDENT, save_config
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from stages.distill.watch import Watch
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
 from stages.models.hub import find_model
 from stages.models.hugging_face_shape import Shape
@@ -286,6 +287,7 @@ class Distill(Step):
     def __init__(self, workspace: Workspace, name: str) -> None:
         super().__init__(workspace.link(name))
         self.name = name
+        self.watch: Watch | None = None
 
     def save_config(self) -> None:
         """Keep the config with the run, unless this is a variation of it: settings of its own are in its record."""
@@ -402,6 +404,7 @@ class Distill(Step):
             self.config.evaluate,
             self.inputs(),
             self._co_trained_shape(),
+            self.watch,
         )
         return summary.fingerprints["student"]
 

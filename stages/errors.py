@@ -4,6 +4,7 @@ StageError
     CorpusError         text that cannot be read, is empty or too short
     TokenizerError      a tokenizer that cannot be read or does not fit
     CheckpointError     a model or training state that cannot be read or does not fit
+    DivergedError       a training whose loss is no longer finite
     TargetsError        the signals that the losses need are not to be had
     PromptError         a prompt, or a length of text, that a model has no room for
     ExportError         a model that a format cannot hold, or an export that does not compute what its model does
@@ -24,6 +25,10 @@ class TokenizerError(StageError):
 
 class CheckpointError(StageError):
     """A model folder or training checkpoint cannot be read or does not fit."""
+
+
+class DivergedError(StageError):
+    """The loss or its gradient is no longer finite."""
 
 
 class TargetsError(StageError):

@@ -81,9 +81,16 @@ class Progress:
             self._print_line()
             self._next_line_s = self.elapsed_s + _pause_s(self.elapsed_s)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not counted."""
+        started_s = time.monotonic()
+        yield
+        self._start_s += time.monotonic() - started_s
+
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the start, pauses left out."""
         return time.monotonic() - self._start_s
 
     @property

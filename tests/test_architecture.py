@@ -13,7 +13,7 @@ from conftest import ROOT
 PACKAGES = ("pipeline", "stages", "cache")
 MAY_IMPORT = {"pipeline": {"stages", "cache"}, "stages": {"cache"}, "cache": set()}
 THIRD_PARTY = {
-    "pipeline": {"click", "pydantic", "pydantic_core", "tomli_w", "wcwidth"},
+    "pipeline": {"click", "pydantic", "pydantic_core", "tomli_w", "wcwidth", "optuna", "sqlalchemy"},
     "stages": {
         "torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers",
         "accelerate", "gguf", "xllamacpp", "huggingface_hub",

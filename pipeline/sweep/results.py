@@ -6,10 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Trial(BaseModel):
-    """One student. parameters: dotted keys of the config that the sweep sets. value: the metric that is minimised.
+    """One student. parameters: dotted keys of the config that the sweep sets. value: the metric, once it is finished.
 
     validation, train and model are those of the student's `summary.json`; None while it is not finished. elapsed_s: of
-    its training, evaluation and saving, over all times it was resumed.
+    its training, evaluation and saving, over all times it was resumed. folder: within the run's folder; None of a
+    student that was trained elsewhere. looks: what pruning saw, steps done and the metric on a few windows.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -25,6 +26,7 @@ class Trial(BaseModel):
     folder: str | None
     elapsed_s: float | None
     reason: str | None = None
+    looks: tuple[tuple[int, float], ...] = ()
 
 
 class SeedGroup(BaseModel):
@@ -41,9 +43,11 @@ class SeedGroup(BaseModel):
 class Ledger(BaseModel):
     """What the sweep cost beside what it would have cost with the teacher forwarded online; seconds on this machine.
 
-    step_s: medians of a short probe, cached and online steps of one student in turns in one process. The teacher's
-    training is paid either way. break_even_students: how many students of the sweep's mean length pay for the dump;
-    None if an online step is no dearer than a cached one.
+    step_s: medians of a short probe, cached and online steps of the base's student in turns in one process, on the same
+    windows; online_over_cached: median, least and most of the ratio of a pair. The teacher's training is paid either
+    way and is in no total: offline_total_s = dump_s + students_s, and online_total_s = students_s and the difference of
+    the two steps, by position, for every position that was trained. break_even_students: how many students of the
+    sweep's mean length pay for the dump; None if an online step is no dearer than a cached one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,15 +66,20 @@ class Ledger(BaseModel):
 
 
 class SweepResults(BaseModel):
-    """Everything that a sweep has found so far."""
+    """Everything that a sweep has found so far.
+
+    best: the best student of the group with the best mean. ledger_missing: why there is no ledger.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     cache_fingerprint: str
     metric: str
+    direction: Literal["minimize", "maximize"] = "minimize"
     varied: tuple[str, ...]
     trials: tuple[Trial, ...]
     groups: tuple[SeedGroup, ...]
     best: int | None
     ledger: Ledger | None
+    ledger_missing: str | None = None

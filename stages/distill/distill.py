@@ -1,5 +1,6 @@
 """Stage two: trains a student on targets from a source, evaluates it, and saves it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from stages.distill.curriculum import pacing_of
 from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
 from stages.distill.start import start
+from stages.distill.watch import Watch
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
+from stages.evaluate.evaluate import evaluate, glance
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.compiled import compile_model
 from stages.models.folder import new_model, save_model
@@ -62,12 +64,13 @@ def distill(
     evaluation: EvaluateConfig,
     inputs: dict[str, str],
     teacher_shape: Shape | None = None,
+    watch: Watch | None = None,
 ) -> StudentSummary:
     """Train, save, evaluate; resumes from the last checkpoint in `folder`.
 
     `teacher_folder` is opened only for `init = "teacher"`. `inputs` are fingerprints to repeat in the summary.
     `teacher_shape`: of a teacher that is trained beside the student; None for the student's. It is saved in a folder
-    of the student's, as it gave the targets at the end.
+    of the student's, as it gave the targets at the end. `watch`: what looks at the student while it trains.
     """
     torch.manual_seed(config.training.seed)
     if isinstance(shape, HuggingFaceShape) and student_config.init == "random":
@@ -94,6 +97,7 @@ def distill(
         learning_rates=learner.learning_rates,
         after_step=learner.after_step,
         clipped_apart=learner.clipped_apart,
+        watch=_looks(watch, learner, student, source, evaluation, config.training.steps),
     )
     trained = training.run()
     if isinstance(learner, CoTraining):
@@ -110,6 +114,25 @@ def distill(
     write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
     training.clear_checkpoints()
     return summary
+
+
+def _looks(
+    watch: Watch | None,
+    learner: Objective | CoTraining,
+    student: LanguageModel,
+    source: TargetSource,
+    evaluation: EvaluateConfig,
+    num_steps: int,
+) -> Callable[[int], None]:
+    """What the training calls after each step; the last one is followed by the whole evaluation."""
+
+    def look(steps_done: int) -> None:
+        if watch is not None and steps_done % watch.every == 0 and steps_done < num_steps:
+            metrics = glance(student, source, evaluation, watch.num_windows)
+            learner.train()
+            watch.report(steps_done, metrics.model_dump())
+
+    return look
 
 
 def model_size(student: LanguageModel) -> ModelSize:

@@ -1,5 +1,8 @@
 """Evaluates a model on the validation split of a source."""
 
+from collections.abc import Callable
+from itertools import islice
+
 import torch
 
 from stages.evaluate.config import EvaluateConfig
@@ -10,22 +13,42 @@ from stages.progress import Progress
 from stages.targets.source import Epoch, Signals, TargetSource
 
 
-@torch.no_grad()
 def evaluate(model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str) -> ValidationMetrics:
     """Metrics of `model` over every validation window, computed in float32; against the teacher if the source has one.
 
     The model stays on its device and is left in evaluation mode.
     """
-    model.eval()
-    sums = MetricSums(config.calibration_bins, source.temperature)
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
-        for batch in source.batches("validation", config.batch_windows, Signals(targets=True), Epoch()):
-            final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
-            labels_N = batch.labels_BT.flatten()
-            for rows in chunks(len(final_ND), model.vocab_size):
-                logits_NV = (final_ND[rows] @ model.head_weight.T).float()
-                target = None if batch.targets is None else batch.targets.chunk(rows)
-                sums.add(logits_NV, labels_N[rows], target)
-            progress.advance(len(final_ND))
+        return _measure(model, source, config, None, progress.advance)
+
+
+def glance(model: LanguageModel, source: TargetSource, config: EvaluateConfig, num_windows: int) -> ValidationMetrics:
+    """As `evaluate`, over about the first `num_windows` validation windows, in whole batches, and quietly."""
+    return _measure(model, source, config, -(-num_windows // config.batch_windows), _unseen)
+
+
+def _unseen(num_positions: int) -> None:
+    """What progress is there to tell of a glance."""
+
+
+@torch.no_grad()
+def _measure(
+    model: LanguageModel,
+    source: TargetSource,
+    config: EvaluateConfig,
+    num_batches: int | None,
+    advance: Callable[[int], None],
+) -> ValidationMetrics:
+    model.eval()
+    sums = MetricSums(config.calibration_bins, source.temperature)
+    batches = source.batches("validation", config.batch_windows, Signals(targets=True), Epoch())
+    for batch in islice(batches, num_batches):
+        final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
+        labels_N = batch.labels_BT.flatten()
+        for rows in chunks(len(final_ND), model.vocab_size):
+            logits_NV = (final_ND[rows] @ model.head_weight.T).float()
+            target = None if batch.targets is None else batch.targets.chunk(rows)
+            sums.add(logits_NV, labels_N[rows], target)
+        advance(len(final_ND))
     return sums.metrics(source.bytes_per_token("validation"))

@@ -77,6 +77,15 @@ def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         raise CheckpointError(f"{path}: cannot be resumed from ({exc}); delete it to train from the start") from exc
 
 
+def seconds_kept(folder: Path) -> float:
+    """Training seconds that lie in the last checkpoint; zero where there is none that can be read."""
+    found = _checkpoints(folder)
+    try:
+        return TrainingState.model_validate_json((found[-1] / "state.json").read_bytes()).elapsed_s if found else 0.0
+    except (OSError, ValueError):
+        return 0.0  # whoever resumes from it says what is wrong
+
+
 def clear_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a finished training."""
     for path in [*folder.glob("step-*"), *folder.glob(".step-*.partial")]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from stages.errors import StageError
+from stages.errors import DivergedError
 from stages.losses.term import LossValues
 from stages.progress import Progress
 from stages.resources import keep_freed_memory, peak_rss_mib
@@ -36,6 +36,10 @@ class StepInfo:
 
 def _nothing(values: LossValues) -> None:
     """What is done after a step unless something is asked for."""
+
+
+def _unwatched(steps_done: int) -> None:
+    """What is looked at between steps unless something is asked for."""
 
 
 class TrainingSummary(BaseModel):
@@ -66,12 +70,15 @@ class Training(Generic[Batch]):
         learning_rates: Mapping[str, float] = MappingProxyType({}),
         after_step: Callable[[LossValues], None] = _nothing,
         clipped_apart: Sequence[nn.Module] = (),
+        watch: Callable[[int], None] = _unwatched,
     ) -> None:
         """`batches(n)` yields the endless sequence of batches from its n-th on, a pure function of n and the config.
 
         learning_rates: peaks of parameters whose names start so; the others take the config's. after_step: called
         with the mean values of a step once it is done; what it changes must lie in the module. clipped_apart: parts of
         the module whose gradients are clipped by norms of their own; the norm that is logged is that of the first.
+        watch: called with the number of steps done once each is logged and saved; it may look at the module, which must
+        be as it was when it returns, and may raise to end the training. Its seconds are not counted.
         """
         self._label = label
         self._module = module
@@ -83,12 +90,13 @@ class Training(Generic[Batch]):
         self._learning_rates = learning_rates
         self._after_step = after_step
         self._clipped = clipped_apart or [module]
+        self._watch = watch
         self._device_type = next(module.parameters()).device.type
 
     def run(self) -> TrainingSummary:
         """Train to the end, from the last checkpoint if there is one: the result is the same bit for bit on a CPU.
 
-        Ctrl-C saves a checkpoint, then raises KeyboardInterrupt. A loss that is not finite raises StageError.
+        Ctrl-C saves a checkpoint, then raises KeyboardInterrupt. A loss that is not finite raises DivergedError.
         """
         keep_freed_memory()
         config = self._config
@@ -125,6 +133,8 @@ class Training(Generic[Batch]):
                     save_checkpoint(checkpoints, state, self._module, optimizer)
                 if is_stopped:
                     raise KeyboardInterrupt
+                with progress.paused():
+                    self._watch(step + 1)
             elapsed_s = start.elapsed_s + progress.elapsed_s
         return TrainingSummary(
             steps=config.steps,
@@ -164,7 +174,7 @@ class Training(Generic[Batch]):
 
     def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise StageError(
+            raise DivergedError(
                 f"{self._label}: the loss is {loss} and the gradient norm {grad_norm} at step {step}; lower "
                 "learning_rate, lengthen warmup_steps or set precision to float32, and run again with --force"
             )

@@ -1,0 +1,101 @@
+"""A student of a sweep: the step `distill` in a folder of the sweep, on the cache alone."""
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import (
+    DEFAULT_STUDENT,
+    VARIANT_SECTIONS,
+    Config,
+    displaced,
+    problems_of,
+    read_toml,
+    set_key,
+)
+from pipeline.options import workspace_of
+from pipeline.steps import Distill, Step
+from pipeline.sweep.config import SweepConfig
+from pipeline.sweep.points import Point, folder_name
+from pipeline.workspace import Workspace
+
+
+class Base:
+    """The run that a sweep varies, and the sweep's own folder in it."""
+
+    def __init__(self, sweep: SweepConfig, path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+        """`path`: of the sweep's file. Raises ConfigError with every problem of the base's config."""
+        self.workspace = workspace_of(sweep.base, assignments, run_dir or sweep.run_dir)
+        self.run_dir = self.workspace.run_dir
+        self.assignments = assignments
+        self.path = sweep.base
+        self.sweep_path = path
+        self.name = path.stem
+        self.folder = self.run_dir / "sweeps" / self.name
+        self._plain = read_toml(sweep.base, assignments)
+        self._plain.pop("variants", None)
+        student = self._plain.setdefault("student", {})
+        if any(key.startswith("student.model.") for key in sweep.vary) and "model" not in student:
+            shape = self.workspace.config.student_shape  # what one key of it is varied from
+            student["model"] = shape.model_dump(mode="json", exclude_none=True)
+
+    def plain(self, parameters: Point) -> dict[str, Any]:
+        """The config of a student with these parameters, unchecked."""
+        plain = copy.deepcopy(self._plain)
+        given: set[str] = set()
+        for key, value in parameters.items():
+            set_key(plain, key, value, given, f"vary.{key}")
+        if isinstance(distill := plain.get("distill"), dict):
+            distill["targets"] = "cached"
+        return plain
+
+    def problems(self, parameters: Point) -> list[str]:
+        """What is wrong with these parameters, each by its dotted path."""
+        return list(problems_of(self.plain(parameters)))
+
+    def fixed_settings(self, varied: Iterable[str]) -> dict[str, Any]:
+        """What all students have in common of what their numbers depend on."""
+        config = self.student({}).config
+        plain = {name: getattr(config, name).numbers() for name in sorted(VARIANT_SECTIONS)}
+        for key in varied:
+            *parents, last = key.split(".")
+            table: Any = plain
+            for parent in parents:
+                table = table.get(parent) if isinstance(table, dict) else None
+            for name in {last} | displaced({last}) if isinstance(table, dict) else ():
+                table.pop(name, None)
+        return plain
+
+    def student(self, parameters: Point) -> "SweptStudent":
+        """The step of a student whose parameters have no problem."""
+        config = Config.model_validate(self.plain(parameters))
+        return SweptStudent(Workspace(config, self.run_dir), self.folder / "students" / folder_name(parameters))
+
+
+class SweptStudent(Distill):
+    """As `tristill distill` trains it with the same settings, bit for bit."""
+
+    command = "sweep"
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        super().__init__(workspace, DEFAULT_STUDENT)
+        self._folder = folder
+
+    @property
+    def label(self) -> str:
+        """The command."""
+        return self.command
+
+    @property
+    def folder(self) -> Path:
+        """Its folder in the sweep's."""
+        return self._folder
+
+    @property
+    def requires(self) -> dict[str, Step]:
+        """Nothing that is not checked of the whole sweep."""
+        return {}
+
+    def save_config(self) -> None:
+        """Nothing: the run's config is the base's, and the student's settings are in its record."""
