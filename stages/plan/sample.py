@@ -19,27 +19,30 @@ def sample_corpus(
     """Write `folder` with about so many windows per split, spread evenly over the first `out_of` of the corpus.
 
     They come in runs of as many as make up a chunk of a cache, so that what is coded together there is so here; where
-    two runs meet, the last label of the first is wrong. A split that is small enough is taken whole.
+    two runs meet, the last label of the first is wrong. A split of no more windows is taken whole, by a link.
     """
     corpus = load_corpus(data_folder)
     size = corpus.context_length
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
     for split, wanted in num_windows.items():
-        tokens = np.load(data_folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-        total = min((len(tokens) - 1) // size, out_of[split])
-        run = min(default_windows_per_chunk(size), wanted)
-        num_runs = -(-wanted // run)
-        starts = [0] if wanted >= total else np.linspace(0, total - run, num_runs).astype(int).tolist()
-        run = total if wanted >= total else run
-        with token_file(folder / f"{split}.npy", tokens.dtype.str) as file:
-            for start in starts:
+        path, whole = data_folder / f"{split}.npy", corpus.splits[split]
+        every = (whole.tokens - 1) // size
+        total = min(every, out_of[split])
+        if wanted >= every and total == every:
+            (folder / path.name).symlink_to(path.resolve())
+            splits[split] = whole
+            continue
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        run = total if wanted >= total else min(default_windows_per_chunk(size), wanted)
+        num_runs = 1 if wanted >= total else -(-wanted // run)
+        with token_file(folder / path.name, tokens.dtype.str) as file:
+            for start in np.linspace(0, total - run, num_runs).astype(int):
                 file.append(tokens[start * size : (start + run) * size].tolist())
-            file.append(tokens[(starts[-1] + run) * size :][:1].tolist())
-        whole = corpus.splits[split]
+            file.append(tokens[(start + run) * size :][:1].tolist())
         share = file.num_tokens / whole.tokens
         counted = {"tokens": file.num_tokens, "text_bytes": round(whole.text_bytes * share)}
-        splits[split] = whole.model_copy(update={**counted, "sha256": sha256_of_file(folder / f"{split}.npy")})
+        splits[split] = whole.model_copy(update={**counted, "sha256": sha256_of_file(folder / path.name)})
     write_atomically(folder / TOKENIZER_NAME, (data_folder / TOKENIZER_NAME).read_bytes())
     sample = corpus.model_copy(update={"splits": splits})
     write_atomically(folder / "data.json", (sample.model_dump_json(indent=2) + "\n").encode())
