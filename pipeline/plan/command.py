@@ -19,9 +19,9 @@ from pipeline.options import run_options, workspace_of
 @click.option(
     "--teacher-seconds",
     type=click.FloatRange(0.1),
-    default=60.0,
+    default=90.0,
     show_default=True,
-    help="Of the rehearsal of a teacher that is to be trained: the longer, the better are its cache's bytes known.",
+    help="At most, of training a teacher that is not there yet, which its cache depends on; to a third of its steps.",
 )
 @run_options
 def plan(

@@ -128,7 +128,8 @@ class _Rehearsals:
         small = corpus_in_small(self._config.data)
         part = self._folder / "part.toml"
         save_config(self._config.model_copy(update={"data": small.config}), part)
-        found = self._rehearse(Request(config=part, folder=self._folder / "all", step=step.label))
+        request = self._request(step, self._folder / "all").model_copy(update={"config": part})
+        found = self._rehearse(request)
         data = self._folder / "all" / "data"
         self._take_corpus(data, expected_tokens(self._config.data, small, data))
         share = sum(self._tokens.values()) / sum(split.tokens for split in load_corpus(data).splits.values())
@@ -157,9 +158,8 @@ class _Rehearsals:
         is_to_dump = any(step.folder == dump.needs["teacher"].folder for dump in self._dumped)
         training = training_of(step)
         home = self._folder / "whole" if isinstance(step, Teacher) else self._run
-        budget_s = self._budget.teacher_s if is_to_dump and training else self._budget.step_s
-        request = Request(config=self._folder / RUN_CONFIG_NAME, folder=home, step=step.label, budget_s=budget_s)
-        found = self._rehearse(request)
+        teacher_s = self._budget.teacher_s if is_to_dump else 0.0
+        found = self._rehearse(self._request(step, home).model_copy(update={"teacher_s": teacher_s}))
         if home != self._run:
             (self._run / "teacher").symlink_to(home / "teacher")
         if training is None:

@@ -6,6 +6,7 @@ Both are JSON files. The step is built by its own code, twice: cold, as a user w
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -33,6 +34,8 @@ NEVER = 2**31
 class Request(BaseModel):
     """config: the config of the run. folder: of the rehearsal. step: its label. budget_s: for the warm work, about.
 
+    teacher_s: for a model that shall teach, whose cache changes with its age; it is trained for a third of its steps
+    if there is time.
     steps: of a training whose model is all that is wanted. once: whether only the cache of a dump is.
     """
 
@@ -41,7 +44,8 @@ class Request(BaseModel):
     config: Path
     folder: Path
     step: str
-    budget_s: Annotated[float, Field(gt=0)] = 5.0
+    budget_s: Annotated[float, Field(gt=0)]
+    teacher_s: float = 0.0
     steps: int | None = None
     once: bool = False
 
@@ -128,7 +132,9 @@ def _rehearse_training(request: Request, step: Step) -> Rehearsed:
     shutil.rmtree(apart)
     configured = training_of(_configured(request))
     assert configured is not None, "a teacher that is given is not trained"
-    affordable = int(request.budget_s / (third_s - second_s))
+    a_step_s = third_s - second_s
+    to_teach = min(math.ceil(configured.steps / 3), int(request.teacher_s / a_step_s))
+    affordable = max(int(request.budget_s / a_step_s), to_teach)
     is_whole = affordable >= configured.steps
     has_checkpoints = configured.steps > configured.checkpoint_every
     if is_whole:
