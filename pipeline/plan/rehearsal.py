@@ -6,7 +6,6 @@ Both are JSON files. The step is built by its own code, twice: cold, as a user w
 """
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -34,8 +33,8 @@ NEVER = 2**31
 class Request(BaseModel):
     """config: the config of the run. folder: of the rehearsal. step: its label. budget_s: for the warm work, about.
 
-    teacher_s: for a model that shall teach, whose cache changes with its age; it is trained for a third of its steps
-    if there is time.
+    teacher_s: at most, for a model that shall teach, since its cache changes with its age: it is trained for a third
+    of its steps, and to the end if that takes no more than a third of this time.
     steps: of a training whose model is all that is wanted. once: whether only the cache of a dump is.
     """
 
@@ -133,7 +132,10 @@ def _rehearse_training(request: Request, step: Step) -> Rehearsed:
     configured = training_of(_configured(request))
     assert configured is not None, "a teacher that is given is not trained"
     a_step_s = third_s - second_s
-    to_teach = min(math.ceil(configured.steps / 3), int(request.teacher_s / a_step_s))
+    whole_s = configured.steps * a_step_s
+    to_teach = int(
+        min(request.teacher_s, whole_s if whole_s <= request.teacher_s / 3 else whole_s / 3) / a_step_s + 0.5
+    )
     affordable = max(int(request.budget_s / a_step_s), to_teach)
     is_whole = affordable >= configured.steps
     has_checkpoints = configured.steps > configured.checkpoint_every

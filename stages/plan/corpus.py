@@ -30,11 +30,12 @@ class CorpusInSmall:
     documents: int | None = None
 
 
-def in_small(config: DataConfig) -> CorpusInSmall:
-    """The whole corpus if it has at most 32 MiB, else a part of its files, or of its tokens from the start.
+def in_small(config: DataConfig, small_bytes: int = SMALL_BYTES) -> CorpusInSmall:
+    """The whole corpus if its files have no more than `small_bytes`, else a part of it.
 
-    Files are taken from all over the sorted list; of few large ones the first two million tokens. The text that a
-    tokenizer is trained on shrinks with the corpus. Raises CorpusError where nothing says how much there is.
+    That is files from all over the sorted list, with half as many bytes; of few large ones the first two million
+    tokens. The text that a tokenizer is trained on shrinks with the corpus. Raises CorpusError where nothing says how
+    much there is.
     """
     source = config.source
     limits = {"max_train_tokens": config.max_train_tokens, "max_validation_tokens": config.max_validation_tokens}
@@ -52,11 +53,11 @@ def in_small(config: DataConfig) -> CorpusInSmall:
     files = corpus_files(source)
     sizes = [file.stat().st_size for file in files]
     total = sum(sizes)
-    if total <= SMALL_BYTES:
+    if total <= small_bytes:
         return CorpusInSmall(config, total, is_whole=True)
-    chosen = np.linspace(0, len(files) - 1, max(1, len(files) * SMALL_BYTES // (2 * total))).astype(int)
+    chosen = np.linspace(0, len(files) - 1, max(1, len(files) * small_bytes // (2 * total))).astype(int)
     share = sum(sizes[i] for i in chosen) / total
-    if len(files) < 16 or share * total > SMALL_BYTES:
+    if len(files) < 16 or share * total > small_bytes:
         return CorpusInSmall(_cut(config), total, is_whole=False)
     documents_are = source.documents if isinstance(source, TextFiles) else "file"
     paths = TextFiles(kind="text", paths=tuple(str(files[i]) for i in chosen), documents=documents_are)
