@@ -133,9 +133,8 @@ def _rehearse_training(request: Request, step: Step) -> Rehearsed:
     assert configured is not None, "a teacher that is given is not trained"
     a_step_s = third_s - second_s
     whole_s = configured.steps * a_step_s
-    to_teach = int(
-        min(request.teacher_s, whole_s if whole_s <= request.teacher_s / 3 else whole_s / 3) / a_step_s + 0.5
-    )
+    enough_s = whole_s if whole_s <= request.teacher_s / 3 else whole_s / 3
+    to_teach = round(min(request.teacher_s, enough_s) / a_step_s)
     affordable = max(int(request.budget_s / a_step_s), to_teach)
     is_whole = affordable >= configured.steps
     has_checkpoints = configured.steps > configured.checkpoint_every
