@@ -120,7 +120,7 @@ def _build(step: Step) -> float:
 def _rehearse_training(request: Request, step: Step) -> Rehearsed:
     """A cold build of three steps, and a warm one of as many as the budget has room for, with a checkpoint at its end.
 
-    Steps are logged as often as in the run, or every third of the rehearsal; those before the second record are left
+    Steps are logged as often as in the run, or twice in the rehearsal; those before the second record are left
     out, being slower. A training that the budget has room for is done as it is.
     """
     apart = request.folder.parent / "cold"
@@ -142,14 +142,14 @@ def _rehearse_training(request: Request, step: Step) -> Rehearsed:
         steps = last = configured.steps
         warm = _configured(request)
     else:
-        log_every = max(1, min(configured.log_every, max(_FEWEST_STEPS, affordable) // 3))
+        log_every = max(1, min(configured.log_every, max(_FEWEST_STEPS, affordable) // 2))
         last = max(_FEWEST_STEPS, affordable) // log_every * log_every
         steps = last + 1
         warm = _step(request, request.folder, steps, log_every, last if has_checkpoints else NEVER)
     _build(warm)
-    times = {1: 0.0} | _record_times(warm.folder)
-    first = sorted(times)[min(1, len(times) - 2)]
-    step_s = (times[last] - times[first]) / (last - first)
+    times = _record_times(warm.folder)
+    first = min(times, default=last)
+    step_s = (times[last] - times[first]) / (last - first) if 1 < first < last else a_step_s
     evaluated_s, positions = _evaluation(warm)
     return Rehearsed(
         fixed_s=max(0.0, cold_s - 3 * step_s - evaluated_s * positions),
@@ -157,7 +157,7 @@ def _rehearse_training(request: Request, step: Step) -> Rehearsed:
         evaluated_s=evaluated_s,
         checkpoint_s=max(0.0, times[steps] - times[last] - step_s) if has_checkpoints and not is_whole else 0.0,
         checkpoint_bytes=3 * (warm.folder / "model.safetensors").stat().st_size if has_checkpoints else 0,
-        num_units=last - first,
+        num_units=max(1, last - first),
         steps=steps,
     )
 
