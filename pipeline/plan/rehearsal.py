@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from cache.layout import MANIFEST_NAME
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.plan.in_small import in_small, training_of
-from pipeline.steps import DumpLogits, Step, Teacher, Tokenize, all_steps
+from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize, all_steps
 from pipeline.workspace import Workspace
 from stages.errors import StageError
 from stages.resources import peak_rss_mib
@@ -209,10 +210,17 @@ def _evaluation(step: Step) -> tuple[float, int]:
         evaluate(model, source, step.config.evaluate, "teacher")
         positions = source.num_windows("validation") * source.context_length
     else:
+        if isinstance(step, Distill) and step.targets() == "online":  # it forwards its teacher here too
+            apart = workspace.run_dir.parent / "uncached"
+            link_all_but([workspace.cache.relative_to(workspace.run_dir)], workspace.run_dir, apart)
+            workspace = replace(workspace, run_dir=apart)
         started = time.monotonic()
         evaluate_models(workspace, (step.folder.name,))
         positions = _validation_positions(workspace)
-    return (time.monotonic() - started) / positions, positions
+    seconds = time.monotonic() - started
+    if workspace is not step.workspace:
+        shutil.rmtree(workspace.run_dir)
+    return seconds / positions, positions
 
 
 def _validation_positions(workspace: Workspace) -> int:
