@@ -89,9 +89,9 @@ def rehearse(request: Request) -> Rehearsed:
         measured = _build_once(_step(request, request.folder, request.steps, request.steps))
     else:
         measured = _rehearse_training(request, step)
-    from torch import get_num_threads
+    from stages.threads import num_threads
 
-    found = {"peak_rss_mib": peak_rss_mib(), "disk_bytes": folder_bytes(step.folder), "threads": get_num_threads()}
+    found = {"peak_rss_mib": peak_rss_mib(), "disk_bytes": folder_bytes(step.folder), "threads": num_threads()}
     return measured.model_copy(update=found)
 
 

@@ -133,11 +133,6 @@ def test_what_a_step_refuses_is_refused_by_its_plan(copied_run: Path) -> None:
 
 
 def test_a_data_set_of_unknown_size_is_not_guessed(tmp_path: Path) -> None:
-    outcome = plan(
-        tmp_path / "run", "--set", "data.source={kind='hf', path='json'}", "--set", "data.max_train_tokens=9"
-    )
-    assert outcome.code == 1
-    assert "cannot be planned, since its rehearsal was refused: " in outcome.stderr
     config = tmp_path / "unlimited.toml"
     lines = [line for line in TEST.read_text().splitlines() if not line.startswith(("max_", "source"))]
     config.write_text("\n".join(lines).replace("[data]", "[data]\nsource = { kind = 'hf', path = 'json' }", 1))
