@@ -63,6 +63,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.deployment
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.plan_accuracy
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

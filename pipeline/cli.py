@@ -18,7 +18,9 @@ from pipeline.evaluate_command import evaluate, print_evaluation
 from pipeline.export_command import export
 from pipeline.generate_command import generate
 from pipeline.options import run_options, workspace_of
-from pipeline.runner import execute, plan, run_steps
+from pipeline.plan.command import plan
+from pipeline.runner import execute, run_steps
+from pipeline.runner import plan as steps_to_run
 from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
 from pipeline.sweep_command import sweep
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
@@ -63,7 +65,7 @@ def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ..
         tristill run --until distill --config configs/test.toml
     """
     workspace = workspace_of(config_path, assignments, run_dir)
-    steps = plan(workspace, "distill" if until == "evaluate" else until)
+    steps = steps_to_run(workspace, "distill" if until == "evaluate" else until)
     if dry_run:
         click.echo("\n".join(step.label for step in steps) or "nothing to do")
         return
@@ -150,7 +152,7 @@ def distill(
     _run_step(Distill(workspace, check_student_name(name)), force)
 
 
-for command in (evaluate, generate, export, sweep):
+for command in (evaluate, generate, export, sweep, plan):
     cli.add_command(command)
 
 

@@ -15,3 +15,8 @@ def torch_threads(num_threads: int) -> Iterator[Callable[[], None]]:
         yield lambda: torch.set_num_threads(num_threads)
     finally:
         torch.set_num_threads(before)
+
+
+def num_threads() -> int:
+    """Threads that torch takes per operator here."""
+    return torch.get_num_threads()

@@ -1,10 +1,21 @@
 """What is predicted of a run: `plan.json` in its folder."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache.atomic import write_atomically
+from pipeline.errors import StaleError
+
+PLAN_NAME = "plan.json"
 
 
 class StagePrediction(BaseModel):
-    """One step, by its label. basis: in words, what the prediction was made from."""
+    """One step, by its label. basis: in words, what the prediction was made from.
+
+    disk_bytes: of all files that it leaves; scratch_bytes: of those beside them that are there while it runs.
+    is_done: whether it was finished when the plan was made; what was predicted of it, if anything, is of a plan before.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -13,6 +24,9 @@ class StagePrediction(BaseModel):
     elapsed_s: float
     peak_rss_mib: float
     basis: str
+    disk_bytes: float = 0.0
+    scratch_bytes: float = 0.0
+    is_done: bool = False
 
 
 class CachePrediction(BaseModel):
@@ -25,9 +39,17 @@ class CachePrediction(BaseModel):
     total_bytes: float
     basis: str
 
+    @property
+    def bytes_per_position(self) -> float:
+        """All files over all positions."""
+        return self.total_bytes / max(1, sum(self.positions.values()))
+
 
 class Plan(BaseModel):
-    """What a config will take on this machine. settings: a fingerprint of the config that it was made for."""
+    """What a config will take on this machine. settings: a fingerprint of the config that it was made for.
+
+    cache: of the last link; stage_caches: of the links before it, by stage. planned_s: what making the plan took.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,3 +57,21 @@ class Plan(BaseModel):
     threads: int
     stages: tuple[StagePrediction, ...]
     cache: CachePrediction
+    stage_caches: dict[str, CachePrediction] = {}
+    planned_s: float = 0.0
+
+    def save(self, run_dir: Path) -> None:
+        """Replace the plan of a run."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / PLAN_NAME, (self.model_dump_json(indent=2) + "\n").encode())
+
+
+def load_plan(run_dir: Path) -> Plan | None:
+    """The plan of a run, None if there is none."""
+    path = run_dir / PLAN_NAME
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as exc:
+        raise StaleError(f"{path}: cannot be read as a plan; delete it and run `tristill plan` again") from exc

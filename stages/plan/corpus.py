@@ -1,0 +1,101 @@
+"""How many tokens a corpus will have: of a small one by tokenising it, of a large one from a part of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.spec import SplitName
+from stages.data.config import DataConfig, HuggingFaceDataset, SyntheticText, TextFiles, TrainedTokenizer
+from stages.data.files import corpus_files
+from stages.data.tokenized import load_corpus
+from stages.errors import CorpusError
+
+SMALL_BYTES = 32 * 2**20
+_PART_TOKENS = 2**21
+_PART_DOCUMENTS = 64
+_SPLITS: tuple[SplitName, ...] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class CorpusInSmall:
+    """config: of the part that is tokenized. total_bytes: of text in all of it; None where a limit says its size.
+
+    is_whole: whether the part is all. documents: of how many of a synthetic corpus the part is.
+    """
+
+    config: DataConfig
+    total_bytes: int | None
+    is_whole: bool
+    documents: int | None = None
+
+
+def in_small(config: DataConfig, small_bytes: int = SMALL_BYTES) -> CorpusInSmall:
+    """The whole corpus if its files have no more than `small_bytes`, else a part of it.
+
+    That is files from all over the sorted list, with half as many bytes; of few large ones the first two million
+    tokens. The text that a tokenizer is trained on shrinks with the corpus. Raises CorpusError where nothing says how
+    much there is.
+    """
+    source = config.source
+    limits = {"max_train_tokens": config.max_train_tokens, "max_validation_tokens": config.max_validation_tokens}
+    if isinstance(source, SyntheticText):
+        documents = min(source.documents, _PART_DOCUMENTS)
+        part = config.model_copy(update={"source": source.model_copy(update={"documents": documents})})
+        return CorpusInSmall(part, None, is_whole=documents == source.documents, documents=source.documents)
+    if isinstance(source, HuggingFaceDataset):
+        if config.max_train_tokens is None:
+            raise CorpusError(
+                f"data set {source.path!r}: found nothing that says how much text it has; set data.max_train_tokens, "
+                "or run `tristill tokenize` first, to plan with what it finds"
+            )
+        return CorpusInSmall(_cut(config), None, is_whole=config.max_train_tokens <= _PART_TOKENS)
+    files = corpus_files(source)
+    sizes = [file.stat().st_size for file in files]
+    total = sum(sizes)
+    if total <= small_bytes:
+        return CorpusInSmall(config, total, is_whole=True)
+    chosen = np.linspace(0, len(files) - 1, max(1, len(files) * small_bytes // (2 * total))).astype(int)
+    share = sum(sizes[i] for i in chosen) / total
+    if len(files) < 16 or share * total > small_bytes:
+        return CorpusInSmall(_cut(config), total, is_whole=False)
+    documents_are = source.documents if isinstance(source, TextFiles) else "file"
+    paths = TextFiles(kind="text", paths=tuple(str(files[i]) for i in chosen), documents=documents_are)
+    tokenizer = config.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer):
+        tokenizer = tokenizer.model_copy(update={"train_bytes": max(2**20, round(share * tokenizer.train_bytes))})
+    unlimited = dict.fromkeys(limits)
+    part = config.model_copy(update={"source": paths, "tokenizer": tokenizer, **unlimited})
+    return CorpusInSmall(part, total, is_whole=False)
+
+
+def _cut(config: DataConfig) -> DataConfig:
+    """The corpus from its start on, to two million tokens."""
+    train = min(_PART_TOKENS, config.max_train_tokens or _PART_TOKENS)
+    most = max(2 * config.context_length, round(train * config.validation_fraction))
+    validation = min(most, config.max_validation_tokens or most)
+    tokenizer = config.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer):
+        tokenizer = tokenizer.model_copy(update={"train_bytes": min(tokenizer.train_bytes, 4 * _PART_TOKENS)})
+    return config.model_copy(
+        update={"max_train_tokens": train, "max_validation_tokens": validation, "tokenizer": tokenizer}
+    )
+
+
+def expected_tokens(config: DataConfig, small: CorpusInSmall, data_folder: Path) -> dict[SplitName, int]:
+    """Tokens per split of the whole corpus, from its part in `data_folder`: by bytes of text, up to the limits."""
+    splits = load_corpus(data_folder).splits
+    found = {split: splits[split].tokens for split in _SPLITS}
+    if small.is_whole:
+        return found
+    limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
+    share = config.validation_fraction
+    if small.total_bytes is not None:
+        all_tokens = small.total_bytes * sum(found.values()) / sum(splits[split].text_bytes for split in _SPLITS)
+    elif small.documents is not None:
+        all_tokens = small.documents * sum(found.values()) / sum(splits[split].documents for split in _SPLITS)
+    else:
+        assert config.max_train_tokens is not None, "a part was made only where it says how much there is"
+        all_tokens = config.max_train_tokens / (1 - share)
+    expected = {"train": all_tokens * (1 - share), "validation": all_tokens * share}
+    return {split: round(min(expected[split], limits[split] or expected[split])) for split in _SPLITS}

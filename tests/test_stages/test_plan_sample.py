@@ -1,0 +1,86 @@
+"""Samples of a corpus: windows are windows of the whole, and what is counted from them is near the truth."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.manifest import load_manifest
+from conftest import ROOT
+from pipeline.config import load_config
+from pipeline.plan.sizes import cache_sizes, scaled
+from stages.data.config import DataConfig, TextFiles, TrainedTokenizer
+from stages.data.files import corpus_files
+from stages.data.tokenize import tokenize_corpus
+from stages.data.tokenized import load_corpus, split_windows
+from stages.dump.dump import dump_logits
+from stages.plan.corpus import expected_tokens, in_small
+from stages.plan.sample import sample_corpus
+
+EVERYTHING = {"train": 2**62, "validation": 2**62}
+
+
+def test_windows_of_a_sample_are_windows_of_the_corpus(finished_run: Path, tmp_path: Path) -> None:
+    data = finished_run / "data"
+    sample = sample_corpus(data, tmp_path / "data", {"train": 256, "validation": 2**62}, EVERYTHING)
+    whole, part = (split_windows(folder, "train") for folder in (data, tmp_path / "data"))
+    assert (part.num_windows, sample.context_length) == (256, 32)
+    inputs = {bytes(whole.read([i])[0, :-1].tobytes()) for i in range(whole.num_windows)}
+    windows = part.read(np.arange(part.num_windows))
+    assert all(bytes(window[:-1].tobytes()) in inputs for window in windows)
+    with_label = {bytes(whole.read([i])[0].tobytes()) for i in range(whole.num_windows)}
+    assert sum(bytes(window.tobytes()) not in with_label for window in windows) <= 1
+    assert (tmp_path / "data" / "validation.npy").is_symlink()
+    assert sample.splits["validation"] == load_corpus(data).splits["validation"]
+    assert sample.splits["train"].bytes_per_token == pytest.approx(
+        load_corpus(data).splits["train"].bytes_per_token, 0.01
+    )
+
+
+def test_a_sample_stays_within_the_windows_that_are_seen(finished_run: Path, tmp_path: Path) -> None:
+    data = finished_run / "data"
+    sample_corpus(data, tmp_path / "data", {"train": 2**62, "validation": 1}, {**EVERYTHING, "train": 10})
+    whole, part = (split_windows(folder, "train") for folder in (data, tmp_path / "data"))
+    assert (part.read(np.arange(10)) == whole.read(np.arange(10))).all()
+    assert part.num_windows == 10
+    assert split_windows(tmp_path / "data", "validation").num_windows == 1
+
+
+@pytest.mark.parametrize("profile", ["transform", "sampled"])
+def test_a_sample_of_a_third_tells_the_bytes_of_all_within_ten_percent(
+    finished_run: Path, tmp_path: Path, profile: str
+) -> None:
+    changes = (f"cache.profile={{kind='{profile}'}}", "cache.hidden_layers=[]", "distill.hidden.weight=0.0")
+    config = load_config(ROOT / "configs" / "test.toml", changes).cache
+    data, teacher = finished_run / "data", finished_run / "teacher"
+    sample_corpus(data, tmp_path / "data", {"train": 128, "validation": 2**62}, {**EVERYTHING, "train": 400})
+    dump_logits(config, data, teacher, tmp_path / "whole")
+    dump_logits(config.model_copy(update={"max_train_windows": None}), tmp_path / "data", teacher, tmp_path / "part")
+    happened = cache_sizes(tmp_path / "whole", "")
+    assert load_manifest(tmp_path / "part").spec.splits["train"].num_windows == 128
+    predicted = scaled(tmp_path / "part", happened.positions, "")
+    assert predicted.total_bytes == pytest.approx(happened.total_bytes, rel=0.1)
+    assert sum(predicted.dataset_bytes.values()) == pytest.approx(sum(happened.dataset_bytes.values()), rel=0.1)
+
+
+def test_a_part_of_many_files_tells_the_tokens_of_all(tmp_path: Path) -> None:
+    text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in corpus_files(DataConfig().source)[:40])
+    (tmp_path / "text").mkdir()
+    for n in range(60):
+        (tmp_path / "text" / f"{n:02}.txt").write_text(text[n * 4000 : (n + 1) * 4000], encoding="utf-8")
+    config = DataConfig(
+        source=TextFiles(kind="text", paths=(str(tmp_path / "text"),), documents="paragraph"),
+        tokenizer=TrainedTokenizer(vocab_size=400),
+        context_length=16,
+        validation_fraction=0.2,
+    )
+    small = in_small(config, small_bytes=120_000)
+    assert not small.is_whole
+    assert len(small.config.source.paths) == 15
+    whole = tokenize_corpus(config, tmp_path / "whole")
+    tokenize_corpus(small.config, tmp_path / "part")
+    found = expected_tokens(config, small, tmp_path / "part")
+    assert found["train"] == pytest.approx(whole.splits["train"].tokens, rel=0.1)
+    assert sum(found.values()) == pytest.approx(sum(split.tokens for split in whole.splits.values()), rel=0.05)
+    limited = config.model_copy(update={"max_train_tokens": 1000, "max_validation_tokens": 500})
+    assert expected_tokens(limited, small, tmp_path / "part") == {"train": 1000, "validation": 500}
