@@ -21,7 +21,8 @@ from pipeline.options import run_options, workspace_of
 from pipeline.plan.command import plan
 from pipeline.runner import execute, run_steps
 from pipeline.runner import plan as steps_to_run
-from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize
+from pipeline.step import Step
+from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize
 from pipeline.sweep_command import sweep
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pipeline.errors import ChildError, MissingInputError, StaleError
 from pipeline.provenance import PROVENANCE_NAME, differences, locked, new_provenance, write_provenance
-from pipeline.steps import Step, all_steps
+from pipeline.step import Step
+from pipeline.steps import all_steps
 from pipeline.workspace import Workspace
 from stages.progress import say
 from stages.resources import peak_rss_mib

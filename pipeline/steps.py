@@ -6,96 +6,20 @@ A step knows its folder, the settings and inputs that its numbers depend on, and
 imported when a step builds, so that the command line answers without loading torch.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
 from cache.hashing import sha256_of_file
 from cache.manifest import cache_fingerprint, load_manifest
-from pipeline.config import DEFAULT_STUDENT, save_config
-from pipeline.provenance import Provenance, read_provenance
+from pipeline.config import DEFAULT_STUDENT
+from pipeline.step import Step, fingerprints, known
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.distill.watch import Watch
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
 from stages.models.hub import find_model
 from stages.models.hugging_face_shape import Shape
 from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
-
-
-class Step(ABC):
-    """One artefact and how it is made."""
-
-    command: ClassVar[str]
-    products: ClassVar[tuple[str, ...]]
-    """Files without which the artefact is not there."""
-    owned: ClassVar[tuple[str, ...]]
-    """Patterns of all that a build may leave, to be removed by --force."""
-    resumable: ClassVar[tuple[str, ...]]
-    """Patterns of what an unfinished build can go on from."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self.config = workspace.config.for_student(workspace.name)
-
-    @property
-    def label(self) -> str:
-        """The step as messages call it: the words of its command."""
-        return self.command
-
-    @property
-    @abstractmethod
-    def folder(self) -> Path:
-        """Where the artefact is."""
-
-    @property
-    @abstractmethod
-    def needs(self) -> dict[str, "Step"]:
-        """Steps whose artefacts this one reads, by what it takes each for."""
-
-    @property
-    def requires(self) -> dict[str, "Step"]:
-        """Steps without whose artefacts it cannot start."""
-        return self.needs
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What its numbers depend on."""
-
-    @abstractmethod
-    def build(self) -> str:
-        """Make the artefact, or the rest of it; its fingerprint."""
-
-    def inputs(self) -> dict[str, str]:
-        """Fingerprints of what it is made from, as far as that is here."""
-        return fingerprints(self.needs)
-
-    def save_config(self) -> None:
-        """Keep the config with the run."""
-        save_config(self.workspace.config, self.workspace.run_dir / RUN_CONFIG_NAME)
-
-    def provenance(self) -> Provenance | None:
-        """The record in its folder."""
-        return read_provenance(self.folder)
-
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the finished artefact, None while there is none."""
-        provenance = self.provenance()
-        return provenance.fingerprint if provenance else None
-
-    def is_complete(self) -> bool:
-        """Whether the artefact was finished and its files are there."""
-        return self.fingerprint() is not None and all((self.folder / name).is_file() for name in self.products)
-
-
-def fingerprints(steps: Mapping[str, Step]) -> dict[str, str]:
-    """Those of the artefacts that are finished."""
-    return _known({name: step.fingerprint() for name, step in steps.items()})
-
-
-def _known(fingerprints: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: fingerprint for name, fingerprint in fingerprints.items() if fingerprint}
 
 
 class Tokenize(Step):
@@ -179,7 +103,7 @@ class Teacher(Step):
         used = load_origin(self.folder)
         if used is not None and used.folder == given.absolute() and used.is_unchanged():
             return {**super().inputs(), "checkpoint": used.fingerprint}  # weights may take minutes to read
-        return super().inputs() | _known({"checkpoint": known_fingerprint(given, config.dtype)})
+        return super().inputs() | known({"checkpoint": known_fingerprint(given, config.dtype)})
 
     def is_complete(self) -> bool:
         """See Step; the weights are here, or the folder says where they are."""
@@ -236,7 +160,7 @@ class DumpLogits(Step):
     def inputs(self) -> dict[str, str]:
         """Tokens, teacher, and the teachers beside it."""
         others = {f"teacher {n}": found.fingerprint for n, found in enumerate(self.config.cache.ensemble, start=2)}
-        return super().inputs() | _known(others)
+        return super().inputs() | known(others)
 
     def teacher_fingerprint(self) -> str | None:
         """What its cache names the teacher, or the ensemble; None while one of them is not here."""
@@ -334,7 +258,7 @@ class Distill(Step):
         further = {f"cache {n}": cache_fingerprint(c.dir) for n, c in enumerate(self.config.distill.caches, start=2)}
         student = self.config.student
         given = known_fingerprint(student.folder) if student.init == "given" and student.folder else None
-        return fingerprints(steps) | _known({**further, "student checkpoint": given})
+        return fingerprints(steps) | known({**further, "student checkpoint": given})
 
     def shape(self) -> Shape:
         """The student's own shape, or its teacher's."""

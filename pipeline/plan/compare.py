@@ -9,7 +9,8 @@ from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, StagePred
 from pipeline.plan.settings import settings_fingerprint
 from pipeline.plan.sizes import cache_sizes
 from pipeline.results import read_summary
-from pipeline.steps import DumpLogits, Step, Tokenize, all_steps
+from pipeline.step import Step
+from pipeline.steps import DumpLogits, Tokenize, all_steps
 from pipeline.workspace import Workspace
 from stages.data.tokenized import load_corpus
 

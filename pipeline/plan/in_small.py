@@ -3,7 +3,8 @@
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.steps import Distill, Step, Teacher
+from pipeline.step import Step
+from pipeline.steps import Distill, Teacher
 from stages.training.config import TrainingConfig
 
 _ONCE = ("steps", "warmup_steps", "second_phase", "log_every", "checkpoint_every")

@@ -16,7 +16,8 @@ from pipeline.plan.rehearsal import Rehearsed, Request, link_all_but
 from pipeline.plan.settings import settings_fingerprint
 from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
 from pipeline.runner import plan as steps_to_run
-from pipeline.steps import DumpLogits, Step, Teacher, Tokenize, all_steps
+from pipeline.step import Step
+from pipeline.steps import DumpLogits, Teacher, Tokenize, all_steps
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.data.tokenized import load_corpus
 from stages.plan.corpus import CorpusInSmall, expected_tokens

@@ -22,7 +22,8 @@ from cache.layout import MANIFEST_NAME
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.plan.in_small import in_small, training_of
-from pipeline.steps import Distill, DumpLogits, Step, Teacher, Tokenize, all_steps
+from pipeline.step import Step
+from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize, all_steps
 from pipeline.workspace import Workspace
 from stages.errors import StageError
 from stages.resources import peak_rss_mib

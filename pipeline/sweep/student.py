@@ -15,7 +15,8 @@ from pipeline.config import (
     set_key,
 )
 from pipeline.options import workspace_of
-from pipeline.steps import Distill, Step
+from pipeline.step import Step
+from pipeline.steps import Distill
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.points import Point, folder_name
 from pipeline.workspace import Workspace

@@ -1,0 +1,85 @@
+"""What a step of a run is: an artefact, what it is made from, and how it is built."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline.config import save_config
+from pipeline.provenance import Provenance, read_provenance
+from pipeline.workspace import RUN_CONFIG_NAME, Workspace
+
+
+class Step(ABC):
+    """One artefact and how it is made."""
+
+    command: ClassVar[str]
+    products: ClassVar[tuple[str, ...]]
+    """Files without which the artefact is not there."""
+    owned: ClassVar[tuple[str, ...]]
+    """Patterns of all that a build may leave, to be removed by --force."""
+    resumable: ClassVar[tuple[str, ...]]
+    """Patterns of what an unfinished build can go on from."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.config = workspace.config.for_student(workspace.name)
+
+    @property
+    def label(self) -> str:
+        """The step as messages call it: the words of its command."""
+        return self.command
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where the artefact is."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> dict[str, "Step"]:
+        """Steps whose artefacts this one reads, by what it takes each for."""
+
+    @property
+    def requires(self) -> dict[str, "Step"]:
+        """Steps without whose artefacts it cannot start."""
+        return self.needs
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What its numbers depend on."""
+
+    @abstractmethod
+    def build(self) -> str:
+        """Make the artefact, or the rest of it; its fingerprint."""
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what it is made from, as far as that is here."""
+        return fingerprints(self.needs)
+
+    def save_config(self) -> None:
+        """Keep the config with the run."""
+        save_config(self.workspace.config, self.workspace.run_dir / RUN_CONFIG_NAME)
+
+    def provenance(self) -> Provenance | None:
+        """The record in its folder."""
+        return read_provenance(self.folder)
+
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the finished artefact, None while there is none."""
+        provenance = self.provenance()
+        return provenance.fingerprint if provenance else None
+
+    def is_complete(self) -> bool:
+        """Whether the artefact was finished and its files are there."""
+        return self.fingerprint() is not None and all((self.folder / name).is_file() for name in self.products)
+
+
+def fingerprints(steps: Mapping[str, Step]) -> dict[str, str]:
+    """Those of the artefacts that are finished."""
+    return known({name: step.fingerprint() for name, step in steps.items()})
+
+
+def known(fingerprints: Mapping[str, str | None]) -> dict[str, str]:
+    """Those that are not None."""
+    return {name: fingerprint for name, fingerprint in fingerprints.items() if fingerprint}
