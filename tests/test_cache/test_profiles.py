@@ -113,8 +113,9 @@ def round_trip(
     coder = profile.make_coder(tables)
     models = {name: Model(tables[name]) for name in profile.models(vocab_size)}
     encoder = Encoder(models, 16)
-    coder.write(arrays, place, encoder)
-    return coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)
+    coder.write({name: place.gathered(array) for name, array in arrays.items()}, place, encoder)
+    found = coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)
+    return {name: place.scattered(array) for name, array in found.items()}
 
 
 def sets_of(ids: np.ndarray, values: np.ndarray, counts: np.ndarray) -> list[dict[int, float]]:
@@ -214,7 +215,8 @@ def test_dithered_coefficients_are_unbiased_and_plain_ones_are_not() -> None:
             models = {name: Model(tables[name]) for name in profile.models(VOCAB)}
             encoder = Encoder(models, 16)
             coder.write(arrays, place, encoder)
-            total += coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)["coefficients"]
+            decoder = Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16)
+            total += place.scattered(coder.read(decoder, place)["coefficients"])
             if seed in (15, 255):
                 means[dither, seed + 1] = np.sqrt(np.mean((total / (seed + 1) - truth) ** 2))
     one_step = 12**-0.5
