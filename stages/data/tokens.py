@@ -64,6 +64,11 @@ class TokenWindows:
         num_windows = (len(self._tokens) - 1) // context_length
         self.num_windows = num_windows if max_windows is None else min(num_windows, max_windows)
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether only some positions count."""
+        return self._mask is not None
+
     def read(self, windows: list[int] | np.ndarray) -> np.ndarray:
         """The ids of these windows, (B, T + 1)."""
         size = self.context_length

@@ -14,18 +14,18 @@ from stages.targets.source import Epoch, Signals, TargetSource
 def evaluate(model: Transformer, source: TargetSource, config: EvaluateConfig, label: str) -> ValidationMetrics:
     """Metrics of `model` over every validation window, computed in float32; against the teacher if the source has one.
 
-    The model stays on its device and is left in evaluation mode.
+    Of positions that count. The model stays on its device and is left in evaluation mode.
     """
     model.eval()
     sums = MetricSums(config.calibration_bins, source.temperature)
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
         for batch in source.batches("validation", config.batch_windows, Signals(targets=True), Epoch()):
-            final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
-            labels_N = batch.labels_BT.flatten()
+            final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
+            labels_N = batch.counted(batch.labels_BT)
             for rows in chunks(len(final_ND), model.vocab_size):
                 logits_NV = (final_ND[rows] @ model.head_weight.T).float()
                 target = None if batch.targets is None else batch.targets.chunk(rows)
                 sums.add(logits_NV, labels_N[rows], target)
-            progress.advance(len(final_ND))
+            progress.advance(batch.labels_BT.numel())
     return sums.metrics(source.bytes_per_token("validation"))
