@@ -74,8 +74,8 @@ class MixedSource(CachedSource):
             for folder, other in zip(self._folders, beside, strict=True):
                 if not torch.equal(batch.input_ids_BT, other.input_ids_BT) or not _same_mask(batch, other):
                     raise CacheMismatchError(
-                        f"{folder}: found other ids or masks than the run's own cache has in the same windows of split {split}, "
-                        "though both name the same windows; run `tristill cache verify` on both"
+                        f"{folder}: found other ids or masks than the run's own cache has in the same windows of split "
+                        f"{split}, though both name the same windows; run `tristill cache verify` on both"
                     )
             parts = tuple(part.targets for part in (batch, *beside) if part.targets is not None)
             yield replace(batch, targets=MixedTargets(parts, self._shares, self.temperature))
