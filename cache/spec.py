@@ -58,7 +58,7 @@ class SplitSpec(_Strict):
     def _without_a_count_if_all_count(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         if self.counted_positions is None:
-            del fields["counted_positions"]
+            fields.pop("counted_positions", None)
         return fields
 
 

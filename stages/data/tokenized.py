@@ -25,7 +25,7 @@ class MaskedTokens(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=0)]
     sha256: str
 
 
@@ -47,7 +47,7 @@ class TokenizedSplit(BaseModel):
     def _without_a_mask_if_there_is_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         if self.counted is None:
-            del fields["counted"]
+            fields.pop("counted", None)
         return fields
 
     @property
