@@ -100,7 +100,7 @@ class Tokenize(Step):
 
     command = "tokenize"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
-    owned = (*products, "synthetic", ".*.partial")
+    owned = (*products, "*-mask.npy", "synthetic", ".*.partial")
     resumable = ("synthetic/part-*.jsonl",)
 
     @property
