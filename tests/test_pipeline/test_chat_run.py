@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = write_json_lines(folder / "rows.jsonl", [{"messages": chat} for chat in some_chats(150)])
     config = CONFIG.replace("ROWS", str(rows)).replace("TOKENIZER", str(make_tokenizer(folder / "tokenizer")))
     (folder / "chats.toml").write_text(config)
-    outcome = tristill("run", *place(folder))
+    outcome = tristill("run", "--until", "distill", *place(folder))
     assert outcome.code == 0, outcome.stderr
     return folder
 
@@ -54,7 +54,7 @@ def test_a_chat_corpus_goes_from_text_to_an_evaluated_student_and_is_then_up_to_
     assert summary["validation"]["positions"] < 0.4 * data["splits"]["validation"]["tokens"]
     assert summary["validation"]["kl_to_teacher_nats"] > 0
     before = {path: path.stat().st_mtime_ns for path in (run / "run").rglob("*.h5")}
-    outcome = tristill("run", *place(run))
+    outcome = tristill("run", "--until", "distill", *place(run))
     assert outcome.code == 0, outcome.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
