@@ -118,11 +118,14 @@ class Tokenize(Step):
         return {"data": self.config.data.numbers()}
 
     def inputs(self) -> dict[str, str]:
-        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here."""
-        from stages.data.files import corpus_signature
+        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here.
 
-        signature = corpus_signature(self.config.data.source)
-        return {"corpus": signature} if signature else {}
+        Of chats, also of the tokenizer and its chat template.
+        """
+        from stages.data.files import corpus_signature, template_signature
+
+        data = self.config.data
+        return _known({"corpus": corpus_signature(data.source), "chat template": template_signature(data)})
 
     def tokenizer_fingerprint(self) -> str | None:
         """SHA-256 of the tokenizer, if it is here."""

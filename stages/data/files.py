@@ -7,7 +7,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from cache.hashing import fingerprint_of, sha256_of_file
-from stages.data.config import HuggingFaceDataset, PythonStdlib, RecordFiles, SyntheticText, TextFiles
+from stages.data.config import (
+    DataConfig,
+    ExistingTokenizer,
+    HuggingFaceDataset,
+    PythonStdlib,
+    RecordFiles,
+    SyntheticText,
+    TextFiles,
+)
 from stages.errors import CorpusError
 
 _SMALL_CORPUS_BYTES = 64 * 2**20
@@ -64,6 +72,16 @@ def corpus_signature(
     folder that all files share. The files of a synthetic corpus are its model and prompts.
     """
     return None if isinstance(source, HuggingFaceDataset) else _files_signature(source)
+
+
+def template_signature(config: DataConfig) -> str | None:
+    """A hash of the files that render and tokenize chats; None for plain text, or where they are not here."""
+    if config.chat_column is None or not isinstance(config.tokenizer, ExistingTokenizer):
+        return None
+    folder = Path(config.tokenizer.path).expanduser()
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    found = {name: sha256_of_file(folder / name) for name in names if (folder / name).is_file()}
+    return fingerprint_of(found) if found else None
 
 
 @lru_cache

@@ -8,6 +8,8 @@ from chats import make_tokenizer, some_chats, write_json_lines
 
 from conftest import Outcome, tristill
 
+pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+
 CONFIG = """
 [data]
 source = { kind = "records", paths = ["ROWS"], chat_column = "messages" }
@@ -57,6 +59,17 @@ def test_a_chat_corpus_goes_from_text_to_an_evaluated_student_and_is_then_up_to_
     outcome = tristill("run", "--until", "distill", *place(run))
     assert outcome.code == 0, outcome.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_chat_template_makes_other_tokens(run: Path) -> None:
+    template = run / "tokenizer" / "chat_template.jinja"
+    before = template.read_text()
+    template.write_text(before + "{# changed #}")
+    outcome = tristill("tokenize", *place(run))
+    template.write_text(before)
+    assert outcome.code == 1
+    assert "chat template" in outcome.stderr
+    assert tristill("tokenize", *place(run)).code == 0
 
 
 def test_the_cache_says_what_it_holds_and_is_repaired(run: Path) -> None:

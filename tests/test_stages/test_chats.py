@@ -29,6 +29,8 @@ from stages.data.tokenize import tokenize_corpus
 from stages.data.tokenized import load_corpus, split_windows
 from stages.errors import CorpusError, TokenizerError
 
+pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+
 HELLO: Chat = [
     {"role": "user", "content": "the fox"},
     {"role": "assistant", "content": "a caf\u00e9 \U0001f98a"},

@@ -35,6 +35,9 @@ from stages.targets.source import Epoch, Signals, TargetBatch
 from stages.training.loop import StepInfo
 
 
+pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+
+
 class UnpluggedSource(CachedSource):
     """Fails after seven training batches, as a machine might; checkpoints are at steps 5 and 10."""
 
@@ -277,3 +280,25 @@ def test_windows_in_which_the_assistant_says_nothing_are_no_dump(run: Path, tmp_
     assert counts[0] == 0, "the first window is what a system and a user say"
     with pytest.raises(CheckpointError, match=r"cache\.max_train_windows: in the first 1 windows of split train"):
         dump_logits(dump_config(max_train_windows=1), run / "data", run / "teacher", tmp_path / "cache")
+
+
+def test_a_mixture_of_one_teacher_with_itself_is_that_teacher(run: Path, tmp_path: Path) -> None:
+    """Mixed as caches are read, and when they are dumped."""
+    dump = dump_config(profile=PROFILES["dense"], hidden_layers=[])
+    beside = dump_config(profile={"kind": "plain_topk", "top_k": 40}, hidden_layers=[])
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "own")
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "other")
+    traces = []
+    for name, caches in (("alone", ()), ("mixed", [{"dir": str(tmp_path / "other"), "weight": 1.0}])):
+        one = distill_config(targets="cached", alpha=0.0, caches=caches)
+        _, log = student_of(run, tmp_path / "own", tmp_path / name, one, dump)
+        traces.append([record["loss"] for record in log])
+    assert traces[0] == pytest.approx(traces[1], rel=1e-4)
+    members = [{"path": str(run / "teacher"), "weight": 1.0}]
+    for name, changes in (("one", {}), ("two", {"ensemble": members})):
+        dumped = beside.model_validate({**beside.model_dump(), **changes})
+        dump_logits(dumped, run / "data", run / "teacher", tmp_path / name)
+    found = [next(open_cache(tmp_path / name).stream("train", 300, seed=None)) for name in ("one", "two")]
+    for name, array in found[0].target.items():
+        if name != "head_ids":  # ties change places
+            np.testing.assert_allclose(array, found[1].target[name], atol=0.02)
