@@ -34,7 +34,6 @@ from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetBatch
 from stages.training.loop import StepInfo
 
-
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
 
@@ -188,11 +187,12 @@ def test_what_stands_where_nothing_counts_changes_no_loss_and_no_gradient(run: P
     batch = next(source.batches("train", 16, objective.signals, Epoch()))
     counts = batch.counts_BT
     assert counts is not None
+    assert batch.entropy_BT is not None
     garbled = replace(
         batch,
         labels_BT=torch.where(counts, batch.labels_BT, 7),
         hidden={state: torch.where(counts[..., None], states, 1e6) for state, states in batch.hidden.items()},
-        entropy_BT=None if batch.entropy_BT is None else torch.where(counts, batch.entropy_BT, 99.0),
+        entropy_BT=torch.where(counts, batch.entropy_BT, torch.arange(16 * 12.0).view(16, 12)),
     )
     found = []
     for one in (batch, garbled):
