@@ -12,12 +12,15 @@ import torch
 from chats import chat_settings, make_tokenizer, some_chats, write_json_lines
 from small_training import CPU, SHAPE, distill_config, dump_config, make_teacher, student_from, student_of
 
-from cache import SplitName, open_cache
+from cache import SampledProfile, SplitName, open_cache
 from stages.data.config import DataConfig
 from stages.data.tokenize import tokenize_corpus
 from stages.data.tokenized import load_corpus, split_windows
+from stages.data.tokens import TokenWindows
 from stages.distill.objective import Objective
 from stages.dump.dump import dump_logits
+from stages.dump.extract import target_arrays
+from stages.dump.forward import forward_windows
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
@@ -31,7 +34,8 @@ from stages.models.folder import load_model
 from stages.models.transformer import State, Transformer
 from stages.targets.cached import CachedSource
 from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, TargetBatch
+from stages.targets.source import Epoch, Signals, TargetBatch, endless_batches
+from stages.teacher.config import TeacherConfig
 from stages.training.loop import StepInfo
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
@@ -84,6 +88,38 @@ def test_the_teacher_is_evaluated_where_positions_count(run: Path) -> None:
     assert summary["loss_nats"] == pytest.approx(float(losses.mean()), rel=1e-5)
     per_token = load_corpus(run / "data").splits["validation"].bytes_per_token
     assert summary["bits_per_byte"] == pytest.approx(float(losses.mean()) / np.log(2) / per_token, rel=1e-5)
+
+
+def test_the_teacher_is_trained_where_positions_count(run: Path) -> None:
+    """Its first loss is that of the untrained model at the labels that the mask names."""
+    settings = TeacherConfig.model_validate({"model": SHAPE.model_dump(), "training": {"steps": 1, "batch_windows": 8}})
+    assert settings.training is not None
+    seed = settings.training.seed
+    source = OnlineSource(run / "data", CPU)
+    batch = next(endless_batches(source, 8, Signals(), seed)(0))
+    model = Transformer(SHAPE, source.vocab_size)
+    model.initialize(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        logits = model(batch.input_ids_BT).final_BTD @ model.head_weight.T
+    expected = torch.nn.functional.cross_entropy(logits[batch.counts_BT], batch.labels_BT[batch.counts_BT])
+    first = json.loads((run / "teacher" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 1
+    assert first["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_draws_are_those_of_their_places_whatever_else_counts(run: Path) -> None:
+    teacher, masked = load_model(run / "teacher").eval(), split_windows(run / "data", "train")
+    every = TokenWindows(run / "data" / "train.npy", masked.context_length)
+    profile, rows = SampledProfile(draws=20), list(range(40))
+    found = [
+        target_arrays(profile, {}, forward_windows(teacher, windows, "train", rows, "float32")[0])
+        for windows in (masked, every)
+    ]
+    mask = masked.mask(rows)
+    assert mask is not None
+    for name, array in found[0].items():
+        np.testing.assert_array_equal(array[mask], found[1][name][mask])
+        assert not array[~mask].any()
 
 
 @pytest.mark.parametrize("profile", sorted(PROFILES))
