@@ -92,7 +92,9 @@ def test_the_teacher_is_evaluated_where_positions_count(run: Path) -> None:
 
 def test_the_teacher_is_trained_where_positions_count(run: Path) -> None:
     """Its first loss is that of the untrained model at the labels that the mask names."""
-    settings = TeacherConfig.model_validate({"model": SHAPE.model_dump(), "training": {"steps": 1, "batch_windows": 8}})
+    settings = TeacherConfig.model_validate(
+        {"model": SHAPE.model_dump(), "training": {"steps": 1, "learning_rate": 1e-2, "batch_windows": 8}}
+    )
     assert settings.training is not None
     seed = settings.training.seed
     source = OnlineSource(run / "data", CPU)
