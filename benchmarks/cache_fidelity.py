@@ -32,7 +32,7 @@ from pipeline.config import load_config
 from pipeline.results import text_table
 from stages.data.tokenized import split_windows
 from stages.data.tokens import TokenWindows
-from stages.dump.calibrate import Fitter, Sample, as_given, knobs, place_of
+from stages.dump.calibrate import Fitter, Sample, as_given, knobs
 from stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
 from stages.dump.extract import TeacherPositions, target_arrays
 from stages.dump.forward import sample_positions
@@ -184,10 +184,10 @@ def timed_round_trip(
     """The arrays as a reader gets them, and positions/s of coder and decoder on one core, the best of three."""
     if profile.make_coder is None:
         return given, {"encode_positions_per_s": None, "decode_positions_per_s": None}
-    vocab_size, place = len(positions.head_VD), place_of(positions)
+    vocab_size, place = len(positions.head_VD), positions.place
     part = Part(
         "target",
-        profile.arrays(vocab_size, positions.context_length),
+        profile.arrays(vocab_size, place.context_length),
         profile.models(vocab_size),
         profile.tables(vocab_size),
         profile.make_coder,

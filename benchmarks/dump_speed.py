@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter
 
 from benchmarks.environment import environment
-from cache import CacheWriter
+from cache import CacheWriter, SplitName
 from pipeline.config import load_config
 from pipeline.results import text_table
 from stages.data.tokenized import load_corpus, split_windows
@@ -70,13 +70,17 @@ def main() -> None:
     config = load_config(arguments.config).cache.model_copy(update={"max_train_windows": arguments.windows})
     data, teacher_folder = arguments.run_dir / "data", arguments.run_dir / "teacher"
     teacher, corpus = load_model(teacher_folder).eval(), load_corpus(data)
-    windows = split_windows(data, "train")
+    splits: dict[SplitName, TokenWindows] = {
+        "train": split_windows(data, "train"),
+        "validation": split_windows(data, "validation"),
+    }
+    windows = splits["train"]
     tokenizer = (data / "tokenizer.json").read_bytes()
     prepared: dict[str, tuple[DumpConfig, Prepared]] = {}
     for kind in PROFILES:
         settings = config.model_copy(update={"profile": PROFILE_SETTINGS.validate_python({"kind": kind})})
         with tempfile.TemporaryDirectory() as folder:
-            made = prepare(settings, corpus, teacher, model_fingerprint(teacher_folder), windows, Path(folder))
+            made = prepare(settings, corpus, teacher, model_fingerprint(teacher_folder), splits, Path(folder))
         spec = made.spec.model_copy(update={"splits": {"train": made.spec.splits["train"]}})
         prepared[kind] = (settings, Prepared(spec, made.tables_image))
     positions = spec.num_positions("train")

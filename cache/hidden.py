@@ -165,9 +165,9 @@ class HiddenSpec(_Strict):
                 scale = ArraySpec(f"{name}_scale", (kept,), "<f2")
                 arrays = (ArraySpec(name, (kept, self._stored_width), "|i1"), scale)
         if self.coding.reduction is None:
-            return Part(name, arrays)
+            return Part(name, arrays, stride=self.stride)
         basis = ArraySpec("basis", (self._stored_width, self.width), "<i2")
-        return Part(name, arrays, tables=(ArraySpec("mean", (self.width,), "<f4"), basis))
+        return Part(name, arrays, tables=(ArraySpec("mean", (self.width,), "<f4"), basis), stride=self.stride)
 
     @property
     def _stored_width(self) -> int:
@@ -190,5 +190,6 @@ class HiddenSpec(_Strict):
             (ArraySpec(name, (kept, rank), "<i2"),),
             coefficient_models(rank, NUM_ACTIVITIES),
             tuple(tables),
-            partial(HiddenCoder, name, rank, kept, NUM_ACTIVITIES),
+            partial(HiddenCoder, name, rank, NUM_ACTIVITIES),
+            stride=self.stride,
         )

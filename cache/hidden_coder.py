@@ -29,13 +29,10 @@ def coefficient_models(rank: int, num_activities: int) -> dict[str, tuple[int, i
 class HiddenCoder:
     """Activities of all positions; then the coefficients, one after the other, each for all positions."""
 
-    def __init__(
-        self, name: str, rank: int, kept_per_window: int, num_activities: int, tables: Mapping[str, np.ndarray]
-    ) -> None:
+    def __init__(self, name: str, rank: int, num_activities: int, tables: Mapping[str, np.ndarray]) -> None:
         """`name` is that of the array of coefficients. A layer's tables hold `activity_edges`, ascending."""
         self._name = name
         self._rank = rank
-        self._kept_per_window = kept_per_window
         self._num_activities = num_activities
         self._edges = tables["activity_edges"]
 
@@ -56,15 +53,14 @@ class HiddenCoder:
 
     def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
         """See Coder."""
-        count = place.num_windows * self._kept_per_window
+        count = place.num_positions
         activity_N = source.read("activity", count)
         coefficients_RN = np.empty((self._rank, count), np.int16)
         for r in range(self._rank):
             coefficients_RN[r] = unzigzag(source.read("coefficient", count, activity_N + self._num_activities * r))
         if np.abs(coefficients_RN).max() > LARGEST_COEFFICIENT:
             raise CacheCorruptError(f"holds a coefficient beyond {LARGEST_COEFFICIENT} steps")
-        shape = (place.num_windows, self._kept_per_window, self._rank)
-        return {self._name: np.ascontiguousarray(coefficients_RN.T).reshape(shape)}
+        return {self._name: np.ascontiguousarray(coefficients_RN.T)}
 
 
 def activity_edges(coefficients_NR: np.ndarray, num_activities: int) -> np.ndarray:

@@ -54,10 +54,13 @@ def sample(cache: Cache, max_chunks: int = MAX_CHUNKS) -> Sample:
 
     def values_of(chunk: int) -> tuple[np.ndarray | None, np.ndarray | None, int]:
         batch = cache.chunk(split, chunk)
-        flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.target.items()}
+        counts = np.ones(batch.input_ids[:, 1:].shape, bool) if batch.mask is None else batch.mask
+        flat = {name: array[counts] for name, array in batch.target.items()}
         has_head = {"head_logits", "tail_logsumexp"} <= flat.keys()
         entropy = batch.signals.get("teacher_entropy")
-        return Head.of(flat).mass if has_head else None, entropy, batch.input_ids[:, 1:].size
+        positions = int(np.count_nonzero(counts))
+        has_head = has_head and positions > 0
+        return Head.of(flat).mass if has_head else None, None if entropy is None else entropy[counts], positions
 
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cache-sample") as pool:
         found = list(pool.map(values_of, chosen))

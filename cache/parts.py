@@ -1,12 +1,13 @@
 """A shard's parts: what a reader can ask for by itself, and how it lies in datasets.
 
     windows     input_ids
+    mask        mask: which positions count (format version 3)
     signals     teacher_entropy, label_log_prob (format version 2)
     target      the profile's arrays
     hidden_<l>  the states of one layer
 
 A part is plain, one dataset per array, or coded: one dataset of bytes, a row per chunk, which a Coder turns into
-arrays.
+arrays. Of positions that do not count, a coded part holds nothing, and a plain one zeros.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,17 +22,24 @@ from cache.coding.rans import Decoder, Encoder
 from cache.profiles.profile import NUM_LANES, Coder, Place
 
 SIGNAL_STEP_NATS = 1 / 8
+MASK_NAME = "mask"
+_POSITIONS_PER_LANE = 8
+_FEWEST_LANES = 32
 
 
 @dataclass(frozen=True)
 class Part:
-    """`models` of the entropy coder by name: (contexts, tokens). `coder` makes one from tables; None if plain."""
+    """`models` of the entropy coder by name: (contexts, tokens). `coder` makes one from tables; None if plain.
+
+    stride: of every window it has positions 0, stride, 2 stride, ..
+    """
 
     name: str
     arrays: tuple[ArraySpec, ...]
     models: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tables: tuple[ArraySpec, ...] = ()
     coder: Callable[[Mapping[str, np.ndarray]], Coder] | None = None
+    stride: int = 1
 
     @property
     def is_coded(self) -> bool:
@@ -72,18 +80,38 @@ class PartCoder:
         """`tables` are those of the whole cache. Raises CacheCorruptError if they make no sense."""
         assert part.coder is not None, "plain parts need no coder"
         own = part.own_tables(tables)
+        self._part = part
         self._coder = part.coder(own)
         self._models = {name: Model(own[name]) for name in part.models}
 
     def encode(self, arrays: Mapping[str, np.ndarray], place: Place) -> bytes:
-        """The payload of consecutive windows."""
-        encoder = Encoder(self._models, NUM_LANES)
-        self._coder.write(arrays, place, encoder)
+        """The payload of consecutive windows, arrays (P, T', ..); of no positions, one without symbols."""
+        place = place.strided(self._part.stride)
+        encoder = Encoder(self._models, num_lanes(place))
+        if place.num_positions:
+            self._coder.write({name: place.gathered(array) for name, array in arrays.items()}, place, encoder)
         return encoder.finish()
 
     def decode(self, payload: np.ndarray, place: Place) -> dict[str, np.ndarray]:
-        """The arrays of the windows of `place`."""
-        return self._coder.read(Decoder(self._models, payload, NUM_LANES), place)
+        """The arrays (P, T', ..) of the windows of `place`, zero at positions that do not count."""
+        place = place.strided(self._part.stride)
+        decoder = Decoder(self._models, payload, num_lanes(place))
+        if place.num_positions:
+            flat = self._coder.read(decoder, place)
+        else:
+            flat = {array.name: np.zeros((0, *array.shape[1:]), array.dtype) for array in self._part.arrays}
+        return {name: place.scattered(array) for name, array in flat.items()}
+
+
+def num_lanes(place: Place) -> int:
+    """Lanes of a chunk: 1024; of a masked one as many as have at least 8 positions each, a power of two, at least 32.
+
+    The state of a lane takes four bytes, which few positions would not be worth.
+    """
+    if place.counts_PT is None:
+        return NUM_LANES
+    lanes = 1 << max(0, (place.num_positions // _POSITIONS_PER_LANE).bit_length() - 1)
+    return min(NUM_LANES, max(_FEWEST_LANES, lanes))
 
 
 class Parts(Protocol):

@@ -14,7 +14,7 @@ from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest, load_manifest
 from cache.order import Group, Pacing, WindowOrder
-from cache.parts import SIGNAL_STEP_NATS, Part, part_coders
+from cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
 from cache.profiles.profile import Place
 from cache.shard import OpenShard, corrupt
 from cache.spec import CacheSpec, SplitName
@@ -32,7 +32,8 @@ class WindowBatch:
     input_ids: (B, T + 1), unsigned. target: the profile's arrays by name, each (B, T, ...); empty if not asked for.
     signals: `teacher_entropy` and `label_log_prob`, (B, T) float32 in nats at the temperature of the dump, to 1/16 nat;
     empty if targets were not asked for or the cache is of version 1. hidden: per layer what its coding stores, of the
-    T' kept positions of a window, (B, T', ..). hidden_scale: per layer (B, T') float16; empty unless in 8 bits.
+    T' kept positions of a window, (B, T', ..). hidden_scale: per layer (B, T') float16; empty unless in 8 bits. mask:
+    (B, T) bool, the positions that count, all else being zero at the others; None if all count.
     """
 
     input_ids: np.ndarray
@@ -40,6 +41,7 @@ class WindowBatch:
     signals: dict[str, np.ndarray]
     hidden: dict[int, np.ndarray]
     hidden_scale: dict[int, np.ndarray]
+    mask: np.ndarray | None = None
 
 
 def open_cache(folder: Path | str) -> "Cache":
@@ -123,7 +125,8 @@ class Cache:
     def mean_signals(self, split: SplitName, threads: int = 2) -> dict[str, np.ndarray]:
         """`teacher_entropy` and `label_log_prob` as means over each window of a split, in nats, (num_windows,).
 
-        Reads nothing else. Refuses caches of version 1, which have neither.
+        Over its positions that count; 0 in a window without any. Reads nothing else. Refuses caches of version 1, which
+        have neither.
         """
         if self.spec.format_version == 1:
             raise CacheRequestError(f"{self.folder}: caches of format version 1 hold no entropies; dump it again")
@@ -131,8 +134,14 @@ class Cache:
         num_blocks = -(-num_windows // self.spec.windows_per_chunk)
         with ThreadPoolExecutor(threads, thread_name_prefix="cache-decode") as pool:
             blocks = list(pool.map(lambda b: self._read_block(split, b, (self.spec.signal_part,)), range(num_blocks)))
+        share_W = np.ones(num_windows)
+        if self.spec.is_masked:
+            share_W = np.concatenate([block[MASK_NAME] for block in blocks])[:num_windows].mean(axis=1)
+            share_W[share_W == 0] = 1.0
         return {
-            name: np.concatenate([block[name] for block in blocks])[:num_windows].mean(axis=1) * np.float32(sign)
+            name: np.concatenate([block[name] for block in blocks])[:num_windows].mean(axis=1)
+            / share_W
+            * np.float32(sign)
             for name, sign in _SIGNAL_SIGNS.items()
         }
 
@@ -215,9 +224,15 @@ class Cache:
         shard = self._shard(held)
         first = chunk * spec.windows_per_chunk
         num_windows = min(spec.windows_per_chunk, held.num_windows - first)
-        place = Place(split, held.first_window + first, num_windows, spec.context_length)
         arrays: dict[str, np.ndarray] = {}
+        counts = None
+        if spec.is_masked:
+            arrays[MASK_NAME] = shard.read_chunk(MASK_NAME, chunk) != 0
+            counts = arrays[MASK_NAME][:num_windows]
+        place = Place(split, held.first_window + first, num_windows, spec.context_length, counts)
         for part in parts:
+            if part.name == MASK_NAME:
+                continue
             if not part.is_coded:
                 arrays |= {array.name: shard.read_chunk(array.name, chunk) for array in part.arrays}
                 continue
@@ -251,4 +266,5 @@ class Cache:
             signals={name: stack(name) * np.float32(sign) for name, sign in signs.items()},
             hidden={layer: stack(f"hidden_{layer}") for layer in hidden_layers},
             hidden_scale={layer: stack(f"hidden_{layer}_scale") for layer in scaled_layers},
+            mask=stack(MASK_NAME) if self.spec.is_masked else None,
         )

@@ -23,6 +23,7 @@ from cache.arrays import Dataset
 from cache.errors import CacheCorruptError, CacheMismatchError
 from cache.hashing import canonical_json
 from cache.layout import ShardRange
+from cache.parts import MASK_NAME
 from cache.spec import CacheSpec, differences
 
 ZSTANDARD_FILTER = 32015
@@ -166,6 +167,8 @@ class OpenShard:
         except zstandard.ZstdError as exc:
             raise corrupt(where, f"its stored bytes are damaged ({exc})") from exc
         values = np.frombuffer(content, dtype=array.dtype).reshape(num_rows, *array.shape)
+        if name == MASK_NAME and values.max() > 1:
+            raise corrupt(where, f"holds {values.max()}, expected 1 for positions that count and 0 for others")
         if name in _ID_DATASETS and values.max() >= self._spec.vocab_size:
             raise corrupt(where, f"holds id {values.max()}, expected ids below {self._spec.vocab_size}")
         return values

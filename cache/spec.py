@@ -19,7 +19,7 @@ from cache.arrays import LARGEST_VOCAB_SIZE, ArraySpec, Dataset, ids_dtype
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
 from cache.hashing import canonical_json
 from cache.hidden import HiddenOutput, HiddenSpec
-from cache.parts import Part
+from cache.parts import MASK_NAME, Part
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.profile import Need
@@ -28,7 +28,8 @@ from cache.profiles.topk import TopKProfile
 from cache.profiles.transform import TransformProfile
 
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+MASKED_VERSION = 3
+READABLE_VERSIONS = (1, FORMAT_VERSION, MASKED_VERSION)
 LARGEST_CHUNK_BYTES = 2**28
 LARGEST_TABLE_BYTES = 2**32
 LARGEST_NUM_CONTEXTS = 2**16
@@ -46,17 +47,25 @@ class _Strict(BaseModel):
 
 
 class SplitSpec(_Strict):
-    """One split of the corpus."""
+    """One split of the corpus. counted_positions: of its positions, those that count; None if all do."""
 
     num_windows: Annotated[int, Field(ge=1)]
     bytes_per_token: Annotated[float, Field(gt=0)]
     fingerprint: Fingerprint
+    counted_positions: Annotated[int | None, Field(ge=1)] = None
+
+    @model_serializer(mode="wrap")
+    def _without_a_count_if_all_count(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.counted_positions is None:
+            fields.pop("counted_positions", None)
+        return fields
 
 
 class CacheSpec(_Strict):
     """All that a reader must know. Holds no time and no path, so equal dumps have equal bytes."""
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2, 3] = 2
     vocab_size: Annotated[int, Field(ge=2, le=LARGEST_VOCAB_SIZE)]
     end_of_text_id: Annotated[int, Field(ge=0)]
     context_length: Annotated[int, Field(ge=1)]
@@ -99,6 +108,19 @@ class CacheSpec(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _positions_are_counted_if_masked(self) -> Self:
+        for name, split in self.splits.items():
+            counted, every = split.counted_positions, split.num_windows * self.context_length
+            if (counted is not None) != self.is_masked:
+                raise ValueError(
+                    f"splits.{name}.counted_positions: found {counted} in format version {self.format_version}; it is "
+                    f"there if and only if the version is {MASKED_VERSION}"
+                )
+            if counted is not None and counted > every:
+                raise ValueError(f"splits.{name}.counted_positions: found {counted} of {every} positions")
+        return self
+
+    @model_validator(mode="after")
     def _chunks_are_of_moderate_size(self) -> Self:
         chunk_bytes = max(dataset.array.num_bytes * self.rows_per_chunk(dataset) for dataset in self.datasets)
         if chunk_bytes > LARGEST_CHUNK_BYTES:
@@ -133,13 +155,24 @@ class CacheSpec(_Strict):
     def parts(self) -> tuple[Part, ...]:
         """Everything that a shard holds, in order."""
         layers = self.hidden.layers if self.hidden else ()
+        mask = (self.mask_part,) if self.is_masked else ()
         signals = (self.signal_part,) if self.format_version > 1 else ()
-        return (self.window_part, *signals, self.target_part, *self.hidden_parts(layers))
+        return (self.window_part, *mask, *signals, self.target_part, *self.hidden_parts(layers))
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether only some positions count."""
+        return self.format_version == MASKED_VERSION
 
     @property
     def window_part(self) -> Part:
         """The windows themselves."""
         return Part("windows", (ArraySpec("input_ids", (self.context_length + 1,), ids_dtype(self.vocab_size)),))
+
+    @property
+    def mask_part(self) -> Part:
+        """Which positions count: 1 for those that do, else 0."""
+        return Part(MASK_NAME, (ArraySpec(MASK_NAME, (self.context_length,), "|u1"),))
 
     @property
     def signal_part(self) -> Part:
@@ -224,8 +257,9 @@ class CacheSpec(_Strict):
         )
 
     def num_positions(self, split: SplitName) -> int:
-        """Predictions in a split."""
-        return self.splits[split].num_windows * self.context_length
+        """Predictions in a split that count."""
+        found = self.splits[split]
+        return found.counted_positions or found.num_windows * self.context_length
 
     def to_json(self) -> str:
         """Canonical JSON, as stored."""
@@ -238,7 +272,7 @@ class CacheSpec(_Strict):
             version = json.loads(text)["format_version"]
             if version not in READABLE_VERSIONS:
                 raise CacheMismatchError(
-                    f"{where}: found cache format version {version}, this program reads versions 1 and 2; "
+                    f"{where}: found cache format version {version}, this program reads versions 1 to 3; "
                     "read it with the program that wrote it, or dump again into another folder"
                 )
             return cls.model_validate_json(text)

@@ -12,11 +12,13 @@ from cache.atomic import write_atomically
 from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord, save_manifest
-from cache.parts import PartCoder, part_coders
+from cache.parts import MASK_NAME, PartCoder, part_coders
 from cache.profiles.profile import Place
 from cache.shard import OpenShard, shard_image
 from cache.spec import CacheSpec
 from cache.tables import load_tables, stored_calibration
+
+_OF_ALL_POSITIONS = {"windows", MASK_NAME}
 
 
 class CacheWriter:
@@ -127,7 +129,10 @@ class ShardWriter:
         self._first_in_chunk = shard.first_window
 
     def append(self, windows: Mapping[str, np.ndarray]) -> None:
-        """Add windows: one array per dataset, each `(n, ...)` of the spec's shape, type and any n."""
+        """Add windows: one array per dataset, each `(n, ...)` of the spec's shape, type and any n.
+
+        What they hold at positions that do not count is not kept.
+        """
         if windows.keys() != self._arrays.keys():
             raise CacheRequestError(f"found datasets {sorted(windows)}, expected {sorted(self._arrays)}")
         num_new = len(windows["input_ids"])
@@ -137,6 +142,8 @@ class ShardWriter:
                 raise CacheRequestError(f"dataset {name}: found shape {found}, expected {expected}")
         if self._num_windows + num_new > self._shard.num_windows:
             raise CacheRequestError(f"{self._shard.name}: more than its {self._shard.num_windows} windows")
+        if self._writer.spec.is_masked and (windows[MASK_NAME] > 1).any():
+            raise CacheRequestError(f"dataset {MASK_NAME}: expected 1 for positions that count and 0 for others")
         taken = 0
         while taken < num_new:
             room = self._writer.spec.windows_per_chunk - self._num_buffered
@@ -169,10 +176,13 @@ class ShardWriter:
         spec = self._writer.spec
         for buffer in self._buffers.values():
             buffer[self._num_buffered :] = 0
-        place = Place(self._shard.split, self._first_in_chunk, self._num_buffered, spec.context_length)
+        counts = self._buffers[MASK_NAME][: self._num_buffered] != 0 if spec.is_masked else None
+        place = Place(self._shard.split, self._first_in_chunk, self._num_buffered, spec.context_length, counts)
         for part in spec.parts:
             if not part.is_coded:
                 for array in part.arrays:
+                    if counts is not None and part.name not in _OF_ALL_POSITIONS:
+                        self._buffers[array.name][: self._num_buffered][~counts[:, :: part.stride]] = 0
                     self._frames[array.name].append(self._compressor.compress(self._buffers[array.name].data.cast("B")))
                 continue
             given = {array.name: self._buffers[array.name][: self._num_buffered] for array in part.arrays}

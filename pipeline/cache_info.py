@@ -14,7 +14,10 @@ from pipeline.provenance import PROVENANCE_NAME, read_provenance
 
 
 def cache_info(folder: Path) -> dict[str, Any]:
-    """Spec and sizes: positions per split, bytes per position per dataset and on disk in all. Reads no shard."""
+    """Spec and sizes: positions per split, bytes per position per dataset and on disk in all. Reads no shard.
+
+    Positions are those that count; `windows_positions`, all of those in the windows.
+    """
     manifest = load_manifest(folder)
     spec = manifest.spec
     positions = sum(spec.num_positions(split) for split in spec.splits)
@@ -29,6 +32,9 @@ def cache_info(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "shards": len(manifest.shards),
         "positions": {split: spec.num_positions(split) for split in sorted(spec.splits)},
+        "windows_positions": {
+            split: spec.splits[split].num_windows * spec.context_length for split in sorted(spec.splits)
+        },
         "file_bytes": file_bytes,
         "bytes_per_position": {
             **{dataset.name: stored[dataset.name] / positions for dataset in spec.datasets},

@@ -18,7 +18,7 @@ def cache_info_text(info: dict[str, Any]) -> str:
         f"profile    {profile}",
         f"hidden     {_plain(spec['hidden']) if spec['hidden'] else 'none'}",
         f"windows    {spec['context_length']} positions each, vocabulary {spec['vocab_size']:,}",
-        f"positions  {positions}",
+        f"positions  {positions}{_of_all(info)}",
         f"shards     {info['shards']}, {info['file_bytes']:,} bytes",
         f"teacher    {spec['teacher_fingerprint']}",
         f"tokenizer  {spec['tokenizer_fingerprint']}",
@@ -38,6 +38,12 @@ def cache_info_text(info: dict[str, Any]) -> str:
     if error := info.get("sample_error"):
         parts.append(f"no histograms: {error}")
     return "\n\n".join(parts)
+
+
+def _of_all(info: dict[str, Any]) -> str:
+    """Said of a masked cache: what its positions are a share of, and that sizes are per position that counts."""
+    counted, every = sum(info["positions"].values()), sum(info["windows_positions"].values())
+    return "" if counted == every else f" that count ({counted / every:.1%} of {every:,}); bytes are per one of these"
 
 
 def _provenance_lines(record: dict[str, Any] | None) -> list[str]:

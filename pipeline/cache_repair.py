@@ -7,7 +7,7 @@ from cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissin
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.manifest import Manifest, load_manifest, save_manifest
 from cache.repair import lend_good_files, manifest_of_shards, restore_tokenizer, take_back
-from cache.spec import FORMAT_VERSION
+from cache.spec import FORMAT_VERSION, MASKED_VERSION
 from cache.tables import stored_calibration
 from cache.verify import Damage, find_damage, tokenizer_damage
 from pipeline.errors import RepairError, StaleError
@@ -142,7 +142,7 @@ def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | 
     from stages.errors import CorpusError
     from stages.models.origin import known_fingerprint
 
-    if spec.format_version != FORMAT_VERSION:
+    if spec.format_version not in (FORMAT_VERSION, MASKED_VERSION):
         yield f"the program that wrote format version {spec.format_version}; this one writes version {FORMAT_VERSION}"
     try:
         corpus = load_corpus(workspace.data)

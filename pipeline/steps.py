@@ -27,7 +27,7 @@ class Tokenize(Step):
 
     command = "tokenize"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
-    owned = (*products, "synthetic", ".*.partial")
+    owned = (*products, "*-mask.npy", "synthetic", ".*.partial")
     resumable = ("synthetic/part-*.jsonl",)
 
     @property
@@ -45,11 +45,14 @@ class Tokenize(Step):
         return {"data": self.config.data.numbers()}
 
     def inputs(self) -> dict[str, str]:
-        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here."""
-        from stages.data.files import corpus_signature
+        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here.
 
-        signature = corpus_signature(self.config.data.source)
-        return {"corpus": signature} if signature else {}
+        Of chats, also of the tokenizer and its chat template.
+        """
+        from stages.data.files import corpus_signature, template_signature
+
+        data = self.config.data
+        return known({"corpus": corpus_signature(data.source), "chat template": template_signature(data)})
 
     def tokenizer_fingerprint(self) -> str | None:
         """SHA-256 of the tokenizer, if it is here."""

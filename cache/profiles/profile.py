@@ -1,11 +1,11 @@
 """What every profile says of itself, and how those that are entropy coded turn arrays into a payload and back.
 
-Shapes: P windows, T positions of a window, V vocabulary.
+Shapes: P windows, T positions of a window, N positions that count, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -49,23 +49,44 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Consecutive windows of a split: how many positions there are to code, and what dither is seeded by."""
+    """Consecutive windows of a split: which positions there are to code, and what dither is seeded by.
+
+    counts_PT: bool, the positions that count; None if all do. N of them.
+    """
 
     split: str
     first_window: int
     num_windows: int
     context_length: int
+    counts_PT: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def num_positions(self) -> int:
-        """N = P T."""
-        return self.num_windows * self.context_length
+        """N."""
+        if self.counts_PT is None:
+            return self.num_windows * self.context_length
+        return int(np.count_nonzero(self.counts_PT))
 
-    def shaped(self, flat: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays (N, ..) as (P, T, ..)."""
-        return {
-            name: array.reshape(self.num_windows, self.context_length, *array.shape[1:]) for name, array in flat.items()
-        }
+    def strided(self, stride: int) -> "Place":
+        """Positions 0, stride, 2 stride, .. of the same windows."""
+        if stride == 1:
+            return self
+        counts = None if self.counts_PT is None else self.counts_PT[:, ::stride]
+        return replace(self, context_length=-(-self.context_length // stride), counts_PT=counts)
+
+    def gathered(self, array: np.ndarray) -> np.ndarray:
+        """The positions that count, (N, ..), of an array (P, T, ..)."""
+        flat = array.reshape(self.num_windows * self.context_length, *array.shape[2:])
+        return flat if self.counts_PT is None else flat[self.counts_PT.ravel()]
+
+    def scattered(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `gathered`, (P, T, ..): zero at the positions that do not count."""
+        shape = (self.num_windows, self.context_length, *array.shape[1:])
+        if self.counts_PT is None:
+            return array.reshape(shape)
+        whole = np.zeros(shape, array.dtype)
+        whole[self.counts_PT] = array
+        return whole
 
 
 class Profile(BaseModel, ABC):
@@ -104,14 +125,14 @@ class Profile(BaseModel, ABC):
 
 
 class Coder(Protocol):
-    """Arrays of one chunk to coded integers and back, with the tables of one cache."""
+    """Arrays of the positions of one chunk to coded integers and back, with the tables of one cache."""
 
     def write(self, arrays: Mapping[str, np.ndarray], place: Place, sink: Sink) -> None:
-        """Code the arrays of consecutive windows."""
+        """Code the arrays (N, ..) of the positions of `place`, at least one."""
         ...
 
     def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
-        """The arrays of the windows of `place`, as they were given up to the profile's own rounding."""
+        """The arrays (N, ..) of the positions of `place`, as they were given up to the profile's own rounding."""
         ...
 
 

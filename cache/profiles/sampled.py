@@ -126,12 +126,11 @@ class SampledCoder:
         counts_E[~coded_E] = rest_N[unique_N > 0]
         counts_NK = np.zeros((len(unique_N), self._draws), np.uint8)
         counts_NK[position_E, place_E] = counts_E
-        flat = {
+        return {
             "draw_unique": unique_N.astype(np.uint8),
             "draw_ids": padded(self._ids.ids(ragged.ranks_E), unique_N, position_E, place_E, self._draws),
             "draw_counts": counts_NK,
         }
-        return place.shaped(flat)
 
     @staticmethod
     def _contexts(unique: np.ndarray) -> np.ndarray:

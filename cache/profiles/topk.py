@@ -97,5 +97,4 @@ class TopKCoder:
 
     def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
         """See Coder."""
-        flat = self._heads.read(source, place.num_positions)
-        return place.shaped(flat)
+        return self._heads.read(source, place.num_positions)

@@ -5,7 +5,7 @@ basis of what the current token does not already say. Coefficients are rounded w
 coded, each in the context of its own dither, which the reader knows (entropy-coded dithered quantisation: Ziv 1985;
 Zamir and Feder 1992, IEEE Trans. Inf. Theory 38(2)).
 
-Shapes: P windows, T positions, N = P T, R coded coefficients, S basis vectors (S >= R), V vocabulary.
+Shapes: P windows, T positions, N positions that count, R coded coefficients, S basis vectors (S >= R), V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -131,15 +131,15 @@ class TransformCoder:
         values_RN = rounded_RN.astype(np.float32)
         if levels_RN is not None:
             values_RN -= dither_of(levels_RN)
-        flat = {"coefficients": values_RN.T.astype("<f2"), **self._heads.read(source, place.num_positions)}
-        return place.shaped(flat)
+        return {"coefficients": values_RN.T.astype("<f2"), **self._heads.read(source, place.num_positions)}
 
     def _dither(self, place: Place) -> np.ndarray | None:
         if not self._profile.dither:
             return None
         per_window = place.context_length * self._profile.rank
         levels = dither_bytes(self._profile.seed, place.split, place.first_window, place.num_windows, per_window)
-        return np.ascontiguousarray(levels.reshape(-1, self._profile.rank).T)
+        levels_PTR = levels.reshape(place.num_windows, place.context_length, self._profile.rank)
+        return np.ascontiguousarray(place.gathered(levels_PTR).T)
 
     @staticmethod
     def _contexts(k: int, levels_RN: np.ndarray | None) -> np.ndarray | int:

@@ -1,9 +1,9 @@
 """Settings of the corpus, its split and its tokenizer."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.settings import Section, neutral
 
@@ -33,8 +33,40 @@ class TextFiles(Section):
     ] = "file"
 
 
-class HuggingFaceDataset(Section):
+class _Rows(Section):
+    """Rows of a table, of which one column is read: text, or chats."""
+
+    text_column: Annotated[str, Field(description="column that holds the text")] = "text"
+    chat_column: Annotated[
+        str | None,
+        Field(
+            description="column that holds chats, each a list of {role, content}, in place of text: rendered by the "
+            "chat template of the tokenizer's folder, with loss on the assistant's turns alone; none reads text_column"
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _text_or_chats(self) -> Self:
+        if self.chat_column is not None and self.text_column != "text":
+            raise ValueError(
+                f"found text_column {self.text_column!r} and chat_column {self.chat_column!r}; give one of them"
+            )
+        return self
+
+
+class RecordFiles(_Rows):
+    """Files of records: JSON lines (.jsonl, .json), Parquet (.parquet) and Arrow (.arrow), told by their suffixes."""
+
+    kind: Annotated[Literal["records"], Field(description="this source")]
+    paths: Annotated[
+        tuple[str, ...], Field(min_length=1, description="files, folders (all files in them) and globs; ~ is expanded")
+    ]
+
+
+class HuggingFaceDataset(_Rows):
     """Anything that `datasets.load_dataset` loads: hub names, local folders and files."""
+
+    newer: ClassVar[tuple[str, ...]] = ("chat_column",)
 
     kind: Annotated[Literal["hf"], Field(description="this source")]
     path: Annotated[
@@ -42,7 +74,6 @@ class HuggingFaceDataset(Section):
     ]
     name: Annotated[str | None, Field(description="configuration of the data set; none if it has but one")] = None
     split: Annotated[str, Field(description="split to read; ours into train and validation is made from it")] = "train"
-    text_column: Annotated[str, Field(description="column that holds the text")] = "text"
     streaming: Annotated[bool, Field(description="read as it comes instead of downloading and preparing first")] = True
     arguments: Annotated[
         dict[str, Any],
@@ -114,7 +145,13 @@ class ExistingTokenizer(Section):
     """A tokenizer that is already there."""
 
     kind: Annotated[Literal["file"], Field(description="this tokenizer")]
-    path: Annotated[str, Field(description="a tokenizer.json or a Hugging Face folder that holds one")]
+    path: Annotated[
+        str,
+        Field(
+            description="a tokenizer.json or a Hugging Face folder that holds one; for chats the folder, with its "
+            "chat template"
+        ),
+    ]
     end_of_text: Annotated[str, Field(description="token that separates documents")] = "<|endoftext|>"
 
 
@@ -122,7 +159,7 @@ class DataConfig(Section):
     """From a corpus to windows of token ids."""
 
     source: Annotated[
-        PythonStdlib | TextFiles | HuggingFaceDataset | SyntheticText,
+        PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset | SyntheticText,
         Field(discriminator="kind", description="where the text is from"),
     ] = PythonStdlib()
     tokenizer: Annotated[
@@ -134,3 +171,17 @@ class DataConfig(Section):
     ] = 0.05
     max_train_tokens: Annotated[int | None, Field(ge=1, description="cut the train split; none keeps all")] = None
     max_validation_tokens: Annotated[int | None, Field(ge=1, description="cut the validation split likewise")] = None
+
+    @property
+    def chat_column(self) -> str | None:
+        """The column of chats; None if the corpus is plain text."""
+        return self.source.chat_column if isinstance(self.source, RecordFiles | HuggingFaceDataset) else None
+
+    @model_validator(mode="after")
+    def _chats_have_a_template(self) -> Self:
+        if self.chat_column is not None and not isinstance(self.tokenizer, ExistingTokenizer):
+            raise ValueError(
+                f"source.chat_column: found {self.chat_column!r} with tokenizer.kind {self.tokenizer.kind!r}, which "
+                "has no chat template; set tokenizer = { kind = 'file', path = .. } to a Hugging Face folder with one"
+            )
+        return self

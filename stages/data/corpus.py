@@ -8,21 +8,21 @@ from typing import Any
 
 import datasets
 
-from stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, TextFiles
+from stages.data.chat import ChatTemplate, Document
+from stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, RecordFiles, TextFiles
 from stages.data.files import corpus_files
 from stages.errors import CorpusError
 
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
 
 
-def documents(source: PythonStdlib | TextFiles | HuggingFaceDataset) -> Iterator[str]:
+def documents(source: PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset) -> Iterator[str]:
     """The documents in a fixed order, empty ones left out; no more than one is held in memory at a time."""
-    if isinstance(source, HuggingFaceDataset):
-        yield from _hub_documents(source)
+    if isinstance(source, RecordFiles | HuggingFaceDataset):
+        yield from _text_column(source)
         return
-    files = corpus_files(source)
-    if odd := [file for file in files if "::" in str(file)]:
-        raise CorpusError(f"{odd[0]}: a file name with '::' cannot be read by `datasets`; rename it")
+    files = _readable(corpus_files(source))
     sample_by = _SAMPLE_BY[source.documents] if isinstance(source, TextFiles) else "document"
     try:
         names = [glob.escape(str(file)) for file in files]
@@ -36,6 +36,32 @@ def documents(source: PythonStdlib | TextFiles | HuggingFaceDataset) -> Iterator
         raise CorpusError(f"{exc.filename or 'corpus'}: cannot be read ({exc.strerror or exc})") from exc
 
 
+def chats(source: RecordFiles | HuggingFaceDataset, template: ChatTemplate) -> Iterator[Document]:
+    """The chats in a fixed order, rendered, empty ones left out; no more than one is held in memory at a time."""
+    column = source.chat_column
+    assert column is not None, "asked for only then"
+    for number, (where, row) in enumerate(_rows(source), start=1):
+        messages = row.get(column)
+        if messages is None and column in row:
+            continue
+        if not _is_chat(messages):
+            found = f"{str(messages)[:80]!r} in that column" if column in row else f"no column {column!r}"
+            raise CorpusError(
+                f"{where}, row {number}: found {found}, expected a list of messages, each with role and content as "
+                f"text, in one of {sorted(row)}; set data.source.chat_column"
+            )
+        if messages:
+            given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            yield template.document(given, f"{where}, row {number}")
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
 def is_validation(document: str, config: DataConfig) -> bool:
     """Whether a document is held out: the first 64 bits of its SHA-256, as a fraction, lie below it.
 
@@ -45,10 +71,8 @@ def is_validation(document: str, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.validation_fraction * 2**64
 
 
-def _hub_documents(source: HuggingFaceDataset) -> Iterator[str]:
-    where = f"data set {source.path!r}, split {source.split!r}"
-    rows = _hub_rows(source, where)
-    for row in rows:
+def _text_column(source: RecordFiles | HuggingFaceDataset) -> Iterator[str]:
+    for where, row in _rows(source):
         text = row.get(source.text_column)
         if not isinstance(text, str | None) or source.text_column not in row:
             found = f"no column {source.text_column!r}" if text is None else f"{type(text).__name__} in that column"
@@ -59,13 +83,36 @@ def _hub_documents(source: HuggingFaceDataset) -> Iterator[str]:
             yield text
 
 
-def _hub_rows(source: HuggingFaceDataset, where: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield from datasets.load_dataset(
-            source.path, source.name, split=source.split, streaming=source.streaming, **source.arguments
+def _rows(source: RecordFiles | HuggingFaceDataset) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row, and where it is from."""
+    if isinstance(source, HuggingFaceDataset):
+        where = f"data set {source.path!r}, split {source.split!r}"
+        arguments = {"split": source.split, "streaming": source.streaming, **source.arguments}
+        yield from ((where, row) for row in _loaded(where, source.path, source.name, **arguments))
+        return
+    files = _readable(corpus_files(source))
+    if odd := [file for file in files if file.suffix not in _BUILDERS]:
+        raise CorpusError(
+            f"{odd[0]}: found a file with suffix {odd[0].suffix!r}, expected one of {sorted(_BUILDERS)}; correct "
+            "data.source.paths, or read text with data.source.kind = 'text'"
         )
+    for file in files:
+        names = [glob.escape(str(file))]
+        rows = _loaded(str(file), _BUILDERS[file.suffix], data_files=names, split="train", streaming=True)
+        yield from ((str(file), row) for row in rows)
+
+
+def _loaded(where: str, *arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from datasets.load_dataset(*arguments, **options)
     except Exception as exc:  # the library raises many kinds: network, builder, arrow, parsers
         raise CorpusError(f"{where}: cannot be loaded ({type(exc).__name__}: {exc})") from exc
+
+
+def _readable(files: list[Path]) -> list[Path]:
+    if odd := [file for file in files if "::" in str(file)]:
+        raise CorpusError(f"{odd[0]}: a file name with '::' cannot be read by `datasets`; rename it")
+    return files
 
 
 def _first_not_utf8(files: list[Path]) -> Path:

@@ -7,14 +7,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from cache.hashing import fingerprint_of, sha256_of_file
-from stages.data.config import HuggingFaceDataset, PythonStdlib, SyntheticText, TextFiles
+from stages.data.config import (
+    DataConfig,
+    ExistingTokenizer,
+    HuggingFaceDataset,
+    PythonStdlib,
+    RecordFiles,
+    SyntheticText,
+    TextFiles,
+)
 from stages.errors import CorpusError
 
 _SMALL_CORPUS_BYTES = 64 * 2**20
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
-def corpus_files(source: PythonStdlib | TextFiles) -> list[Path]:
+def corpus_files(source: PythonStdlib | TextFiles | RecordFiles) -> list[Path]:
     """The files of a source, sorted by path. Raises CorpusError when a path leads to none."""
     if isinstance(source, PythonStdlib):
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -55,7 +63,9 @@ def model_files(source: SyntheticText) -> list[Path]:
     return files
 
 
-def corpus_signature(source: PythonStdlib | TextFiles | HuggingFaceDataset | SyntheticText) -> str | None:
+def corpus_signature(
+    source: PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset | SyntheticText,
+) -> str | None:
     """A sign that files changed, without reading a large corpus; None when they are not on this machine.
 
     A hash of names and content up to 64 MiB in all; of names, sizes and times beyond that. Names are relative to the
@@ -64,8 +74,18 @@ def corpus_signature(source: PythonStdlib | TextFiles | HuggingFaceDataset | Syn
     return None if isinstance(source, HuggingFaceDataset) else _files_signature(source)
 
 
+def template_signature(config: DataConfig) -> str | None:
+    """A hash of the files that render and tokenize chats; None for plain text, or where they are not here."""
+    if config.chat_column is None or not isinstance(config.tokenizer, ExistingTokenizer):
+        return None
+    folder = Path(config.tokenizer.path).expanduser()
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    found = {name: sha256_of_file(folder / name) for name in names if (folder / name).is_file()}
+    return fingerprint_of(found) if found else None
+
+
 @lru_cache
-def _files_signature(source: PythonStdlib | TextFiles | SyntheticText) -> str | None:
+def _files_signature(source: PythonStdlib | TextFiles | RecordFiles | SyntheticText) -> str | None:
     try:
         files = model_files(source) if isinstance(source, SyntheticText) else corpus_files(source)
         states = [file.stat() for file in files]

@@ -1,26 +1,40 @@
-"""From a corpus to `train.npy`, `validation.npy`, `tokenizer.json` and `data.json`, in constant memory."""
+"""From a corpus to `train.npy`, `validation.npy`, `tokenizer.json` and `data.json`, in constant memory.
 
-from collections.abc import Callable, Iterator
+Of chats, `train-mask.npy` and `validation-mask.npy` too: for every token 1 if it is the assistant's, else 0.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
+import numpy as np
 from tokenizers import Tokenizer
 
 from cache.arrays import ids_dtype
 from cache.atomic import write_atomically
 from cache.hashing import sha256_of_file
 from cache.spec import SplitName
-from stages.data.config import DataConfig, SyntheticText, TrainedTokenizer
-from stages.data.corpus import documents, is_validation
-from stages.data.tokenized import TokenizedCorpus, TokenizedSplit
+from stages.data.chat import ChatTemplate, Document, assistant_tokens, special_ids
+from stages.data.config import (
+    DataConfig,
+    ExistingTokenizer,
+    HuggingFaceDataset,
+    RecordFiles,
+    SyntheticText,
+    TrainedTokenizer,
+)
+from stages.data.corpus import chats, documents, is_validation
+from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
 from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, train_tokenizer
-from stages.data.tokens import TokenFileWriter, token_file
+from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
 from stages.errors import CorpusError
-from stages.progress import Progress, waiting
+from stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
+_SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
 def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
@@ -31,51 +45,127 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     tokenizer, tokenizer_json, end_of_text_id = _tokenizer(config, read_documents)
     write_atomically(folder / "tokenizer.json", tokenizer_json)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
-    dtype = ids_dtype(vocab_size)
-    counts = {"train": [0, 0], "validation": [0, 0]}
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
+    left_out = 0
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(token_file(folder / f"{split}.npy", dtype)) for split in counts}
+
+        def writer(split: SplitName) -> _SplitWriter:
+            ids = stack.enter_context(token_file(folder / f"{split}.npy", ids_dtype(vocab_size)))
+            mask = stack.enter_context(token_file(folder / mask_name(split), "|u1")) if config.chat_column else None
+            return _SplitWriter(ids, mask, limits[split])
+
+        writers = {split: writer(split) for split in _SPLITS}
         progress = stack.enter_context(Progress("tokenize", None, "tokens"))
-        for batch in _batches(read_documents()):
-            for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-                split = "validation" if is_validation(text, config) else "train"
-                num_new = _append(writers[split], [*encoding.ids, end_of_text_id], limits[split])
-                counts[split][0] += bool(num_new)
-                # A document that a limit cuts counts with the share of its bytes that its kept tokens have.
-                counts[split][1] += round(len(text.encode("utf-8")) * num_new / (len(encoding.ids) + 1))
-                progress.advance(num_new)
-            if all(limit is not None and writers[split].num_tokens >= limit for split, limit in limits.items()):
+        for tokens in _tokenized(read_documents(), tokenizer, end_of_text_id):
+            if tokens.mask is not None and not tokens.mask.any():
+                left_out += 1
+                continue
+            progress.advance(writers["validation" if is_validation(tokens.text, config) else "train"].append(tokens))
+            if all(found.is_full for found in writers.values()):
                 break
-        tokens = {split: writer.num_tokens for split, writer in writers.items()}
-        _refuse_short(tokens, config)
+        _refuse_short(writers, config)
+    if left_out:
+        say(f"tokenize: left out {left_out:,} chats in which the assistant says nothing")
     corpus = TokenizedCorpus(
         vocab_size=vocab_size,
         end_of_text_id=end_of_text_id,
         context_length=config.context_length,
         tokenizer_sha256=sha256_of_file(folder / "tokenizer.json"),
-        splits={
-            "train": _split(folder, "train", counts["train"], tokens["train"]),
-            "validation": _split(folder, "validation", counts["validation"], tokens["validation"]),
-        },
+        splits={split: writers[split].described(folder, split) for split in writers},
     )
+    if corpus.is_masked:
+        _refuse_without_labels(folder, config)
     write_atomically(folder / "data.json", (corpus.model_dump_json(indent=2) + "\n").encode("utf-8"))
     return corpus
 
 
-def _reader(config: DataConfig, folder: Path) -> Callable[[], Iterator[str]]:
+class _Tokens(NamedTuple):
+    """One document with its end of text. mask: which ids count, None if all do; text_bytes: of those that do."""
+
+    text: str
+    ids: list[int]
+    mask: np.ndarray | None
+    text_bytes: int
+
+
+class _SplitWriter:
+    """The files of one split and what they hold so far."""
+
+    def __init__(self, ids: TokenFileWriter, mask: TokenFileWriter | None, limit: int | None) -> None:
+        self._ids = ids
+        self._mask = mask
+        self._limit = limit
+        self._documents = self._text_bytes = self.counted = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written."""
+        return self._ids.num_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the limit, if there is one, is reached."""
+        return self._limit is not None and self.num_tokens >= self._limit
+
+    def append(self, tokens: _Tokens) -> int:
+        """Write as much of a document as the limit allows; the number of its tokens that were."""
+        num_new = len(tokens.ids) if self._limit is None else min(len(tokens.ids), self._limit - self.num_tokens)
+        self._ids.append(tokens.ids[:num_new])
+        counted, of = num_new, len(tokens.ids)
+        if self._mask is not None and tokens.mask is not None:
+            self._mask.append(tokens.mask[:num_new])
+            counted, of = int(tokens.mask[:num_new].sum()), int(tokens.mask.sum())
+        self.counted += counted
+        self._documents += bool(num_new)
+        # A document that a limit cuts counts with the share of its bytes that its kept tokens have.
+        self._text_bytes += round(tokens.text_bytes * counted / of)
+        return num_new
+
+    def described(self, folder: Path, split: SplitName) -> TokenizedSplit:
+        """The finished files."""
+        counted = None
+        if self._mask is not None:
+            counted = MaskedTokens(tokens=self.counted, sha256=sha256_of_file(folder / mask_name(split)))
+        return TokenizedSplit(
+            documents=self._documents,
+            tokens=self.num_tokens,
+            text_bytes=self._text_bytes,
+            sha256=sha256_of_file(folder / f"{split}.npy"),
+            counted=counted,
+        )
+
+
+def _tokenized(documents: Iterator[Document], tokenizer: Tokenizer, end_of_text_id: int) -> Iterator[_Tokens]:
+    special = special_ids(tokenizer) | {end_of_text_id}
+    for batch in _batches(documents):
+        texts = [document.text for document in batch]
+        if batch[0].assistant is None:
+            for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+                yield _Tokens(text, [*encoding.ids, end_of_text_id], None, len(text.encode("utf-8")))
+            continue
+        for document, encoding in zip(batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            ids, mask, text_bytes = assistant_tokens(document, encoding, special, end_of_text_id)
+            yield _Tokens(document.text, ids, mask, text_bytes)
+
+
+def _reader(config: DataConfig, folder: Path) -> Callable[[], Iterator[Document]]:
     """What goes through the documents, once a call; a synthetic corpus is written first."""
-    if not isinstance(config.source, SyntheticText):
-        return partial(documents, config.source)
+    source = config.source
+    if isinstance(source, RecordFiles | HuggingFaceDataset) and source.chat_column is not None:
+        assert isinstance(config.tokenizer, ExistingTokenizer), "checked with the config"
+        return partial(chats, source, ChatTemplate(Path(config.tokenizer.path).expanduser()))
+    if not isinstance(source, SyntheticText):
+        return lambda: map(Document, documents(source))
     from stages.data.synthetic import write_synthetic, written_documents  # loads torch, which no other source needs
 
-    return partial(written_documents, write_synthetic(config.source, folder / "synthetic"))
+    parts = write_synthetic(source, folder / "synthetic")
+    return lambda: map(Document, written_documents(parts))
 
 
-def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[str]]) -> tuple[Tokenizer, bytes, int]:
+def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[Document]]) -> tuple[Tokenizer, bytes, int]:
     """The tokenizer, its `tokenizer.json` and its end-of-text id; the file of an existing one is kept byte for byte."""
     if isinstance(config.tokenizer, TrainedTokenizer):
-        texts = (text for text in read_documents() if not is_validation(text, config))
+        texts = (found.text for found in read_documents() if not is_validation(found.text, config))
         with waiting("tokenizer"):
             tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
         tokenizer_json = tokenizer.to_str().encode("utf-8")
@@ -87,12 +177,12 @@ def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[str]]) 
     return tokenizer, tokenizer_json, end_of_text_id
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -100,25 +190,24 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _append(writer: TokenFileWriter, ids: list[int], limit: int | None) -> int:
-    kept = ids if limit is None else ids[: max(0, limit - writer.num_tokens)]
-    writer.append(kept)
-    return len(kept)
-
-
-def _refuse_short(tokens: dict[str, int], config: DataConfig) -> None:
-    if not any(tokens.values()):
+def _refuse_short(writers: Mapping[SplitName, _SplitWriter], config: DataConfig) -> None:
+    if not any(writer.num_tokens for writer in writers.values()):
         raise CorpusError(f"the corpus ({config.source.kind}) is empty: found no text in it")
-    for split, num_tokens in tokens.items():
-        if num_tokens <= config.context_length:
+    for split, writer in writers.items():
+        if writer.num_tokens <= config.context_length:
             raise CorpusError(
-                f"the {split} split is shorter than one window: found {num_tokens} tokens, expected at least "
+                f"the {split} split is shorter than one window: found {writer.num_tokens} tokens, expected at least "
                 f"{config.context_length + 1}; give more text, or change data.context_length, "
                 "data.validation_fraction or, where one file is one document, data.source.documents"
             )
 
 
-def _split(folder: Path, split: SplitName, counts: list[int], tokens: int) -> TokenizedSplit:
-    return TokenizedSplit(
-        documents=counts[0], tokens=tokens, text_bytes=counts[1], sha256=sha256_of_file(folder / f"{split}.npy")
-    )
+def _refuse_without_labels(folder: Path, config: DataConfig) -> None:
+    for split in _SPLITS:
+        windows = TokenWindows(folder / f"{split}.npy", config.context_length, mask_path=folder / mask_name(split))
+        if not windows.counts().any():
+            raise CorpusError(
+                f"the {split} split: found nothing of the assistant's in its {windows.num_windows} windows, whose "
+                "losses would be of nothing; give more chats, or change data.context_length or "
+                "data.validation_fraction"
+            )

@@ -2,9 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from cache.hashing import fingerprint_of
 from cache.spec import SplitName
@@ -12,8 +20,20 @@ from stages.data.tokens import TokenWindows
 from stages.errors import CorpusError
 
 
+class MaskedTokens(BaseModel):
+    """Which tokens of a split count as labels: how many, and the fingerprint of the file that says so."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
 class TokenizedSplit(BaseModel):
-    """One split, as counted while it was written."""
+    """One split, as counted while it was written. counted: of chats; None where all tokens count.
+
+    text_bytes: of the tokens that count.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,11 +41,19 @@ class TokenizedSplit(BaseModel):
     tokens: int
     text_bytes: int
     sha256: str
+    counted: MaskedTokens | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_a_mask_if_there_is_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.counted is None:
+            fields.pop("counted", None)
+        return fields
 
     @property
     def bytes_per_token(self) -> float:
-        """Mean bytes of UTF-8 text per token; end-of-text tokens count as tokens of no bytes."""
-        return self.text_bytes / self.tokens
+        """Mean bytes of UTF-8 text per token that counts; special tokens count as tokens of no bytes."""
+        return self.text_bytes / (self.counted.tokens if self.counted else self.tokens)
 
 
 class TokenizedCorpus(BaseModel):
@@ -39,6 +67,17 @@ class TokenizedCorpus(BaseModel):
     tokenizer_sha256: str
     splits: dict[SplitName, TokenizedSplit]
 
+    @model_validator(mode="after")
+    def _all_splits_are_alike(self) -> Self:
+        if len({split.counted is None for split in self.splits.values()}) > 1:
+            raise ValueError("found a mask for one split only, expected one for all or none")
+        return self
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether only some tokens count as labels."""
+        return any(split.counted is not None for split in self.splits.values())
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the ids, the tokenizer and the window length."""
@@ -46,7 +85,14 @@ class TokenizedCorpus(BaseModel):
 
     def windows_fingerprint(self, split: SplitName, num_windows: int) -> str:
         """SHA-256 over what determines the first `num_windows` windows of a split."""
-        return fingerprint_of([self.splits[split].sha256, self.context_length, num_windows])
+        found = self.splits[split]
+        mask = [found.counted.sha256] if found.counted else []
+        return fingerprint_of([found.sha256, self.context_length, num_windows, *mask])
+
+
+def mask_name(split: SplitName) -> str:
+    """The file that says which tokens of a split count as labels."""
+    return f"{split}-mask.npy"
 
 
 def load_corpus(folder: Path) -> TokenizedCorpus:
@@ -60,4 +106,6 @@ def load_corpus(folder: Path) -> TokenizedCorpus:
 
 def split_windows(folder: Path, split: SplitName, max_windows: int | None = None) -> TokenWindows:
     """The windows of a split of a tokenized corpus."""
-    return TokenWindows(folder / f"{split}.npy", load_corpus(folder).context_length, max_windows)
+    corpus = load_corpus(folder)
+    mask_path = folder / mask_name(split) if corpus.is_masked else None
+    return TokenWindows(folder / f"{split}.npy", corpus.context_length, max_windows, mask_path)

@@ -138,9 +138,9 @@ class CoTraining(nn.Module):
         values = self.objective.forward(taught, info)
         if trained is None or features is None:
             return values
-        final_ND = features.final_BTD.flatten(0, 1)
+        final_ND = batch.counted(features.final_BTD)
         terms = [WeightedTerm(1.0, CrossEntropy(), "teacher_cross_entropy")]
-        own = chunked_head_loss(final_ND, trained.head_weight, batch.labels_BT.flatten(), None, terms)
+        own = chunked_head_loss(final_ND, trained.head_weight, batch.counted(batch.labels_BT), None, terms)
         telemetry = {what: dict(found) for what, found in values.telemetry.items()}
         if telemetry:
             telemetry["weights"]["teacher_cross_entropy"] = 1.0

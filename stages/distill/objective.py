@@ -111,13 +111,13 @@ class Objective(nn.Module):
             self.student.quantize_by(quantization_strength(warmup, info.step))
         states = [state for loss, _ in self._state_losses for state in loss.pairs]
         features = self.student(batch.input_ids_BT, states)
-        positions = self._positions(features.final_BTD.flatten(0, 1), batch)
+        positions = self._positions(batch.counted(features.final_BTD), batch)
         plain = self.terms.at(info.step)
         weighted = [WeightedTerm(term.weight * self._factor(term.name), term.term, term.name) for term in plain]
         values = _head_loss(positions, weighted)
         total, found = values.total, dict(values.terms)
         for loss, weight in self._state_losses:
-            value = loss(features.hidden, batch.hidden, batch.hidden_stride)
+            value = loss(features.hidden, batch.hidden, batch.hidden_stride, batch.counts_BT)
             total = total + weight * self._factor(loss.name) * value
             found[loss.name] = value.detach()
         is_due = self.balance is not None and self.training and self.balance.is_due(info.step)
@@ -148,12 +148,12 @@ class Objective(nn.Module):
         return 1.0 if self.balance is None else self.balance.factor(label)
 
     def _positions(self, final_ND: Tensor, batch: TargetBatch) -> Positions:
-        labels_N, weights_N = batch.labels_BT.flatten(), None
+        labels_N, weights_N = batch.counted(batch.labels_BT), None
         if self._config.entropy_weights is not None and batch.entropy_BT is not None:
-            weights_N = (1 + batch.entropy_BT.flatten()) ** self._config.entropy_weights.power
+            weights_N = (1 + batch.counted(batch.entropy_BT)) ** self._config.entropy_weights.power
         positions = Positions(final_ND, self.student.head_weight, labels_N, batch.targets, weights_N)
         mining = self._config.mining
-        if mining is not None:
+        if mining is not None and len(labels_N):
             tau = self._mining_temperature
             kept_M = hardest(final_ND, self.student.head_weight, labels_N, batch.targets, mining, tau)
             positions = positions.kept(kept_M)
@@ -173,7 +173,7 @@ class Objective(nn.Module):
                 norms[term.name] = float(torch.autograd.grad(alone.total, final_ND)[0].norm())
             for loss, _ in self._state_losses:
                 states = {state: hidden[state].detach().requires_grad_() for state in loss.pairs}
-                value = loss(states, batch.hidden, batch.hidden_stride)
+                value = loss(states, batch.hidden, batch.hidden_stride, batch.counts_BT)
                 gradients = torch.autograd.grad(value, list(states.values()))
                 norms[loss.name] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
         return norms

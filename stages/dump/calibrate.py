@@ -16,7 +16,7 @@ from cache.parts import Part, PartCoder
 from cache.profiles.dense import DenseProfile
 from cache.profiles.heads import fit_tail_predictor
 from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import Need, Place
+from cache.profiles.profile import Need
 from cache.profiles.sampled import LARGEST_DRAWS, SampledProfile
 from cache.profiles.topk import TopKProfile
 from cache.spec import AnyProfile
@@ -39,7 +39,8 @@ _DRAWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 50, 80, 128, LARGEST_DRAWS)
 class Sample:
     """What a calibration looks at: positions to fit on, others to measure on with a student's features there.
 
-    total_positions: of the whole cache, over which the tables are spread.
+    total_positions: of the whole cache that count, over which the tables are spread. measured_ids_PT: all input ids of
+    the windows measured on; None where all count, which then are those of `measure`.
     """
 
     fit: TeacherPositions
@@ -47,6 +48,7 @@ class Sample:
     student: FeaturePairs
     student_name: str
     total_positions: int
+    measured_ids_PT: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,11 @@ class Fitter:
         tables = {**tables, "ids_by_rank": order.astype(ids_dtype(vocab_size))}
         arrays = target_arrays(profile, tables, fit)
         if "tail_logsumexp" in arrays:
-            log_mass = arrays["tail_logsumexp"].reshape(-1, arrays["tail_logsumexp"].shape[-1])
-            tables["tail_predictor"] = fit_tail_predictor(log_mass)
+            tables["tail_predictor"] = fit_tail_predictor(fit.place.gathered(arrays["tail_logsumexp"]))
         assert profile.make_coder is not None, "only coded profiles have models"
         histograms = Histograms(profile.models(vocab_size))
-        profile.make_coder(tables).write(as_given(arrays, profile, fit), place_of(fit), histograms)
+        given = {name: fit.place.gathered(array) for name, array in as_given(arrays, profile, fit).items()}
+        profile.make_coder(tables).write(given, fit.place, histograms)
         return Fitted(profile, {**tables, **histograms.frequencies()})
 
     def measure(self, fitted: Fitted, temperatures: Iterable[float]) -> FidelityPoint:
@@ -165,11 +167,11 @@ class Fitter:
         arrays = target_arrays(fitted.profile, fitted.tables, measure)
         given = as_given(arrays, fitted.profile, measure)
         stored, num_bytes = round_trip(fitted, given, measure)
-        num_bytes += sum(map(compressed_bytes, plain_arrays(arrays, measure)))
+        num_bytes += sum(map(compressed_bytes, plain_arrays(arrays, self._sample)))
         table_bytes = sum(map(compressed_bytes, fitted.tables.values()))
         signals = {"teacher_entropy": arrays["teacher_entropy"] / np.float32(8)}
         flat = {
-            name: torch.from_numpy(np.ascontiguousarray(array)).to(measure.final_ND.device).flatten(0, 1)
+            name: torch.from_numpy(np.ascontiguousarray(measure.place.gathered(array))).to(measure.final_ND.device)
             for name, array in {**stored, **signals}.items()
         }
         targets = make_targets(fitted.profile, fitted.tables, len(measure.head_VD), measure.final_ND.device)(
@@ -203,19 +205,19 @@ def round_trip(
     vocab_size = len(positions.head_VD)
     part = Part(
         "target",
-        profile.arrays(vocab_size, positions.context_length),
+        profile.arrays(vocab_size, positions.place.context_length),
         profile.models(vocab_size),
         profile.tables(vocab_size),
         profile.make_coder,
     )
     coder = PartCoder(part, {f"target.{name}": table for name, table in fitted.tables.items()})
-    payload = coder.encode(given, place_of(positions))
-    return coder.decode(np.frombuffer(payload, np.uint8), place_of(positions)), len(payload)
+    payload = coder.encode(given, positions.place)
+    return coder.decode(np.frombuffer(payload, np.uint8), positions.place), len(payload)
 
 
 def as_given(arrays: dict[str, np.ndarray], profile: AnyProfile, positions: TeacherPositions) -> dict[str, np.ndarray]:
     """The profile's arrays in the types that a writer is given."""
-    specs = profile.arrays(len(positions.head_VD), positions.context_length)
+    specs = profile.arrays(len(positions.head_VD), positions.place.context_length)
     return {spec.name: as_stored(arrays[spec.name], spec) for spec in specs}
 
 
@@ -227,16 +229,15 @@ def as_stored(values: np.ndarray, spec: ArraySpec) -> np.ndarray:
     return values.astype(spec.dtype)
 
 
-def plain_arrays(arrays: dict[str, np.ndarray], positions: TeacherPositions) -> Iterator[np.ndarray]:
-    """What every cache stores beside the profile's arrays: ids and signals."""
-    yield positions.input_ids_N.cpu().numpy().astype(ids_dtype(len(positions.head_VD)))
+def plain_arrays(arrays: dict[str, np.ndarray], sample: Sample) -> Iterator[np.ndarray]:
+    """What every cache stores of the measured windows beside the profile's arrays: ids, mask and signals."""
+    measure = sample.measure
+    ids = measure.input_ids_N.cpu().numpy() if sample.measured_ids_PT is None else sample.measured_ids_PT
+    yield ids.astype(ids_dtype(len(measure.head_VD)))
+    if measure.counts_PT is not None:
+        yield measure.counts_PT
     yield arrays["teacher_entropy"]
     yield arrays["label_log_prob"]
-
-
-def place_of(positions: TeacherPositions) -> Place:
-    """A place for a sample: its windows are not consecutive, and dither only needs them to be distinct."""
-    return Place(positions.split, 0, len(positions.windows), positions.context_length)
 
 
 def declared_temperatures(profile: AnyProfile | ProfileSettings) -> tuple[float, ...]:

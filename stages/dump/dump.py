@@ -14,6 +14,7 @@ from cache import CacheSpec, CacheWriter, SplitName
 from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest
+from cache.parts import MASK_NAME
 from cache.writer import ShardWriter
 from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
@@ -54,12 +55,16 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     fingerprint = config.teacher_fingerprint(model_fingerprint(teacher_folder))
     assert fingerprint is not None, "all teachers were just loaded"
     with waiting("calibration"):
-        prepared = prepare(config, corpus, teacher, fingerprint, windows["train"], folder, ensemble)
+        prepared = prepare(config, corpus, teacher, fingerprint, windows, folder, ensemble)
     spec = prepared.spec
     tokenizer_json = (data_folder / TOKENIZER_NAME).read_bytes()
     writer = CacheWriter(folder, spec, tokenizer_json, prepared.tables_image, config.compression_level)
     total = sum(spec.num_positions(split) for split in spec.splits)
-    missing = sum(shard.num_windows for shard in writer.missing_shards()) * spec.context_length
+    counts = {split: found.counts() for split, found in windows.items()}
+    missing = sum(
+        int(counts[shard.split][shard.first_window : shard.first_window + shard.num_windows].sum())
+        for shard in writer.missing_shards()
+    )
     with Progress("dump-logits", total, "positions", total - missing) as progress:
         write_missing_shards(writer, teacher, windows, config, progress, ensemble=ensemble)
     return writer.finish()
@@ -110,7 +115,8 @@ def write_missing_shards(
                 if shard_writer.is_full:
                     shard_writer.commit()
                     shard_writer = None
-                progress.advance(len(arrays.result()["input_ids"]) * spec.context_length)
+                found = arrays.result()
+                progress.advance(int(found[MASK_NAME].sum()) if spec.is_masked else found["input_ids"][:, 1:].size)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -141,13 +147,18 @@ def window_arrays(
     ensemble: Ensemble = ALONE,
 ) -> dict[str, np.ndarray]:
     """Every array of the cache for these windows, by name, each (P, ...) of the stored type."""
+    mask = windows.mask(rows)
+    if mask is not None and not mask.any():
+        given = {"input_ids": windows.read(rows), MASK_NAME: mask}
+        absent = {array.name: np.zeros((len(rows), *array.shape), array.dtype) for array in spec.arrays}
+        return absent | {name: values.astype(absent[name].dtype) for name, values in given.items()}
     wanted = [State(spec.hidden.output, layer) for layer in spec.hidden.layers] if spec.hidden else []
     positions, hidden, ids_PT1 = forward_windows(teacher, windows, split, rows, precision, wanted, ensemble)
     with torch.inference_mode():
         arrays = target_arrays(spec.profile, tables.target, positions)
         if spec.hidden is not None and tables.hidden is not None:
-            input_ids_PT = positions.input_ids_N.view(len(rows), -1)
+            input_ids_PT = torch.from_numpy(ids_PT1[:, :-1].astype(np.int64)).to(teacher.head_weight.device)
             found = hidden_arrays(spec.hidden, tables.hidden, hidden, input_ids_PT)
             arrays |= {name: values.cpu().numpy() for name, values in found.items()}
-    arrays |= {"input_ids": ids_PT1}
+    arrays |= {"input_ids": ids_PT1} | ({} if mask is None else {MASK_NAME: mask})
     return {array.name: as_stored(arrays[array.name], array) for array in spec.arrays}

@@ -1,6 +1,6 @@
 """From the teacher's features to the arrays that a profile stores, of whole windows.
 
-Shapes: P windows, T positions, N = P T, V vocabulary, D width, S basis vectors.
+Shapes: P windows, T positions, N positions that count, V vocabulary, D width, S basis vectors.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
+from cache.profiles.profile import Place
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import TopKProfile
 from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
@@ -26,10 +27,11 @@ from stages.losses.target import ComputedTargets
 
 @dataclass(frozen=True)
 class TeacherPositions:
-    """The teacher at the positions of some windows, and who they are.
+    """The teacher at the positions of some windows that count, and who they are.
 
     final_ND: float32. head_VD: the output matrix, float32 or bfloat16. input_ids_N, labels_N: int64. windows: their
     numbers in the split. others: further teachers there. shares: of all teachers, the one of final_ND first.
+    counts_PT: bool, which positions of the windows these are; None if all.
     """
 
     final_ND: Tensor
@@ -40,11 +42,14 @@ class TeacherPositions:
     windows: list[int]
     others: tuple[ComputedTargets, ...] = ()
     shares: tuple[float, ...] = (1.0,)
+    counts_PT: np.ndarray | None = None
 
     @property
-    def context_length(self) -> int:
-        """T."""
-        return len(self.final_ND) // len(self.windows)
+    def place(self) -> Place:
+        """A place for these windows, which need not be consecutive: dither only needs them to be distinct."""
+        num_windows = len(self.windows)
+        context_length = len(self.final_ND) // num_windows if self.counts_PT is None else self.counts_PT.shape[1]
+        return Place(self.split, 0, num_windows, context_length, self.counts_PT)
 
     @property
     def targets(self) -> ComputedTargets | TeacherMixture:
@@ -63,7 +68,7 @@ Extract = Callable[[Tensor, Distribution, slice], dict[str, Tensor]]
 def target_arrays(
     profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: TeacherPositions
 ) -> dict[str, np.ndarray]:
-    """The profile's arrays and the two signals, (P, T, ..) each; `tables` are the profile's own.
+    """The profile's arrays and the two signals, (P, T, ..) each, of at least one position; `tables` are the profile's.
 
     Logits exist for about half a million elements at a time, in float32.
     """
@@ -74,9 +79,8 @@ def target_arrays(
         distribution = Distribution.of(logits_NV, profile.temperature)
         found = signals(distribution, positions.labels_N[rows])
         parts.append({**found, **extract(logits_NV, distribution, rows)})
-    shape = (len(positions.windows), positions.context_length)
     flat = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: tensor.view(*shape, *tensor.shape[1:]).cpu().numpy() for name, tensor in flat.items()}
+    return {name: positions.place.scattered(tensor.cpu().numpy()) for name, tensor in flat.items()}
 
 
 def extractor(profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: TeacherPositions) -> Extract:
@@ -90,8 +94,10 @@ def extractor(profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: 
                 distribution, profile.head, profile.temperatures, with_tail=profile.tail != "nothing"
             )
         case SampledProfile():
-            random = uniforms(profile, positions.split, positions.windows, positions.context_length)
-            random_NU = torch.from_numpy(random).to(device)
+            place = positions.place
+            random = uniforms(profile, positions.split, positions.windows, place.context_length)
+            random_PTU = random.reshape(place.num_windows, place.context_length, -1)
+            random_NU = torch.from_numpy(place.gathered(random_PTU)).to(device)
             return lambda _, distribution, rows: draws(distribution.p_NV, random_NU[rows], profile)
         case DenseProfile():
             return lambda _, __, rows: eight_bits(positions.final_ND[rows].float())

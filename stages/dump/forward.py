@@ -1,6 +1,6 @@
 """Forwards the teacher over windows.
 
-Shapes: P windows, T positions, N = P T, V vocabulary, D width.
+Shapes: P windows, T positions, N positions that count, V vocabulary, D width.
 """
 
 from collections.abc import Collection
@@ -30,8 +30,8 @@ def forward_windows(
 ) -> tuple[TeacherPositions, dict[int, Tensor], np.ndarray]:
     """The teacher at the positions of these windows, its states (P, T, D) by layer, the windows' ids (P, T + 1).
 
-    With precision bfloat16, matrix products run under autocast, that of the output head too. States are those of
-    `teacher`, whatever stands beside it.
+    At positions that count alone, but for the states. With precision bfloat16, matrix products run under autocast, that
+    of the output head too. States are those of `teacher`, whatever stands beside it.
     """
     device = teacher.head_weight.device
     ids_PT1 = windows.read(rows)
@@ -39,27 +39,35 @@ def forward_windows(
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         features = teacher(ids[:, :-1], states)
         others = [(model, model(ids[:, :-1])) for model in ensemble.others]
-    own, *rest = (_output(model, found, precision) for model, found in [(teacher, features), *others])
+    counts_PT = windows.mask(rows)
+    counted = None if counts_PT is None else torch.from_numpy(counts_PT).to(device).flatten()
+    own, *rest = (_output(model, found, precision, counted) for model, found in [(teacher, features), *others])
     positions = TeacherPositions(
         final_ND=own.final_ND,
         head_VD=own.head_VD,
-        input_ids_N=ids[:, :-1].flatten(),
-        labels_N=ids[:, 1:].flatten(),
+        input_ids_N=_counted(ids[:, :-1].flatten(), counted),
+        labels_N=_counted(ids[:, 1:].flatten(), counted),
         split=split,
         windows=rows,
         others=tuple(rest),
         shares=ensemble.shares,
+        counts_PT=counts_PT,
     )
     return positions, {state.layer: found for state, found in features.hidden.items()}, ids_PT1
 
 
-def _output(model: LanguageModel, features: Features, precision: str) -> ComputedTargets:
+def _counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Rows of the positions that count, of all positions' if None."""
+    return values if counted is None else values[counted]
+
+
+def _output(model: LanguageModel, features: Features, precision: str, counted: Tensor | None) -> ComputedTargets:
     """What a teacher's output head takes."""
-    final_ND = features.final_BTD.flatten(0, 1).float()
+    final_ND = _counted(features.final_BTD.flatten(0, 1), counted).float()
     if not torch.isfinite(final_ND).all():
         raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
     head_VD = model.head_weight.detach()
-    return ComputedTargets(final_ND, head_VD.bfloat16() if precision == "bfloat16" else head_VD)
+    return ComputedTargets(final_ND, head_VD.to(torch.bfloat16 if precision == "bfloat16" else torch.float32))
 
 
 def sample_hidden(
@@ -76,7 +84,8 @@ def sample_hidden(
     parts = [forward_windows(teacher, windows, split, batch, precision, wanted) for batch in batches]
     return HiddenWindows(
         states={layer: torch.cat([hidden[layer].float() for _, hidden, _ in parts]) for _, layer in wanted},
-        input_ids_PT=torch.cat([positions.input_ids_N for positions, _, _ in parts]).view(len(rows), -1),
+        input_ids_PT=torch.from_numpy(windows.read(rows)[:, :-1].astype(np.int64)).to(teacher.head_weight.device),
+        counts_PT=windows.mask(rows),
     )
 
 
@@ -105,4 +114,5 @@ def sample_positions(
         windows=rows,
         others=tuple(others),
         shares=ensemble.shares,
+        counts_PT=windows.mask(rows),
     )

@@ -28,14 +28,28 @@ from stages.targets.hidden import HiddenStates, HiddenTransforms, LayerTransform
 
 @dataclass(frozen=True)
 class HiddenWindows:
-    """Hidden states (P, T, D) by layer, and the input ids there."""
+    """Hidden states (P, T, D) by layer, and the input ids there. counts_PT: which positions count; None if all."""
 
     states: dict[int, Tensor]
     input_ids_PT: Tensor
+    counts_PT: np.ndarray | None = None
 
     def positions(self, layer: int, stride: int) -> tuple[Tensor, Tensor]:
-        """(states_ND, ids_N) of every `stride`-th position of the windows, float32 and int64."""
-        return self.states[layer][:, ::stride].flatten(0, 1).float(), self.input_ids_PT[:, ::stride].flatten()
+        """(states_ND, ids_N) of every `stride`-th position of the windows, float32 and int64, as far as it counts."""
+        return self.counted(self.states[layer][:, ::stride], stride).float(), self.counted(
+            self.input_ids_PT[:, ::stride], stride
+        )
+
+    def counted(self, values_PT: Tensor, stride: int) -> Tensor:
+        """Of values (P, T', ..) at every `stride`-th position those that count, (N, ..)."""
+        if self.counts_PT is None:
+            return values_PT.flatten(0, 1)
+        return values_PT[torch.from_numpy(self.counts_PT[:, ::stride]).to(values_PT.device)]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that count, kept or not."""
+        return self.input_ids_PT.numel() if self.counts_PT is None else int(np.count_nonzero(self.counts_PT))
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,7 @@ def measure_hidden(fitted: FittedHidden, sample: HiddenSample) -> tuple[HiddenPo
     for layer in spec.layers:
         part = spec.part(layer, sample.vocab_size, windows.input_ids_PT.shape[1])
         given = {array.name: as_stored(arrays[array.name].cpu().numpy(), array) for array in part.arrays}
-        read, num_bytes[layer] = round_trip(part, fitted.tables, given, windows.input_ids_PT.shape[1])
+        read, num_bytes[layer] = round_trip(part, fitted.tables, given, windows)
         stored[layer] = torch.from_numpy(read[part.name]).to(device)
         if spec.has_scales:
             scales[layer] = torch.from_numpy(read[f"{part.name}_scale"]).to(device)
@@ -176,12 +190,12 @@ def measure_hidden(fitted: FittedHidden, sample: HiddenSample) -> tuple[HiddenPo
     for layer in spec.layers:
         true_ND, _ = windows.positions(layer, spec.stride)
         student_ND, _ = sample.student.positions(layer, spec.stride)
-        fidelity = hidden_fidelity(student_ND, true_ND, found[layer].flatten(0, 1))
+        fidelity = hidden_fidelity(student_ND, true_ND, windows.counted(found[layer], spec.stride))
         own = [table for name, table in fitted.tables.items() if name.startswith(f"hidden_{layer}.")]
         points.append(
             HiddenPoint(
                 layer=layer,
-                bytes_per_position=num_bytes[layer] / windows.input_ids_PT.numel(),
+                bytes_per_position=num_bytes[layer] / windows.num_positions,
                 table_bytes_per_position=sum(map(compressed_bytes, own)) / sample.total_positions,
                 relative_error=fidelity.relative_error,
                 angle_deg=fidelity.angle_deg,
@@ -192,18 +206,22 @@ def measure_hidden(fitted: FittedHidden, sample: HiddenSample) -> tuple[HiddenPo
 
 
 def round_trip(
-    part: Part, tables: dict[str, np.ndarray], given: dict[str, np.ndarray], context_length: int
+    part: Part, tables: dict[str, np.ndarray], given: dict[str, np.ndarray], windows: HiddenWindows
 ) -> tuple[dict[str, np.ndarray], int]:
     """(arrays as a reader gets them, bytes that they take), in chunks as large as those of a cache."""
-    num_windows = len(given[part.name])
+    num_windows, context_length = windows.input_ids_PT.shape
+    counts_PT = windows.counts_PT
     if not part.is_coded:
-        return given, sum(map(compressed_bytes, given.values()))
+        whole = Place("train", 0, num_windows, context_length, counts_PT).strided(part.stride)
+        stored = {name: whole.scattered(whole.gathered(array)) for name, array in given.items()}
+        return stored, sum(map(compressed_bytes, stored.values()))
     coder, num_bytes = PartCoder(part, tables), 0
     parts = []
     per_chunk = default_windows_per_chunk(context_length)
     for first in range(0, num_windows, per_chunk):
         rows = slice(first, min(first + per_chunk, num_windows))
-        place = Place("train", first, rows.stop - first, context_length)
+        counts = None if counts_PT is None else counts_PT[rows]
+        place = Place("train", first, rows.stop - first, context_length, counts)
         payload = coder.encode({name: array[rows] for name, array in given.items()}, place)
         num_bytes += len(payload)
         parts.append(coder.decode(np.frombuffer(payload, np.uint8), place)[part.name])

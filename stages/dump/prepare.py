@@ -4,7 +4,7 @@ A dump that is resumed finds the tables on disk, made from the same things, and 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from cache.calibration import Calibration
 from cache.hashing import fingerprint_of
 from cache.layout import TABLES_NAME, default_windows_per_chunk
 from cache.profiles.plain_topk import PlainTopKProfile
-from cache.spec import AnyProfile, describe
+from cache.spec import FORMAT_VERSION, MASKED_VERSION, AnyProfile, describe
 from cache.tables import load_calibration, load_tables, tables_image
 from stages.data.tokenized import TokenizedCorpus
 from stages.data.tokens import TokenWindows
@@ -34,6 +34,7 @@ from stages.models.language_model import LanguageModel
 from stages.threads import torch_threads
 
 MEASURED_POSITIONS = 12_288
+_SMALLEST_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,16 @@ def prepare(
     corpus: TokenizedCorpus,
     teacher: LanguageModel,
     teacher_fingerprint: str,
-    windows: TokenWindows,
+    windows: Mapping[SplitName, TokenWindows],
     folder: Path,
     ensemble: Ensemble = ALONE,
 ) -> Prepared:
     """The spec of a dump, from the tables in `folder` if they were made from the same, else by calibration.
 
-    teacher_fingerprint: of `teacher` and the ensemble beside it.
+    teacher_fingerprint: of `teacher` and the ensemble beside it. windows: of both splits.
     """
     check_teacher(config, corpus, teacher)
-    splits = split_specs(config, corpus)
+    splits = split_specs(config, corpus, windows)
     request = fingerprint_of(
         {
             "config": config.numbers(),
@@ -68,24 +69,24 @@ def prepare(
         }
     )
     if isinstance(config.profile, PlainTopKProfile) and not config.hidden_layers:
-        return Prepared(cache_spec(config, corpus, teacher_fingerprint, config.profile, None, None), None)
-    if found := _prepared_on_disk(folder, request, partial(cache_spec, config, corpus, teacher_fingerprint)):
+        return Prepared(cache_spec(config, corpus, splits, teacher_fingerprint, config.profile, None, None), None)
+    if found := _prepared_on_disk(folder, request, partial(cache_spec, config, corpus, splits, teacher_fingerprint)):
         return found
-    total = sum(split.num_windows for split in splits.values()) * corpus.context_length
+    total = sum(split.counted_positions or split.num_windows * corpus.context_length for split in splits.values())
     # One thread on a CPU, so that the tables do not depend on the number of cores.
     with torch_threads(1 if teacher.head_weight.device.type == "cpu" else torch.get_num_threads()):
-        sample = calibration_sample(config, teacher, windows, splits["train"].num_windows, total, ensemble)
+        sample = calibration_sample(config, teacher, windows["train"], splits["train"].num_windows, total, ensemble)
         fitted, calibration = calibrate(config, sample, request)
         tables = {f"target.{name}": table for name, table in fitted.tables.items()}
         hidden_spec = None
         if config.hidden_layers:
-            fitted_hidden, points = calibrate_hidden(config, teacher, windows, sample)
+            fitted_hidden, points = calibrate_hidden(config, teacher, windows["train"], sample)
             hidden_spec = fitted_hidden.spec
             tables |= fitted_hidden.tables
             calibration = calibration.model_copy(
                 update={"hidden": hidden_spec.model_dump(mode="json"), "hidden_points": points}
             )
-    return with_tables(config, corpus, teacher_fingerprint, fitted.profile, hidden_spec, tables, calibration)
+    return with_tables(config, corpus, splits, teacher_fingerprint, fitted.profile, hidden_spec, tables, calibration)
 
 
 _ANY_PROFILE: TypeAdapter[AnyProfile] = TypeAdapter(AnyProfile)
@@ -112,6 +113,7 @@ def _prepared_on_disk(
 def with_tables(
     config: DumpConfig,
     corpus: TokenizedCorpus,
+    splits: Mapping[SplitName, SplitSpec],
     teacher_fingerprint: str,
     profile: AnyProfile,
     hidden: HiddenSpec | None,
@@ -120,10 +122,10 @@ def with_tables(
 ) -> Prepared:
     """The spec of a cache with everything resolved; `tables` are those of all parts, `<part>.<name>`."""
     if not tables:
-        return Prepared(cache_spec(config, corpus, teacher_fingerprint, profile, hidden, None), None)
-    draft = cache_spec(config, corpus, teacher_fingerprint, profile, hidden, b"")
+        return Prepared(cache_spec(config, corpus, splits, teacher_fingerprint, profile, hidden, None), None)
+    draft = cache_spec(config, corpus, splits, teacher_fingerprint, profile, hidden, b"")
     image = tables_image(draft.tables, tables, calibration)
-    return Prepared(cache_spec(config, corpus, teacher_fingerprint, profile, hidden, image), image)
+    return Prepared(cache_spec(config, corpus, splits, teacher_fingerprint, profile, hidden, image), image)
 
 
 def calibration_sample(
@@ -134,10 +136,17 @@ def calibration_sample(
     total_positions: int,
     ensemble: Ensemble = ALONE,
 ) -> Sample:
-    """Windows spread evenly over the train split to fit on, and others between them to measure on."""
-    num_measured = max(1, min(num_windows // 2, round(MEASURED_POSITIONS / windows.context_length)))
-    num_fitted = max(1, min(num_windows - num_measured, config.calibration_windows))
-    chosen = np.linspace(0, num_windows - 1, min(num_windows, num_fitted + num_measured)).astype(int).tolist()
+    """Windows spread evenly over the train split to fit on, and others between them to measure on.
+
+    Of windows in which some positions count; more of them the fewer do, up to eight times as many.
+    """
+    counts_W = windows.counts()[:num_windows]
+    candidates = np.flatnonzero(counts_W)
+    share = max(_SMALLEST_SHARE, counts_W[candidates].mean() / windows.context_length)
+    num_measured = max(1, min(len(candidates) // 2, round(MEASURED_POSITIONS / (windows.context_length * share))))
+    num_fitted = max(1, min(len(candidates) - num_measured, round(config.calibration_windows / share)))
+    places_W = np.linspace(0, len(candidates) - 1, min(len(candidates), num_fitted + num_measured)).astype(int)
+    chosen = candidates[places_W].tolist()
     places = set(np.linspace(0, len(chosen) - 1, num_measured).astype(int).tolist())
     measured = [window for place, window in enumerate(chosen) if place in places]
     fitted = [window for place, window in enumerate(chosen) if place not in places] or measured
@@ -153,6 +162,7 @@ def calibration_sample(
         student=FeaturePairs(near.final_ND, near.head_VD.float()),
         student_name=f"the teacher with {NOISE_SHARE:.0%} noise on its weights",
         total_positions=total_positions,
+        measured_ids_PT=windows.read(measured)[:, :-1] if windows.is_masked else None,
     )
 
 
@@ -167,16 +177,25 @@ def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: Language
         raise CheckpointError(f"cache.hidden_layers: found {beyond}, but the teacher has {teacher.depth} blocks")
 
 
-def split_specs(config: DumpConfig, corpus: TokenizedCorpus) -> dict[SplitName, SplitSpec]:
-    """Both splits of a dump."""
+def split_specs(
+    config: DumpConfig, corpus: TokenizedCorpus, windows: Mapping[SplitName, TokenWindows]
+) -> dict[SplitName, SplitSpec]:
+    """Both splits of a dump. Raises CheckpointError if one has no position that counts."""
 
     def split_spec(split: SplitName, max_windows: int | None) -> SplitSpec:
-        all_windows = (corpus.splits[split].tokens - 1) // corpus.context_length
+        all_windows = windows[split].num_windows
         num_windows = min(all_windows, max_windows or all_windows)
+        counted = int(windows[split].counts()[:num_windows].sum()) if corpus.is_masked else None
+        if counted == 0:
+            raise CheckpointError(
+                f"cache.max_train_windows: in the first {num_windows} windows of split {split} the assistant says "
+                "nothing; dump more of them"
+            )
         return SplitSpec(
             num_windows=num_windows,
             bytes_per_token=corpus.splits[split].bytes_per_token,
             fingerprint=corpus.windows_fingerprint(split, num_windows),
+            counted_positions=counted,
         )
 
     return {"train": split_spec("train", config.max_train_windows), "validation": split_spec("validation", None)}
@@ -185,6 +204,7 @@ def split_specs(config: DumpConfig, corpus: TokenizedCorpus) -> dict[SplitName, 
 def cache_spec(
     config: DumpConfig,
     corpus: TokenizedCorpus,
+    splits: Mapping[SplitName, SplitSpec],
     teacher_fingerprint: str,
     profile: AnyProfile,
     hidden: HiddenSpec | None,
@@ -195,12 +215,13 @@ def cache_spec(
     chunks_per_shard = max(1, round(config.shard_positions / (per_chunk * corpus.context_length)))
     try:
         return CacheSpec(
+            format_version=MASKED_VERSION if corpus.is_masked else FORMAT_VERSION,
             vocab_size=corpus.vocab_size,
             end_of_text_id=corpus.end_of_text_id,
             context_length=corpus.context_length,
             profile=profile,
             hidden=hidden,
-            splits=split_specs(config, corpus),
+            splits=dict(splits),
             windows_per_chunk=per_chunk,
             windows_per_shard=chunks_per_shard * per_chunk,
             teacher_fingerprint=teacher_fingerprint,

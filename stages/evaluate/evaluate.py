@@ -16,7 +16,7 @@ from stages.targets.source import Epoch, Signals, TargetSource
 def evaluate(model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str) -> ValidationMetrics:
     """Metrics of `model` over every validation window, computed in float32; against the teacher if the source has one.
 
-    The model stays on its device and is left in evaluation mode.
+    Of positions that count. The model stays on its device and is left in evaluation mode.
     """
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
@@ -44,11 +44,11 @@ def _measure(
     sums = MetricSums(config.calibration_bins, source.temperature)
     batches = source.batches("validation", config.batch_windows, Signals(targets=True), Epoch())
     for batch in islice(batches, num_batches):
-        final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
-        labels_N = batch.labels_BT.flatten()
+        final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
+        labels_N = batch.counted(batch.labels_BT)
         for rows in chunks(len(final_ND), model.vocab_size):
             logits_NV = (final_ND[rows] @ model.head_weight.T).float()
             target = None if batch.targets is None else batch.targets.chunk(rows)
             sums.add(logits_NV, labels_N[rows], target)
-        advance(len(final_ND))
+        advance(batch.labels_BT.numel())
     return sums.metrics(source.bytes_per_token("validation"))

@@ -17,7 +17,7 @@ from stages.losses.target import DrawnTarget, FullTarget, Target
 
 
 class ValidationMetrics(BaseModel):
-    """Means over all positions of the validation split; teacher columns are None where no teacher is known.
+    """Means over all positions of the validation split that count; teacher columns are None where no teacher is known.
 
     Draws from the teacher say how far the student is from it on average, but not what it finds most likely at a
     position: with a `sampled` cache, agreement and acceptance are None.

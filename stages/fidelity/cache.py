@@ -74,9 +74,11 @@ def cache_fidelity(
             if positions >= max_positions:
                 break
             assert batch.targets is not None, "targets were asked for"
-            final_ND = teacher(batch.input_ids_BT).final_BTD.flatten(0, 1)
+            final_ND = batch.counted(teacher(batch.input_ids_BT).final_BTD)
+            if not len(final_ND):
+                continue
             full = ComputedTargets(final_ND, teacher.head_weight)
-            pair = FeaturePairs(student(batch.input_ids_BT).final_BTD.flatten(0, 1), student.head_weight)
+            pair = FeaturePairs(batch.counted(student(batch.input_ids_BT).final_BTD), student.head_weight)
             for tau in served:
                 gradients[tau][0] += gradient(pair, batch.targets, tau)
                 gradients[tau][1] += gradient(pair, full, tau)

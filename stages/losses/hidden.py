@@ -40,18 +40,30 @@ class HiddenLoss(nn.Module):
             {str(layer): nn.Parameter(torch.eye(teacher_width, student_width)) for layer in layers if is_projected}
         )
 
-    def forward(self, student: Mapping[State, Tensor], teacher: Mapping[State, Tensor], stride: int = 1) -> Tensor:
+    def forward(
+        self,
+        student: Mapping[State, Tensor],
+        teacher: Mapping[State, Tensor],
+        stride: int = 1,
+        counts_BT: Tensor | None = None,
+    ) -> Tensor:
         """Scalar loss of student[l] (B, T, D) against teacher[m] (B, T', E) for every mapped pair l = m.
 
-        With a stride, the teacher is known at positions 0, stride, 2 stride, .., and only these are compared.
+        With a stride, the teacher is known at positions 0, stride, 2 stride, .., and only these are compared; with
+        `counts_BT`, only those of them that count: zero if there is none.
         """
+        kept_BT = None if counts_BT is None else counts_BT[:, ::stride]
+        if kept_BT is not None and not kept_BT.any():
+            return torch.stack([student[own].sum() for own in self.pairs]).sum() * 0.0
         distances = []
         for own, theirs in self.pairs.items():
             with torch.autocast(student[own].device.type, enabled=False):
-                state_BTE = student[own][:, ::stride].float()
+                state_BTE, target_BTE = student[own][:, ::stride].float(), teacher[theirs].float()
+                if kept_BT is not None:
+                    state_BTE, target_BTE = state_BTE[kept_BT][None], target_BTE[kept_BT][None]
                 if str(own.layer) in self.projections:
                     state_BTE = F.linear(state_BTE, self.projections[str(own.layer)])
-                distances.append(self._distance(state_BTE, teacher[theirs].float()))
+                distances.append(self._distance(state_BTE, target_BTE))
         return torch.stack(distances).mean()
 
     def _distance(self, student_BTE: Tensor, teacher_BTE: Tensor) -> Tensor:

@@ -43,15 +43,25 @@ class RelationLoss(nn.Module):
         self._heads = config.heads
         self._student, self._teacher = student, teacher
 
-    def forward(self, student: Mapping[State, Tensor], teacher: Mapping[State, Tensor], stride: int = 1) -> Tensor:
-        """Scalar loss of student[l] (B, T, W) against teacher[m] (B, T', W') for every mapped pair l = m."""
+    def forward(
+        self,
+        student: Mapping[State, Tensor],
+        teacher: Mapping[State, Tensor],
+        stride: int = 1,
+        counts_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Scalar loss of student[l] (B, T, W) against teacher[m] (B, T', W') for every mapped pair l = m.
+
+        Positions outside `counts_BT`, of which a cache holds no states, are taken as padding.
+        """
+        is_padding_BT = None if counts_BT is None else ~counts_BT[:, ::stride]
         losses = []
         for own, theirs in self.pairs.items():
             with torch.autocast(student[own].device.type, enabled=False):
                 own_parts = split(student[own][:, ::stride].float(), self._student)
                 their_parts = split(teacher[theirs].float(), self._teacher)
                 losses += [
-                    relation_divergence(mine, his, self._heads)
+                    relation_divergence(mine, his, self._heads, is_padding_BT)
                     for mine, his in zip(own_parts, their_parts, strict=True)
                 ]
         return torch.stack(losses).mean()

@@ -1,6 +1,7 @@
 """Targets read from a cache: no teacher in memory, no corpus, no file of either."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -97,20 +98,28 @@ class CachedSource:
 
     def _to_tensors(self, batch: WindowBatch, signals: Signals) -> TargetBatch:
         ids_BT1 = self._tensor(batch.input_ids).to(torch.int64)
+        found = TargetBatch(
+            ids_BT1[:, :-1],
+            ids_BT1[:, 1:],
+            None,
+            {},
+            self._hidden_stride,
+            self._tensor(batch.signals["teacher_entropy"]) if signals.entropy else None,
+            None if batch.mask is None else self._tensor(batch.mask),
+        )
         targets = None
         if batch.target:
             arrays = {**batch.target, **batch.signals}
-            flat = {name: self._tensor(array).flatten(0, 1) for name, array in arrays.items()}
-            targets = self._targets_of(signals.tail)(flat, ids_BT1[:, :-1].flatten())
-        entropy_BT = self._tensor(batch.signals["teacher_entropy"]) if signals.entropy else None
+            flat = {name: found.counted(self._tensor(array)) for name, array in arrays.items()}
+            targets = self._targets_of(signals.tail)(flat, found.counted(found.input_ids_BT))
         hidden = {}
         if self._hidden is not None and signals.states:
             stored = {layer: self._tensor(array) for layer, array in batch.hidden.items()}
             scales = {layer: self._tensor(array) for layer, array in batch.hidden_scale.items()}
             layers = tuple(state.layer for state in signals.states)
-            found = self._hidden.states(stored, scales, ids_BT1[:, :-1], layers)
-            hidden = {State(self._held.output, layer): states for layer, states in found.items()}
-        return TargetBatch(ids_BT1[:, :-1], ids_BT1[:, 1:], targets, hidden, self._hidden_stride, entropy_BT)
+            by_layer = self._hidden.states(stored, scales, found.input_ids_BT, layers)
+            hidden = {State(self._held.output, layer): states for layer, states in by_layer.items()}
+        return replace(found, targets=targets, hidden=hidden)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

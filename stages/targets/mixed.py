@@ -72,13 +72,19 @@ class MixedSource(CachedSource):
         streams = [other.batches(split, batch_windows, targets_alone, epoch) for other in self._others]
         for batch, *beside in zip(own, *streams, strict=True):
             for folder, other in zip(self._folders, beside, strict=True):
-                if not torch.equal(batch.input_ids_BT, other.input_ids_BT):
+                if not torch.equal(batch.input_ids_BT, other.input_ids_BT) or not _same_mask(batch, other):
                     raise CacheMismatchError(
-                        f"{folder}: found other ids than the run's own cache has in the same windows of split {split}, "
-                        "though both name the same windows; run `tristill cache verify` on both"
+                        f"{folder}: found other ids or masks than the run's own cache has in the same windows of split "
+                        f"{split}, though both name the same windows; run `tristill cache verify` on both"
                     )
             parts = tuple(part.targets for part in (batch, *beside) if part.targets is not None)
             yield replace(batch, targets=MixedTargets(parts, self._shares, self.temperature))
+
+
+def _same_mask(batch: TargetBatch, other: TargetBatch) -> bool:
+    if batch.counts_BT is None or other.counts_BT is None:
+        return batch.counts_BT is other.counts_BT
+    return torch.equal(batch.counts_BT, other.counts_BT)
 
 
 @dataclass(frozen=True)

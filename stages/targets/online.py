@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
 from cache.order import WindowOrder
 from cache.parts import SIGNAL_STEP_NATS
 from cache.spec import SplitName
-from stages.data.tokenized import load_corpus
-from stages.data.tokens import TokenWindows
+from stages.data.tokenized import load_corpus, split_windows
 from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
 from stages.models.language_model import Features, LanguageModel
@@ -44,8 +44,8 @@ class OnlineSource:
         self._device = device
         self._teacher = teacher.to(device).eval() if teacher else None
         self._windows = {
-            "train": TokenWindows(data_folder / "train.npy", self._corpus.context_length, max_train_windows),
-            "validation": TokenWindows(data_folder / "validation.npy", self._corpus.context_length),
+            "train": split_windows(data_folder, "train", max_train_windows),
+            "validation": split_windows(data_folder, "validation"),
         }
         self.vocab_size = self._corpus.vocab_size
         self.end_of_text_id = self._corpus.end_of_text_id
@@ -96,7 +96,9 @@ class OnlineSource:
     def _batch(self, split: SplitName, windows: list[int], signals: Signals) -> TargetBatch:
         ids_BT1 = torch.from_numpy(self._windows[split].read(windows)).to(self._device, torch.int64)
         input_ids_BT = ids_BT1[:, :-1]
-        batch = TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {})
+        mask = self._windows[split].mask(windows)
+        counts_BT = None if mask is None else torch.from_numpy(mask).to(self._device)
+        batch = TargetBatch(input_ids_BT, ids_BT1[:, 1:], None, {}, counts_BT=counts_BT)
         return batch if self._teacher is None or signals == Signals() else self.with_teacher(batch, signals)
 
     def taught_by(self, teacher: LanguageModel) -> "OnlineSource":
@@ -114,14 +116,19 @@ class OnlineSource:
     def with_features(self, batch: TargetBatch, signals: Signals, features: Features) -> TargetBatch:
         """The same from what the teacher's forward pass found; no gradient leads back to it."""
         assert self._teacher is not None, "it was just forwarded"
-        input_ids_BT = batch.input_ids_BT
-        targets = ComputedTargets(features.final_BTD.detach().flatten(0, 1), self._teacher.head_weight.detach())
+        targets = ComputedTargets(batch.counted(features.final_BTD.detach()), self._teacher.head_weight.detach())
         hidden = {state: found.detach()[:, :: self._hidden_stride] for state, found in features.hidden.items()}
-        entropy_BT = self._entropy(targets).view_as(input_ids_BT) if signals.entropy else None
-        return TargetBatch(input_ids_BT, batch.labels_BT, targets, hidden, self._hidden_stride, entropy_BT)
+        entropy_BT = None
+        if signals.entropy:
+            entropy_BT = features.final_BTD.new_zeros(batch.input_ids_BT.shape)
+            is_counted = torch.ones_like(entropy_BT, dtype=torch.bool) if batch.counts_BT is None else batch.counts_BT
+            entropy_BT[is_counted] = self._entropy(targets)
+        return replace(batch, targets=targets, hidden=hidden, hidden_stride=self._hidden_stride, entropy_BT=entropy_BT)
 
     def _entropy(self, targets: ComputedTargets) -> Tensor:
         """As a cache would hold it, (N,)."""
+        if not len(targets.final_ND):
+            return targets.final_ND.new_zeros(0)
         parts = []
         for rows in chunks(len(targets.final_ND), self.vocab_size):
             log_p_NV = targets.chunk(rows).log_probs(self.temperature)

@@ -1,6 +1,6 @@
 """The seam between training or evaluation and where windows and targets come from.
 
-Shapes: B windows, T positions, D width of the teacher.
+Shapes: B windows, T positions, N positions that count, D width of the teacher.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,10 +50,11 @@ class Epoch:
 class TargetBatch:
     """Windows and what is known of the teacher there.
 
-    input_ids_BT, labels_BT: int64, labels are the next ids. targets: of the B * T positions in row-major order, None
-    if not asked for. hidden: the teacher's hidden states at positions 0, hidden_stride, 2 hidden_stride, .. of each
-    window, (B, T', D). entropy_BT: the teacher's, in nats at the temperature of the dump, to 1/8 nat, None if not
-    asked for.
+    input_ids_BT, labels_BT: int64, labels are the next ids. counts_BT: bool, the positions that count in losses and
+    metrics, None if all do; N of them. targets: of these N in row-major order, None if not asked for. hidden: the
+    teacher's hidden states at positions 0, hidden_stride, 2 hidden_stride, .. of each window, (B, T', D). entropy_BT:
+    the teacher's, in nats at the temperature of the dump, to 1/8 nat, None if not asked for. Both mean nothing where a
+    position does not count.
     """
 
     input_ids_BT: Tensor
@@ -62,6 +63,11 @@ class TargetBatch:
     hidden: dict[State, Tensor]
     hidden_stride: int = 1
     entropy_BT: Tensor | None = None
+    counts_BT: Tensor | None = None
+
+    def counted(self, values_BT: Tensor) -> Tensor:
+        """Values (B, T, ..) at the positions that count, (N, ..)."""
+        return values_BT.flatten(0, 1) if self.counts_BT is None else values_BT[self.counts_BT]
 
 
 class TargetSource(Protocol):

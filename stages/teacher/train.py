@@ -35,8 +35,8 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     terms = [WeightedTerm(1.0, CrossEntropy())]
 
     def compute_loss(batch: TargetBatch, info: StepInfo) -> LossValues:  # noqa: ARG001
-        final_ND = model(batch.input_ids_BT).final_BTD.flatten(0, 1)
-        return chunked_head_loss(final_ND, model.head_weight, batch.labels_BT.flatten(), None, terms)
+        final_ND, labels_N = batch.counted(model(batch.input_ids_BT).final_BTD), batch.counted(batch.labels_BT)
+        return chunked_head_loss(final_ND, model.head_weight, labels_N, None, terms)
 
     training = Training(
         "teacher",

@@ -116,7 +116,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(small_cache: Cache, na
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format_version":2', '"format_version":3', "format_version: Input should be 1 or 2; found 3"),
+        ('"format_version":2', '"format_version":4', "format_version: Input should be 1, 2 or 3; found 4"),
         ('"vocab_size":300', '"vocab_size":"many"', "vocab_size: Input should be a valid integer"),
         ('"first_window":16', '"first_window":17', "the list of shards does not follow from the spec"),
         ('"spec":{', '"extra":1,"spec":{', "extra: Extra inputs are not permitted"),
@@ -238,7 +238,7 @@ def replace_dataset(file: h5py.File, name: str, **settings: object) -> None:
         ),
         (
             lambda f: f.attrs.__setitem__("tristill_spec", np.bytes_(b'{"format_version": 9}')),
-            "found cache format version 9, this program reads versions 1 and 2",
+            "found cache format version 9, this program reads versions 1 to 3",
         ),
         (lambda f: f.attrs.__delitem__("tristill_shard"), "has no attribute tristill_shard"),
         (lambda f: f.attrs.__setitem__("tristill_shard", np.bytes_(b"{}")), "it says it holds {}"),

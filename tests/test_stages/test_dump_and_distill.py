@@ -15,7 +15,7 @@ from stages.distill.choose import Places, choose_source
 from stages.distill.config import StudentConfig
 from stages.distill.distill import model_size
 from stages.dump.dump import dump_logits, write_missing_shards
-from stages.dump.prepare import cache_spec
+from stages.dump.prepare import cache_spec, split_specs
 from stages.errors import CheckpointError, TargetsError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
@@ -68,10 +68,11 @@ def test_bytes_do_not_depend_on_workers_or_on_what_was_there_before(run: Path, t
     fingerprint = model_fingerprint(run / "teacher")
     hidden = HiddenSpec(layers=config.hidden_layers, width=SHAPE.width)
     profile = PlainTopKProfile(top_k=5, logit_dtype="float32")
-    spec = cache_spec(config, load_corpus(run / "data"), fingerprint, profile, hidden, None)
+    corpus = load_corpus(run / "data")
+    windows = {split: split_windows(run / "data", split) for split in corpus.splits}
+    spec = cache_spec(config, corpus, split_specs(config, corpus, windows), fingerprint, profile, hidden, None)
     tokenizer = (run / "data" / "tokenizer.json").read_bytes()
     writer = CacheWriter(tmp_path / "other", spec, tokenizer)
-    windows = {split: split_windows(run / "data", split) for split in spec.splits}
     with Progress("dump", None, "positions") as progress:
         write_missing_shards(writer, teacher, windows, config, progress, num_workers=5)
     writer.finish()

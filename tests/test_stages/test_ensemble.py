@@ -364,5 +364,5 @@ def test_a_cache_that_lies_about_its_windows_is_found_out(tmp_path: Path) -> Non
         shard_writer.commit()
     writer.finish()
     liar = MixedSource(own, [open_cache(tmp_path / "liar")], (0.5, 0.5), None, CPU)
-    with pytest.raises(CacheMismatchError, match="liar: found other ids than the run's own cache has"):
+    with pytest.raises(CacheMismatchError, match="liar: found other ids or masks than the run's own cache has"):
         list(liar.batches("train", 8, Signals(targets=True), Epoch(1)))
