@@ -179,7 +179,7 @@ def test_verify_repair_peek_and_histograms_know_the_mask(cache: Cache) -> None:
     for histogram in (found.entropy_nats, found.head_mass):
         assert histogram is None or sum(histogram.counts) == mask.sum()
     for window in (0, 1, 2):
-        seen = peek(cache, "train", window, num_positions=T, num_top=3)
+        seen = peek(cache, "train", window, range(T), num_top=3).positions
         assert [bool(position.top) for position in seen] == mask[window].tolist()
         assert [position.entropy_nats is not None for position in seen] == mask[window].tolist()
     means = cache.mean_signals("train")
