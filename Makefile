@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 TRISTILL := $(BIN)/tristill
 RUN := $(TRISTILL) run --config $(CONFIG) $(ARGS) --until
 
-.PHONY: teacher dump-logits distill evaluate export sweep test test-slow check format docs bench
+.PHONY: teacher dump-logits distill evaluate export sweep report test test-slow check format docs bench
 
 # The steps. Each runs all steps before it that are not up to date.
 teacher dump-logits distill evaluate: $(VENV)/.installed
@@ -26,6 +26,11 @@ export: $(VENV)/.installed-export
 sweep: CONFIG = configs/sweeps/demo.toml
 sweep: $(VENV)/.installed-sweep
 	$(TRISTILL) sweep --config $(CONFIG) $(ARGS) --make-cache
+
+# The run as one page, report.html in its folder.
+report: $(VENV)/.installed-report
+	$(RUN) distill
+	$(TRISTILL) report --config $(CONFIG) $(ARGS)
 
 # Two at a time, with one thread of torch each; then those that want the machine for themselves.
 test: $(VENV)/.installed-dev
@@ -74,10 +79,14 @@ $(VENV)/.installed-export: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[hf,gguf]'
 	touch $@
 
+$(VENV)/.installed-report: $(VENV)/.installed
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[report]'
+	touch $@
+
 $(VENV)/.installed-sweep: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[sweep]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,sweep,tensorboard]'
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,sweep,report,tensorboard]'
 	touch $@

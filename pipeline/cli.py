@@ -19,6 +19,7 @@ from pipeline.export_command import export
 from pipeline.generate_command import generate
 from pipeline.options import run_options, workspace_of
 from pipeline.plan.command import plan
+from pipeline.report_command import report
 from pipeline.runner import execute, run_steps
 from pipeline.runner import plan as steps_to_run
 from pipeline.step import Step
@@ -153,7 +154,7 @@ def distill(
     _run_step(Distill(workspace, check_student_name(name)), force)
 
 
-for command in (evaluate, generate, export, sweep, plan):
+for command in (evaluate, generate, export, sweep, report, plan):
     cli.add_command(command)
 
 

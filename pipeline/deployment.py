@@ -7,7 +7,7 @@ from pipeline.workspace import Workspace
 from stages.deployment.measure import measure_deployment
 from stages.deployment.report import Deployment, Form, Speed, Spread
 
-_HEADER = (
+HEADER = (
     "model", "form", "bytes on disk", "of FP32", "of fp16", "run by",
     "prompt, tokens/s", "over the teacher", "generation, tokens/s", "over the teacher",
 )  # fmt: skip
@@ -27,19 +27,24 @@ def evaluate_deployment(workspace: Workspace, names: tuple[str, ...], threads: i
 
 def deployment_table(found: Deployment) -> str:
     """One row a form, then what could not be run, and how the rest was timed."""
+    rows, notes = deployment_rows(found)
+    return "\n".join([text_table([list(HEADER), *rows]), *notes])
+
+
+def deployment_rows(found: Deployment) -> tuple[list[list[str]], list[str]]:
+    """(cells under HEADER, one row a form; lines that say what could not be run, and how the rest was timed)."""
     reasons: list[str] = []
     for form in found.forms:
         if form.why_not is not None and form.why_not not in reasons:
             reasons.append(form.why_not)
-    lines = [text_table([list(_HEADER), *(_cells(form, reasons) for form in found.forms)])]
-    lines += [f"({number}) {reason}" for number, reason in enumerate(reasons, start=1)]
+    lines = [f"({number}) {reason}" for number, reason in enumerate(reasons, start=1)]
     llama_cpp = f", llama.cpp (xllamacpp {found.xllamacpp}) by its own" if found.xllamacpp else ""
     lines.append(
         f"{found.prompt_tokens} tokens of prompt, then {found.new_tokens} one by one; median (least to most) of "
         f"{found.rounds} rounds of turns; threads of each: {found.threads}; PyTorch {found.torch} by the "
         f"clock around it{llama_cpp}"
     )
-    return "\n".join(lines)
+    return [_cells(form, reasons) for form in found.forms], lines
 
 
 def _cells(form: Form, reasons: list[str]) -> list[str]:

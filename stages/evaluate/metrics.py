@@ -16,11 +16,26 @@ from stages.losses.student import StudentChunk
 from stages.losses.target import DrawnTarget, FullTarget, Target
 
 
+class CalibrationBin(BaseModel):
+    """Positions whose most likely token has a probability between two edges: m / M to (m + 1) / M for bin m of M.
+
+    accuracy: share of them at which that token is the label. confidence: mean of its probability. Both None in a bin
+    with no position. The expected calibration error is the mean of |accuracy - confidence| over positions.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int
+    accuracy: float | None
+    confidence: float | None
+
+
 class ValidationMetrics(BaseModel):
     """Means over all positions of the validation split that count; teacher columns are None where no teacher is known.
 
     Draws from the teacher say how far the student is from it on average, but not what it finds most likely at a
-    position: with a `sampled` cache, agreement and acceptance are None.
+    position: with a `sampled` cache, agreement and acceptance are None. calibration: the bins in their order, None in
+    summaries that were written before they were kept.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +49,7 @@ class ValidationMetrics(BaseModel):
     top1_agreement: float | None
     acceptance_rate: float | None
     teacher_temperature: float | None
+    calibration: tuple[CalibrationBin, ...] | None = None
 
 
 class MetricSums:
@@ -81,7 +97,15 @@ class MetricSums:
             top1_agreement=self._agreement / compared if compared else None,
             acceptance_rate=self._acceptance / compared if compared else None,
             teacher_temperature=self._temperature if taught else None,
+            calibration=tuple(map(_calibration_bin, count_M.tolist(), correct_M.tolist(), confidence_M.tolist())),
         )
+
+
+def _calibration_bin(count: float, correct: float, confidence: float) -> CalibrationBin:
+    """From sums over the bin's positions."""
+    if not count:
+        return CalibrationBin(count=0, accuracy=None, confidence=None)
+    return CalibrationBin(count=int(count), accuracy=correct / count, confidence=confidence / count)
 
 
 def acceptance(logits_NV: Tensor, target: AnyHeadTarget | FullTarget, temperature: float) -> Tensor:

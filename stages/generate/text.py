@@ -40,7 +40,7 @@ def generate_text(
     PromptError if the context has no room, or not enough.
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
-    model = _load(folder)
+    model = load_generator(folder)
     ids = [model.start_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     sampling = Sampling(temperature, top_p, _room(ids, model, max_tokens, folder))
     uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
@@ -69,7 +69,8 @@ def _written(
     )
 
 
-def _load(folder: Path) -> CausalModel:
+def load_generator(folder: Path) -> CausalModel:
+    """The model in a folder, on the CPU; a ternary one from packed weights."""
     if not is_ours(read_config(folder / CONFIG_NAME)):
         say(f"{folder}: a model of transformers, runs as it is")
         return load_causal_model(folder, _CPU)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.dump.topk import topk_target
-from stages.evaluate.metrics import MetricSums, acceptance
+from stages.evaluate.metrics import MetricSums, ValidationMetrics, acceptance
 from stages.losses.target import ComputedTargets, LogitsTarget
 from stages.targets.stored import PlainHeads
 
@@ -22,15 +22,20 @@ def softmax(row: list[float], tau: float = 1.0) -> list[float]:
     return [math.exp(z / tau) / total for z in row]
 
 
-def calibration_error(rows: list[list[float]], labels: list[int], bins: int) -> float:
-    """Naeini et al. 2015: sum over bins of |accuracy - confidence| weighted by the bin's share."""
+def calibration_bins(rows: list[list[float]], labels: list[int], bins: int) -> dict[int, list[tuple[float, bool]]]:
+    """Confidence, and whether it was right, of every position, by bin."""
     members: dict[int, list[tuple[float, bool]]] = {}
     for row, label in zip(rows, labels, strict=True):
         p = softmax(row)
         confidence = max(p)
         members.setdefault(min(int(confidence * bins), bins - 1), []).append((confidence, p.index(confidence) == label))
+    return members
+
+
+def calibration_error(rows: list[list[float]], labels: list[int], bins: int) -> float:
+    """Naeini et al. 2015: sum over bins of |accuracy - confidence| weighted by the bin's share."""
     error = 0.0
-    for entries in members.values():
+    for entries in calibration_bins(rows, labels, bins).values():
         accuracy = sum(hit for _, hit in entries) / len(entries)
         confidence = sum(value for value, _ in entries) / len(entries)
         error += len(entries) / len(rows) * abs(accuracy - confidence)
@@ -56,6 +61,15 @@ def test_metrics_are_their_definitions(seed: int, tau: float, cut: int) -> None:
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
     assert found.bits_per_byte == pytest.approx(loss / math.log(2) / 3.3, rel=1e-5)
     assert found.expected_calibration_error == pytest.approx(calibration_error(rows_q, y, 7), abs=1e-6)
+    assert found.calibration is not None
+    members = calibration_bins(rows_q, y, 7)
+    assert [one.count for one in found.calibration] == [len(members.get(m, ())) for m in range(7)]
+    for m, one in enumerate(found.calibration):
+        if entries := members.get(m):
+            assert one.confidence == pytest.approx(sum(value for value, _ in entries) / len(entries), rel=1e-5)
+            assert one.accuracy == pytest.approx(sum(hit for _, hit in entries) / len(entries))
+        else:
+            assert one.confidence is one.accuracy is None
     kl = sum(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in pairs) / 40
     assert found.kl_to_teacher_nats == pytest.approx(kl, rel=1e-4)
     agreement = sum(p.index(max(p)) == q.index(max(q)) for p, q in pairs) / 40
@@ -63,6 +77,14 @@ def test_metrics_are_their_definitions(seed: int, tau: float, cut: int) -> None:
     accepted = sum(sum(min(a, b) for a, b in zip(p, q, strict=True)) for p, q in pairs) / 40
     assert found.acceptance_rate == pytest.approx(accepted, rel=1e-5)
     assert found.teacher_temperature == tau
+
+
+def test_a_summary_without_calibration_bins_is_read() -> None:
+    sums = MetricSums(3, 1.0)
+    sums.add(logits(0, 4, 6), torch.zeros(4).long(), None)
+    found = sums.metrics(1.0)
+    older = found.model_dump_json(exclude={"calibration"})
+    assert ValidationMetrics.model_validate_json(older) == found.model_copy(update={"calibration": None})
 
 
 def test_without_a_teacher_its_metrics_are_none() -> None:
