@@ -8,7 +8,8 @@ from pipeline.report.run import Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
 from pipeline.report.sweeps import read_sweeps
 from pipeline.report.units import bytes_text, cell, seconds_text
-from pipeline.steps import Distill, Step, all_steps
+from pipeline.step import Step
+from pipeline.steps import Distill, all_steps
 from pipeline.sweep.results import Ledger, SweepResults
 
 _MOST_BARS = 12

@@ -11,7 +11,8 @@ from pipeline.report.cache import cache_size
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Listing, Table, Tile
 from pipeline.report.units import bytes_text, cell, count_text, number
-from pipeline.steps import DumpLogits, Step, all_steps
+from pipeline.step import Step
+from pipeline.steps import DumpLogits, all_steps
 
 _BYTES_PER_FP32 = 4
 

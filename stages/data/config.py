@@ -148,8 +148,8 @@ class ExistingTokenizer(Section):
     path: Annotated[
         str,
         Field(
-            description="a tokenizer.json or a Hugging Face folder that holds one; for chats the folder, with its "
-            "chat template"
+            description="a tokenizer.json, a Hugging Face folder that holds one, or a name on the hub; for chats no "
+            "file, but a folder with its chat template"
         ),
     ]
     end_of_text: Annotated[str, Field(description="token that separates documents")] = "<|endoftext|>"

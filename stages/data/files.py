@@ -17,6 +17,7 @@ from stages.data.config import (
     TextFiles,
 )
 from stages.errors import CorpusError
+from stages.models.hub import find_model
 
 _SMALL_CORPUS_BYTES = 64 * 2**20
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
@@ -78,7 +79,9 @@ def template_signature(config: DataConfig) -> str | None:
     """A hash of the files that render and tokenize chats; None for plain text, or where they are not here."""
     if config.chat_column is None or not isinstance(config.tokenizer, ExistingTokenizer):
         return None
-    folder = Path(config.tokenizer.path).expanduser()
+    folder = find_model(Path(config.tokenizer.path), None, download=False, weights=False)
+    if folder is None:
+        return None
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     found = {name: sha256_of_file(folder / name) for name in names if (folder / name).is_file()}
     return fingerprint_of(found) if found else None

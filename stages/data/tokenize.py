@@ -28,7 +28,7 @@ from stages.data.config import (
 )
 from stages.data.corpus import chats, documents, is_validation
 from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
-from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, train_tokenizer
+from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, tokenizer_place, train_tokenizer
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
 from stages.errors import CorpusError
 from stages.progress import Progress, say, waiting
@@ -153,7 +153,7 @@ def _reader(config: DataConfig, folder: Path) -> Callable[[], Iterator[Document]
     source = config.source
     if isinstance(source, RecordFiles | HuggingFaceDataset) and source.chat_column is not None:
         assert isinstance(config.tokenizer, ExistingTokenizer), "checked with the config"
-        return partial(chats, source, ChatTemplate(Path(config.tokenizer.path).expanduser()))
+        return partial(chats, source, ChatTemplate(tokenizer_place(config.tokenizer)))
     if not isinstance(source, SyntheticText):
         return lambda: map(Document, documents(source))
     from stages.data.synthetic import write_synthetic, written_documents  # loads torch, which no other source needs

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stages.data.config import ExistingTokenizer, TrainedTokenizer
 from stages.errors import TokenizerError
+from stages.models.hub import fetch_model, is_hub_name
 
 END_OF_TEXT = "<|endoftext|>"
 _LONGEST_TOKEN_BYTES = 16
@@ -46,8 +47,14 @@ def existing_tokenizer(config: ExistingTokenizer) -> Tokenizer:
 
 def tokenizer_file(config: ExistingTokenizer) -> Path:
     """The `tokenizer.json` that `config.path` is or holds."""
-    path = Path(config.path).expanduser()
+    path = tokenizer_place(config)
     return path / "tokenizer.json" if path.is_dir() else path
+
+
+def tokenizer_place(config: ExistingTokenizer) -> Path:
+    """The file or folder that `config.path` names; what is on the hub is fetched, without weights."""
+    path = Path(config.path).expanduser()
+    return path if path.exists() or not is_hub_name(path) else fetch_model(path, None, weights=False)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -53,7 +53,9 @@ def log_partition(cache: Cache, temperatures: tuple[float, ...]) -> PartitionCur
     num_windows = min(source.num_windows(split), -(-wanted // spec.context_length))
     batch = next(source.batches(split, num_windows, Signals(targets=True), Epoch()))
     assert batch.targets is not None, "they were asked for"
-    rows = slice(0, min(wanted, batch.labels_BT.numel()))
+    rows = slice(0, min(wanted, len(batch.counted(batch.labels_BT))))
+    if not rows.stop:
+        return None
     target = batch.targets.chunk(rows)
     known = _known(target, temperatures)
     if not known:

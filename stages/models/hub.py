@@ -6,11 +6,15 @@ from pathlib import Path
 from stages.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+_DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+_WEIGHTS = ["*.safetensors"]
 
 
-def find_model(path: Path, revision: str | None, *, download: bool) -> Path | None:
-    """The folder; None if it is not on this machine and must not be downloaded, or there is no such folder."""
+def find_model(path: Path, revision: str | None, *, download: bool, weights: bool = True) -> Path | None:
+    """The folder; None if it is not on this machine and must not be downloaded, or there is no such folder.
+
+    weights: whether those are wanted too.
+    """
     folder = path.expanduser()
     if folder.is_dir() or not is_hub_name(path):
         return folder if folder.is_dir() else None
@@ -18,8 +22,9 @@ def find_model(path: Path, revision: str | None, *, download: bool) -> Path | No
         from huggingface_hub import snapshot_download
     except ImportError:
         return None
+    wanted = _DESCRIPTION + (_WEIGHTS if weights else [])
     try:
-        found = snapshot_download(str(path), revision=revision, allow_patterns=_WANTED, local_files_only=not download)
+        found = snapshot_download(str(path), revision=revision, allow_patterns=wanted, local_files_only=not download)
     except Exception as exc:  # network, names, access, cache: the library has a kind for each
         if not download:
             return None
@@ -31,9 +36,9 @@ def find_model(path: Path, revision: str | None, *, download: bool) -> Path | No
     return Path(found)
 
 
-def fetch_model(path: Path, revision: str | None) -> Path:
+def fetch_model(path: Path, revision: str | None, *, weights: bool = True) -> Path:
     """The folder, downloaded if it is on the hub. Raises CheckpointError if it is nowhere."""
-    folder = find_model(path, revision, download=True)
+    folder = find_model(path, revision, download=True, weights=weights)
     if folder is None:
         raise CheckpointError(f"{path}: found no folder there; expected one of a model, or a name on the hub")
     return folder

@@ -8,6 +8,8 @@ import pytest
 import torch
 from small_models import KINDS, PADDED, VOCAB, describe, write_model, write_tokenizer
 
+from stages.data.config import ExistingTokenizer
+from stages.data.tokenizer import tokenizer_file
 from stages.data.tokenizer_gate import require_same_tokenizer, tokenizer_difference
 from stages.errors import CheckpointError, TokenizerError
 from stages.export.own_format import compare_own_format, write_own_format
@@ -337,3 +339,21 @@ def test_a_model_of_the_hub_is_found_in_its_cache_on_this_machine(
         fetch_model(Path("someone/else"), None)
     with pytest.raises(CheckpointError, match="/no/such/folder: found no folder there"):
         fetch_model(Path("/no/such/folder"), None)
+
+
+def test_a_tokenizer_of_the_hub_is_found_likewise(
+    tokenizer_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    assert tokenizer_file(ExistingTokenizer(kind="file", path="someone/tiny")) == snapshot / "tokenizer.json"
+    with pytest.raises(CheckpointError, match="nobody/nothing: found no folder of that name here"):
+        tokenizer_file(ExistingTokenizer(kind="file", path="nobody/nothing"))
