@@ -18,6 +18,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("Gemma3TextConfig", {**_SHAPE, **_ONE_KEY_HEAD, "sliding_window": 8}, "model.layers.*"),
 }
 """By architecture: the class of its config, its settings, the pattern that names the linear layers of its blocks."""
+CAPPED = ("Gemma2Config", {**_SHAPE, **_ONE_KEY_HEAD, "sliding_window": 8, "final_logit_softcapping": 3.0})
+"""Its logits lie between -3 and 3."""
 
 
 def write_model(
@@ -27,7 +29,7 @@ def write_model(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    name, shape, _ = KINDS[kind]
+    name, shape = CAPPED if kind == "capped" else KINDS[kind][:2]
     config = getattr(transformers, name)(
         **{**shape, "vocab_size": outputs, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings}
     )

@@ -31,7 +31,7 @@ class TeacherPositions:
 
     final_ND: float32. head_VD: the output matrix, float32 or bfloat16. input_ids_N, labels_N: int64. windows: their
     numbers in the split. others: further teachers there. shares: of all teachers, the one of final_ND first.
-    counts_PT: bool, which positions of the windows these are; None if all.
+    counts_PT: bool, which positions of the windows these are; None if all. softcap: of the teacher of final_ND.
     """
 
     final_ND: Tensor
@@ -43,6 +43,7 @@ class TeacherPositions:
     others: tuple[ComputedTargets, ...] = ()
     shares: tuple[float, ...] = (1.0,)
     counts_PT: np.ndarray | None = None
+    softcap: float | None = None
 
     @property
     def place(self) -> Place:
@@ -54,7 +55,7 @@ class TeacherPositions:
     @property
     def targets(self) -> ComputedTargets | TeacherMixture:
         """The whole distribution of the teacher, or of the mixture of all of them."""
-        own = ComputedTargets(self.final_ND, self.head_VD)
+        own = ComputedTargets(self.final_ND, self.head_VD, self.softcap)
         return TeacherMixture((own, *self.others), self.shares) if self.others else own
 
     def logits(self, rows: slice) -> Tensor:

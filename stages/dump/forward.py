@@ -4,6 +4,7 @@ Shapes: P windows, T positions, N positions that count, V vocabulary, D width.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ def forward_windows(
         others=tuple(rest),
         shares=ensemble.shares,
         counts_PT=counts_PT,
+        softcap=teacher.softcap,
     )
     return positions, {state.layer: found for state, found in features.hidden.items()}, ids_PT1
 
@@ -67,7 +69,8 @@ def _output(model: LanguageModel, features: Features, precision: str, counted: T
     if not torch.isfinite(final_ND).all():
         raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
     head_VD = model.head_weight.detach()
-    return ComputedTargets(final_ND, head_VD.to(torch.bfloat16 if precision == "bfloat16" else torch.float32))
+    head_VD = head_VD.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    return ComputedTargets(final_ND, head_VD, model.softcap)
 
 
 def sample_hidden(
@@ -102,7 +105,7 @@ def sample_positions(
     batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
     parts = [forward_windows(teacher, windows, split, batch, precision, ensemble=ensemble)[0] for batch in batches]
     others = (
-        ComputedTargets(torch.cat([output.final_ND for output in outputs]), outputs[0].head_VD)
+        replace(outputs[0], final_ND=torch.cat([output.final_ND for output in outputs]))
         for outputs in zip(*(part.others for part in parts), strict=True)
     )
     return TeacherPositions(
@@ -114,5 +117,6 @@ def sample_positions(
         windows=rows,
         others=tuple(others),
         shares=ensemble.shares,
+        softcap=teacher.softcap,
         counts_PT=windows.mask(rows),
     )

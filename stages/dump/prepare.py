@@ -173,6 +173,11 @@ def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: Language
             f"the teacher has {teacher.vocab_size} output entries, but the tokenizer of the corpus has "
             f"{corpus.vocab_size}; train the teacher on this corpus"
         )
+    if teacher.softcap is not None and config.profile.kind in {"transform", "dense"}:
+        raise CheckpointError(
+            f"cache.profile: found {config.profile.kind}, which keeps the final states, whose products with the output "
+            f"matrix are the logits, but the teacher caps them at {teacher.softcap:g}; set kind to topk or sampled"
+        )
     if beyond := [layer for layer in config.hidden_layers if layer > teacher.depth]:
         raise CheckpointError(f"cache.hidden_layers: found {beyond}, but the teacher has {teacher.depth} blocks")
 

@@ -47,7 +47,7 @@ def _measure(
         final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
         labels_N = batch.counted(batch.labels_BT)
         for rows in chunks(len(final_ND), model.vocab_size):
-            logits_NV = (final_ND[rows] @ model.head_weight.T).float()
+            logits_NV = model.logits_of(final_ND[rows])
             target = None if batch.targets is None else batch.targets.chunk(rows)
             sums.add(logits_NV, labels_N[rows], target)
         advance(batch.labels_BT.numel())

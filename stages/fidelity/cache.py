@@ -77,7 +77,7 @@ def cache_fidelity(
             final_ND = batch.counted(teacher(batch.input_ids_BT).final_BTD)
             if not len(final_ND):
                 continue
-            full = ComputedTargets(final_ND, teacher.head_weight)
+            full = ComputedTargets(final_ND, teacher.head_weight, teacher.softcap)
             pair = FeaturePairs(batch.counted(student(batch.input_ids_BT).final_BTD), student.head_weight)
             for tau in served:
                 gradients[tau][0] += gradient(pair, batch.targets, tau)

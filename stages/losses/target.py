@@ -224,16 +224,26 @@ class Targets(Protocol):
         ...
 
 
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """c tanh(z / c), or z where there is no cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 @dataclass(frozen=True)
 class ComputedTargets:
-    """Targets from a teacher's features final_ND and its output matrix head_VD; the whole distribution."""
+    """Targets from a teacher's features final_ND and its output matrix head_VD; the whole distribution.
+
+    softcap: logits are c tanh(z / c) of the products z (Gemma 2, arXiv 2408.00118, section 2); None leaves them.
+    """
 
     final_ND: Tensor
     head_VD: Tensor
+    softcap: float | None = None
 
     def chunk(self, rows: Rows, dtype: torch.dtype = torch.float32) -> LogitsTarget:
         """Full-vocabulary logits of some rows."""
-        return LogitsTarget((self.final_ND[rows].to(dtype) @ self.head_VD.to(dtype).T).float())
+        logits_NV = (self.final_ND[rows].to(dtype) @ self.head_VD.to(dtype).T).float()
+        return LogitsTarget(softcapped(logits_NV, self.softcap))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class HuggingFaceModel(LanguageModel):
         self.transposed = _plain_linears(inner)
         self._blocks = _blocks(inner, shape.layers)
         self._watch()
+        self.softcap = shape.config.get("final_logit_softcapping") or None
         self.scale = 1.0
         self.scale = self._probed_scale()
         self.quantize = quantize
@@ -193,13 +194,12 @@ class HuggingFaceModel(LanguageModel):
         self.inner.eval()
         ids = torch.arange(min(8, self.vocab_size), device=self._head.weight.device)[None]
         wanted = self.inner(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
-        found = torch.nn.functional.linear(self(ids).final_BTD[0].float(), self.head_weight.float())
+        found = self.logits_of(self(ids).final_BTD[0])
         scale = float((wanted * found).sum() / found.square().sum().clamp(min=1e-30))
         scale = 1.0 if abs(scale - 1) < 1e-2 else scale
         off = float((wanted - scale * found).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        config = self.shape.config
-        is_softcapped = bool(config.get("final_logit_softcapping"))  # which small logits do not show
-        if is_softcapped or off > (1e-3 if self._head.weight.dtype == torch.float32 else 5e-2):
+        if off > (1e-3 if self._head.weight.dtype == torch.float32 else 5e-2):
+            config = self.shape.config
             suspects = [f"{key} = {value}" for key, value in config.items() if "logit" in key and value]
             raise CheckpointError(
                 f"a {self.shape.kind} of transformers: its logits are no multiple of its last hidden states times its "

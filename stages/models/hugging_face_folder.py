@@ -80,6 +80,11 @@ def new_hugging_face(
     Raises CheckpointError if it has fewer outputs than there are ids.
     """
     transformers = import_transformers(f"architecture {shape.kind}")
+    if softcap := shape.config.get("final_logit_softcapping"):
+        raise CheckpointError(
+            f"architecture {shape.kind}: found final_logit_softcapping = {softcap}, and the losses of a student know "
+            "no capped logits; give a student of another architecture (a teacher may cap its logits)"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
+from stages.losses.target import softcapped
 from stages.models.linear import QuantizedLinear
 from stages.quantize.config import QuantizeConfig
 
@@ -55,6 +56,8 @@ class LanguageModel(nn.Module, ABC):
 
     vocab_size: int
     quantize: QuantizeConfig | None
+    softcap: float | None = None
+    """Logits are capped by it, see `softcapped`; of teachers only."""
 
     @property
     @abstractmethod
@@ -82,7 +85,11 @@ class LanguageModel(nn.Module, ABC):
 
     def logits(self, input_ids_BT: Tensor) -> Tensor:
         """Logits of every position, (B, T, V): for small inputs; training uses the chunked head."""
-        return F.linear(self(input_ids_BT).final_BTD, self.head_weight)
+        return self.logits_of(self(input_ids_BT).final_BTD)
+
+    def logits_of(self, final: Tensor) -> Tensor:
+        """Logits of features (.., D), (.., V), computed in float32."""
+        return softcapped(F.linear(final.float(), self.head_weight.float()), self.softcap)
 
     def quantized_linears(self) -> dict[str, QuantizedLinear]:
         """The quantised layers by name, in order."""

@@ -116,7 +116,8 @@ class OnlineSource:
     def with_features(self, batch: TargetBatch, signals: Signals, features: Features) -> TargetBatch:
         """The same from what the teacher's forward pass found; no gradient leads back to it."""
         assert self._teacher is not None, "it was just forwarded"
-        targets = ComputedTargets(batch.counted(features.final_BTD.detach()), self._teacher.head_weight.detach())
+        final_ND, head_VD = batch.counted(features.final_BTD.detach()), self._teacher.head_weight.detach()
+        targets = ComputedTargets(final_ND, head_VD, self._teacher.softcap)
         hidden = {state: found.detach()[:, :: self._hidden_stride] for state, found in features.hidden.items()}
         entropy_BT = None
         if signals.entropy:

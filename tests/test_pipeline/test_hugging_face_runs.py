@@ -25,6 +25,8 @@ from stages.models.folder import load_model, save_model
 from stages.models.hugging_face_folder import load_hugging_face
 from stages.models.origin import Origin
 from stages.models.transformer import Transformer
+from stages.targets.cached import CachedSource
+from stages.targets.source import Epoch, Signals
 
 pytest.importorskip("transformers")
 
@@ -118,9 +120,6 @@ def with_cache(workspace: Workspace, check: Any) -> None:
 
 def teaches_like(cache: Cache, teacher: Path, kind: str) -> None:
     """The dense profile holds the final state at 8 bits: logits from the cache are the teacher's to that."""
-    from stages.targets.cached import CachedSource
-    from stages.targets.source import Epoch, Signals
-
     assert cache.spec.vocab_size == VOCAB
     source = CachedSource(cache, torch.device("cpu"))
     batch = next(iter(source.batches("train", 4, Signals(targets=True), Epoch())))
@@ -229,6 +228,27 @@ hidden = {{ weight = 0.0 }}
     fresh = json.loads((workspace.student("fresh") / "config.json").read_text())
     assert fresh["hugging_face"]["model_type"] == "gemma3_text"
     assert fresh["hugging_face"]["vocab_size"] == VOCAB
+
+
+def test_a_teacher_that_caps_its_logits_is_dumped_where_the_profile_keeps_logits(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "capped"
+    write_model(folder, "capped", place / "tokenizer.json")
+    config = config_file(place, "gemma", tmp_path / "config.toml", folder)
+    with pytest.raises(StageError, match=r"found dense, .* the teacher caps them at 3; set kind to topk or sampled"):
+        run(config, tmp_path / "run", until=3)
+    profile = 'cache.profile={kind="plain_topk", top_k=300, temperature=1.0}'
+    workspace = run(config, tmp_path / "run", profile, until=3)
+    cache = open_cache(workspace.cache)
+    source = CachedSource(cache, torch.device("cpu"))
+    batch = next(iter(source.batches("train", 4, Signals(targets=True), Epoch())))
+    model = load_hugging_face(Origin(folder=folder), folder / "tokenizer.json")
+    with torch.no_grad():
+        wanted = torch.softmax(model.inner(batch.input_ids_BT).logits.flatten(0, 1), dim=-1)
+    assert batch.targets is not None
+    target = batch.targets.chunk(slice(0, len(wanted)))
+    found = target.log_probs(1.0)[0].exp()
+    assert torch.allclose(found, wanted.gather(-1, target.head_ids_NK), atol=1e-3)
+    cache.close()
 
 
 @pytest.fixture

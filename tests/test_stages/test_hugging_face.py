@@ -13,6 +13,7 @@ from stages.data.tokenizer import tokenizer_file
 from stages.data.tokenizer_gate import require_same_tokenizer, tokenizer_difference
 from stages.errors import CheckpointError, TokenizerError
 from stages.export.own_format import compare_own_format, write_own_format
+from stages.losses.target import ComputedTargets
 from stages.models.description import read_description
 from stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
 from stages.models.hub import fetch_model, find_model
@@ -261,10 +262,39 @@ def test_code_of_a_folder_runs_only_on_request(tokenizer_json: Path, tmp_path: P
     assert (tmp_path / "ran").exists()
 
 
-def test_softcapped_logits_are_refused_with_the_setting(tokenizer_json: Path, tmp_path: Path) -> None:
-    write_model(tmp_path, "gemma", tokenizer_json, final_logit_softcapping=30.0)
-    with pytest.raises(CheckpointError, match=r"final_logit_softcapping = 30\.0"):
-        load(tmp_path)
+@torch.no_grad()
+def test_capped_logits_are_those_of_transformers(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "capped", tokenizer_json)
+    model, wanted = load(tmp_path), reference(tmp_path)(input_ids=IDS).logits
+    assert wanted.abs().max() > 2.5  # where the cap bends
+    assert torch.allclose(model.logits(IDS), wanted, atol=1e-5)
+    features = model(IDS)
+    targets = ComputedTargets(features.final_BTD.flatten(0, 1), model.head_weight, model.softcap)
+    assert torch.allclose(targets.chunk(slice(0, 24)).logits_NV, wanted.flatten(0, 1), atol=1e-5)
+
+
+def test_a_student_with_capped_logits_is_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "capped", tokenizer_json)
+    with pytest.raises(CheckpointError, match=r"final_logit_softcapping = 3\.0, and the losses of a student know no"):
+        new_model(hugging_face_shape(tmp_path), VOCAB, QuantizeConfig(), seed=0)
+
+
+def test_logits_that_are_no_product_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    """An architecture whose head does more than multiply, from a folder's own code."""
+    write_model(tmp_path, "llama", tokenizer_json)
+    (tmp_path / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MyConfig(LlamaConfig):\n    model_type = 'bent'\n"
+        "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        out = super().forward(*args, **kwargs)\n"
+        "        out.logits = out.logits.abs().sqrt()\n"
+        "        return out\n"
+    )
+    auto = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    describe(tmp_path, model_type="bent", auto_map=auto, logit_root=2)
+    with pytest.raises(CheckpointError, match=r"its logits are no multiple of .* it has logit_root = 2"):
+        load(tmp_path, trust_remote_code=True)
 
 
 def test_fewer_outputs_than_ids_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
