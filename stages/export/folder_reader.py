@@ -8,8 +8,7 @@ from torch import Tensor
 from stages.errors import ExportError, StageError
 from stages.export.bitnet import unpack_trits
 from stages.export.rounding import TorchRuntime, round_before
-from stages.models.config import ModelConfig
-from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, read_config, read_description
+from stages.models.description import CONFIG_NAME, WEIGHTS_NAME, own_shape, read_config
 from stages.models.folder import load_weights, read_tensors
 from stages.models.transformer import Transformer
 from stages.quantize.absmax import absmax_quantize
@@ -23,10 +22,10 @@ def read_folder(folder: Path) -> TorchRuntime:
     Raises ExportError for one that cannot be read or does not fit its description.
     """
     try:
-        description = read_description(folder)
+        config = read_config(folder / CONFIG_NAME)
         stored = read_tensors(folder / WEIGHTS_NAME)
         packed = {name.removesuffix(_SCALE) for name in stored if name.endswith(_SCALE)}
-        is_divided = read_config(folder / CONFIG_NAME).get("quantization_config", {}).get("linear_class") == "bitlinear"
+        is_divided = config.get("quantization_config", {}).get("linear_class") == "bitlinear"
         tensors: dict[str, Tensor] = {}
         for name, tensor in stored.items():
             layer = name.removesuffix(".weight")
@@ -35,10 +34,9 @@ def read_folder(folder: Path) -> TorchRuntime:
                 tensors[name] = unpack_trits(tensor) / scale if is_divided else unpack_trits(tensor) * scale
             elif not name.endswith(_SCALE):
                 tensors[name] = tensor.to(torch.float32)
-        assert isinstance(description.shape, ModelConfig), "we wrote a Llama or a BitNet"
-        model = Transformer(description.shape, description.vocab_size).eval()
+        model = Transformer(own_shape(config), config["vocab_size"]).eval()
         load_weights(model, tensors, folder / WEIGHTS_NAME)
-    except (StageError, KeyError) as exc:
+    except (StageError, KeyError, TypeError, ValueError) as exc:
         raise ExportError(f"{folder}: cannot be read back ({exc})") from exc
     round_before(model, packed - {"lm_head"}, absmax_quantize)
     return TorchRuntime("the files, read back", model, absmax_quantize if "lm_head" in packed else None)

@@ -40,13 +40,14 @@ def read_description(folder: Path) -> Description:
             shape = llama_shape(config) or HuggingFaceShape.of(config)
             return Description(shape=shape, vocab_size=vocab_size, quantize=None)
         quantize = QuantizeConfig(**config["quantize"]) if config.get("quantize") else None
-        shape = HuggingFaceShape.of(config["hugging_face"]) if "hugging_face" in config else _own_shape(config)
+        shape = HuggingFaceShape.of(config["hugging_face"]) if "hugging_face" in config else own_shape(config)
         return Description(shape=shape, vocab_size=config["vocab_size"], quantize=quantize)
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(f"{path}: does not describe a model of ours ({exc})") from exc
 
 
-def _own_shape(config: dict[str, Any]) -> ModelConfig:
+def own_shape(config: dict[str, Any]) -> ModelConfig:
+    """The shape in a description that we wrote, of whatever type. Raises KeyError, TypeError or ValueError."""
     return ModelConfig(
         width=config["hidden_size"],
         layers=config["num_hidden_layers"],

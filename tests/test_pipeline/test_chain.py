@@ -143,7 +143,7 @@ def test_a_given_teacher_of_another_tokenizer_is_refused_with_the_way_out(
     assert on(run_dir, "tokenize", *other, config=given).code == 0
     outcome = on(run_dir, "teacher", *other, config=given)
     assert outcome.code == 1
-    assert "tokenizer.json: found a tokenizer with SHA-256" in outcome.stderr
+    assert "tokenizer.json: the tokenizer of the teacher is not that of" in outcome.stderr
     assert "set data.tokenizer to { kind = 'file', path = '" in outcome.stderr
     assert not (run_dir / "teacher" / "model.safetensors").exists()
     way_out = ("--set", f"data.tokenizer={{ kind = 'file', path = '{tmp_path / 'given' / 'tokenizer.json'}' }}")
