@@ -10,10 +10,10 @@ from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
 from pipeline.errors import MissingInputError
 from pipeline.results import run_rows
 from pipeline.workspace import Workspace
+from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.distill.caches import open_caches
 from stages.distill.config import DistillConfig
 from stages.distill.distill import CO_TEACHER
-from stages.errors import CheckpointError
 from stages.evaluate.evaluate import evaluate
 from stages.models.folder import CONFIG_NAME, load_model, pick_device
 from stages.targets.online import OnlineSource
@@ -45,8 +45,9 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
                 sources[key] = _source(link, distill)
             source = sources[key]
         model = load_model(folder).to(device)
-        if (folder / TOKENIZER_NAME).read_bytes() != source.tokenizer_path.read_bytes():
-            raise CheckpointError(f"{folder}: found another tokenizer than {source.tokenizer_path}, expected the same")
+        require_same_tokenizer(
+            folder / TOKENIZER_NAME, source.tokenizer_path, name, "evaluate it with the run that it is of, by --run-dir"
+        )
         evaluation = workspace.config.for_student(name).evaluate
         metrics[name] = evaluate(model, source, evaluation, name).model_dump()
     write_atomically(workspace.run_dir / "evaluation.json", (json.dumps(metrics, indent=2) + "\n").encode())

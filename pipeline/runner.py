@@ -48,6 +48,7 @@ def build_held(step: Step) -> None:
     done = {
         "status": "complete",
         "fingerprint": fingerprint,
+        "inputs": provenance.inputs | step.inputs(),  # what was fetched is known now
         "elapsed_s": time.monotonic() - started,
         "peak_rss_mib": peak_rss_mib(),
     }

@@ -101,9 +101,11 @@ class Teacher(Step):
         """The tokens, and the checkpoint that is given, if it is here."""
         config = self.config.teacher
         given = None if config.path is None else find_model(config.path, config.revision, download=False)
-        if given is None:
-            return super().inputs()
         used = load_origin(self.folder)
+        if given is None:
+            is_used = used is not None and used.named == config.named
+            absent = {} if config.path is None or is_used else {"checkpoint": f"not on this machine: {config.named}"}
+            return super().inputs() | absent
         if used is not None and used.folder == given.absolute() and used.is_unchanged():
             return {**super().inputs(), "checkpoint": used.fingerprint}  # weights may take minutes to read
         return super().inputs() | known({"checkpoint": known_fingerprint(given, config.dtype)})

@@ -13,6 +13,8 @@ from pipeline.config import DEFAULT_STUDENT, Config
 from pipeline.errors import ConfigError, MissingInputError
 from stages.data.config import SyntheticText
 from stages.models.description import CONFIG_NAME
+from stages.models.hub import find_model
+from stages.models.trust import trust_code_of
 
 RUN_CONFIG_NAME = "config.toml"
 
@@ -32,6 +34,10 @@ class Workspace:
                 f"teacher.path: found {given}, which is in the run folder {self.run_dir}, where steps replace files; "
                 "expected a folder elsewhere: use another --run-dir"
             )
+        if given is not None and self.config.teacher.trust_remote_code:
+            trusted = find_model(given, self.config.teacher.revision, download=False)
+            if trusted is not None:
+                trust_code_of(trusted)
         source = self.config.data.source
         if isinstance(source, SyntheticText) and source.model.expanduser().resolve().is_relative_to(
             self.run_dir.resolve()

@@ -35,6 +35,11 @@ def tokenizer_difference(found: Path, expected: Path) -> str | None:
 
 def require_same_tokenizer(found: Path, expected: Path, what: str, advice: str) -> None:
     """Raise TokenizerError unless both give every text the same ids. what: whose tokenizer `found` is."""
+    if not found.is_file():
+        raise TokenizerError(
+            f"{found}: is missing; the ids that a model knows are those of its own tokenizer (one of SentencePiece is "
+            "turned into tokenizer.json by transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
+        )
     difference = tokenizer_difference(found, expected)
     if difference is not None:
         raise TokenizerError(f"{found}: the tokenizer of {what} is not that of {expected}: {difference}; {advice}")
@@ -50,7 +55,8 @@ def _named(text: str | None) -> str:
 
 def _model_differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Of the model's settings and merges; the vocabulary was compared by ids."""
-    keys = sorted((one.keys() | other.keys()) - {"vocab"})
+    by_id = {"vocab"} if isinstance(one.get("vocab"), dict) else set()  # a list of Unigram has scores too
+    keys = sorted((one.keys() | other.keys()) - by_id)
     return [key for key in keys if canonical_json(one.get(key)) != canonical_json(other.get(key))]
 
 

@@ -64,7 +64,7 @@ class StudentConfig(Section):
         """Its own; None for the teacher's. Raises CheckpointError if it is at a path where no model is."""
         if self.path is None:
             return self.model
-        return read_description(fetch_model(self.path, self.revision)).shape
+        return read_description(fetch_model(self.path, self.revision, weights=False)).shape
 
 
 class DistillConfig(LossConfig):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from cache.hashing import sha256_of_file
 from stages.data.tokenized import TokenizedCorpus
+from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.dump.config import DumpConfig
 from stages.errors import CheckpointError
 from stages.losses.mixed import log_mixture
@@ -35,14 +35,12 @@ def load_ensemble(config: DumpConfig, data_folder: Path, corpus: TokenizedCorpus
     others = []
     for member in config.ensemble:
         model = load_model(member.path)
-        path = member.path / TOKENIZER_NAME
-        found = sha256_of_file(path) if path.is_file() else None
-        if found != corpus.tokenizer_sha256:
-            what = f"a tokenizer with SHA-256 {found}" if found else "no tokenizer"
-            raise CheckpointError(
-                f"cache.ensemble: {path}: found {what}, expected that of {data_folder / TOKENIZER_NAME} with SHA-256 "
-                f"{corpus.tokenizer_sha256}: distributions are mixed id by id; give a teacher of this tokenizer"
-            )
+        require_same_tokenizer(
+            member.path / TOKENIZER_NAME,
+            data_folder / TOKENIZER_NAME,
+            "cache.ensemble",
+            "distributions are mixed id by id: give a teacher of this tokenizer",
+        )
         if model.vocab_size != corpus.vocab_size:
             raise CheckpointError(
                 f"cache.ensemble: {member.path}: found {model.vocab_size} output entries, expected "

@@ -21,6 +21,9 @@ def write_own_format(
     """Write the folder as transformers itself saves such a model; linear layers it had transposed are so again."""
     inner = model.plain_inner()
     inner.config.architectures = [type(inner).__name__]
+    for settings in (inner.config, inner.generation_config):
+        settings.eos_token_id = settings.bos_token_id = end_of_text_id
+        settings.pad_token_id = None
     inner.save_pretrained(folder)
     write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
     end_of_text = load_tokenizer(tokenizer_json).id_to_token(end_of_text_id)
@@ -36,9 +39,14 @@ def write_own_format(
 
 def compare_own_format(model: HuggingFaceModel, folder: Path) -> None:
     """Raises ExportError unless transformers reads the values that the student multiplies by, bit for bit."""
+    back = load_inner(Origin(folder=folder))
     expected: dict[str, Any] = model.plain_inner().state_dict()
-    found: dict[str, Any] = load_inner(Origin(folder=folder)).state_dict()
+    found: dict[str, Any] = back.state_dict()
     odd = [name for name in expected.keys() | found.keys() if not _same(expected.get(name), found.get(name))]
+    for name, layer in model.quantized_linears().items():  # not by way of the same copy
+        weight = back.get_submodule(name).weight
+        values = layer.quantized_weight()[: len(weight)] if name not in model.transposed else layer.quantized_weight().T
+        odd += [] if torch.equal(weight, values) else [f"{name}.weight"]
     if odd:
         raise ExportError(f"{folder}: {min(odd)}: found other values than the student's")
 

@@ -15,13 +15,13 @@ from stages.models.generate import CausalModel, TransformerRollout
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_folder import load_inner, num_ids
 from stages.models.language_model import LanguageModel
-from stages.models.origin import Origin, load_origin
+from stages.models.origin import Origin, checked_origin
 from stages.models.transformer import Transformer
 
 
 def load_causal_model(folder: Path, device: torch.device) -> CausalModel:
     """The model in `folder`: a teacher or student of ours by our own code, anything else by transformers."""
-    origin = load_origin(folder)
+    origin = checked_origin(folder)
     if origin is None and is_ours(read_config(folder / CONFIG_NAME)):
         return causal_model(load_model(folder).to(device).eval(), folder, device)
     return _hugging_face_model(origin or Origin(folder=folder), folder / TOKENIZER_NAME, device)
@@ -34,6 +34,8 @@ def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> Ca
         end_of_text_id, max_positions = int(config["eos_token_id"]), int(config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(f"{folder / CONFIG_NAME}: does not describe a model of ours ({exc})") from exc
+    if isinstance(model, HuggingFaceModel):
+        _require_attention(model.inner, folder)
     return CausalModel(
         start_id=end_of_text_id,
         stop_ids=(end_of_text_id,),
@@ -72,11 +74,7 @@ def _hugging_face_model(origin: Origin, tokenizer_json: Path, device: torch.devi
     """A causal model that transformers knows itself."""
     folder = origin.folder
     model = load_inner(origin)
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise CheckpointError(
-            f"{folder}: found a {model.config.model_type}, which keeps no keys and values; expected a decoder with "
-            "attention"
-        )
+    _require_attention(model, folder)
     found = model.generation_config.eos_token_id
     found = getattr(model.config, "eos_token_id", None) if found is None else found
     stop_ids = tuple(found) if isinstance(found, list) else (found,)
@@ -94,6 +92,14 @@ def _hugging_face_model(origin: Origin, tokenizer_json: Path, device: torch.devi
         device=device,
         rollout=partial(HuggingFaceRollout, model.to(device), vocab_size),
     )
+
+
+def _require_attention(inner: Any, folder: Path) -> None:
+    if "past_key_values" not in inspect.signature(inner.forward).parameters:
+        raise CheckpointError(
+            f"{folder}: found a {inner.config.model_type}, which keeps no keys and values; expected a decoder with "
+            "attention"
+        )
 
 
 def _own(model: LanguageModel) -> Transformer:

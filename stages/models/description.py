@@ -64,7 +64,8 @@ def own_shape(config: dict[str, Any]) -> ModelConfig:
 def is_ours(config: dict[str, Any]) -> bool:
     """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
     kind = config.get("model_type")
-    return kind == STUDENT_TYPE or (kind == "llama" and "transformers_version" not in config)
+    is_unsigned = kind == "llama" and "transformers_version" not in config and "rope_theta" in config
+    return kind == STUDENT_TYPE or (is_unsigned and llama_shape(config) is not None)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_folder import load_hugging_face, new_hugging_face, tensors_of, with_shared
 from stages.models.hugging_face_shape import HuggingFaceShape, Shape
 from stages.models.language_model import LanguageModel
-from stages.models.origin import Origin, load_origin
+from stages.models.origin import Origin, checked_origin
 from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 
@@ -67,7 +67,7 @@ def load_model(folder: Path) -> LanguageModel:
 
     A run's folder of a teacher that is used in place says where that is (see origin.py).
     """
-    origin = load_origin(folder)
+    origin = checked_origin(folder)
     if origin is None and is_ours(read_config(folder / CONFIG_NAME)):
         description = read_description(folder)
         model: LanguageModel
@@ -77,11 +77,6 @@ def load_model(folder: Path) -> LanguageModel:
             model = Transformer(description.shape, description.vocab_size, description.quantize)
         load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         return model
-    if origin is not None and not origin.is_unchanged() and origin.with_fingerprint() != origin:
-        raise CheckpointError(
-            f"{origin.folder}: is another model than when {folder} was made of it; run `tristill teacher --force`, or "
-            "put the model back"
-        )
     return load_hugging_face(origin or Origin(folder=folder), folder / TOKENIZER_NAME)
 
 

@@ -24,7 +24,13 @@ def find_model(path: Path, revision: str | None, *, download: bool, weights: boo
         return None
     wanted = _DESCRIPTION + (_WEIGHTS if weights else [])
     try:
-        found = snapshot_download(str(path), revision=revision, allow_patterns=wanted, local_files_only=not download)
+        found = snapshot_download(
+            str(path),
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=["origin.json"],
+            local_files_only=not download,
+        )
     except Exception as exc:  # network, names, access, cache: the library has a kind for each
         if not download:
             return None

@@ -60,13 +60,13 @@ class HuggingFaceModel(LanguageModel):
         self.inner = inner
         self.transposed = _plain_linears(inner)
         self._blocks = _blocks(inner, shape.layers)
-        self._watch()
         self.softcap = shape.config.get("final_logit_softcapping") or None
         self.scale = 1.0
         self.scale = self._probed_scale()
         self.quantize = quantize
         if quantize is not None:
             quantize_linears(inner, quantize)
+        self._watch()
         self.eval()
 
     def train(self, mode: bool = True) -> "HuggingFaceModel":
@@ -85,7 +85,9 @@ class HuggingFaceModel(LanguageModel):
         """Of its hidden states."""
         linears = {name.rsplit(".", 1)[-1]: module for name, module in self._first_block_linears()}
         query, key = (getattr(linears.get(name), "out_features", 0) for name in _PROJECTIONS[:2])
-        return StateWidths(self.embedding_weight.shape[1], query, key)
+        config = self.shape.config.get("text_config", self.shape.config)
+        residual = config.get("hidden_size") or self.embedding_weight.shape[1]  # embeddings may be narrower
+        return StateWidths(residual, query, key)
 
     @property
     def head_weight(self) -> Tensor:
@@ -127,10 +129,15 @@ class HuggingFaceModel(LanguageModel):
         return Features(final_BTD, {state: self._state(found, state) for state in states})
 
     def plain_inner(self) -> Any:
-        """The model of transformers with its quantised weights in place of latent ones, as it came: a copy."""
+        """The model of transformers with its quantised weights in place of latent ones, as it came: a copy.
+
+        Rows of padding are cut off: nothing has taught them to keep quiet. A quantised head is no longer the embedding.
+        """
         from transformers.pytorch_utils import Conv1D
 
         inner = copy.deepcopy(self.inner)
+        if isinstance(self._head, QuantizedLinear):
+            inner.config.tie_word_embeddings = False
         for name, layer in list(inner.named_modules()):
             if isinstance(layer, QuantizedLinear):
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
@@ -143,6 +150,8 @@ class HuggingFaceModel(LanguageModel):
             conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
             conv.bias = linear.bias
             inner.set_submodule(name, conv)
+        if self.num_outputs > self.vocab_size:
+            inner.resize_token_embeddings(self.vocab_size)
         inner.tie_weights()
         return inner
 
@@ -226,7 +235,8 @@ def _plain_linears(inner: Any) -> tuple[str, ...]:
 
 def _blocks(inner: Any, depth: int) -> list[nn.Module]:
     """The blocks of the decoder; none if its modules do not show them."""
-    lists = [module for module in inner.base_model.modules() if isinstance(module, nn.ModuleList)]
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     return next((list(found) for found in lists if len(found) == depth), [])
 
 

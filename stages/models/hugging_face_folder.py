@@ -11,6 +11,7 @@ from stages.models.description import CONFIG_NAME, read_config
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_shape import HuggingFaceShape
 from stages.models.origin import Origin
+from stages.models.trust import is_trusted
 from stages.quantize.config import QuantizeConfig
 
 
@@ -36,7 +37,7 @@ def load_inner(origin: Origin) -> Any:
             origin.folder,
             dtype=getattr(torch, origin.dtype),
             local_files_only=True,
-            trust_remote_code=origin.trust_remote_code,
+            trust_remote_code=is_trusted(origin.folder),
             use_safetensors=True,
             output_loading_info=True,
             **attention,

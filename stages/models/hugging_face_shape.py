@@ -24,10 +24,13 @@ class HuggingFaceShape(BaseModel):
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "HuggingFaceShape":
-        """From the content of a `config.json`. Raises ValueError if it names no kind of model."""
+        """From the content of a `config.json`. Raises ValueError if it names no kind of model, or no depth."""
         if not isinstance(config.get("model_type"), str):
             raise ValueError("found no model_type")  # noqa: TRY004 - read from a file
-        return cls(config_json=canonical_json({k: v for k, v in config.items() if k not in _NOT_THE_SHAPE}))
+        shape = cls(config_json=canonical_json({k: v for k, v in config.items() if k not in _NOT_THE_SHAPE}))
+        if shape.layers < 1:
+            raise ValueError(f"found {shape.layers} blocks, expected at least 1")
+        return shape
 
     @property
     def config(self) -> dict[str, Any]:
@@ -38,7 +41,11 @@ class HuggingFaceShape(BaseModel):
     def of_vocabulary(self, vocab_size: int) -> "HuggingFaceShape":
         """The same with so many outputs and embeddings."""
         config = self.config
-        config.get("text_config", config)["vocab_size"] = vocab_size
+        text = config.get("text_config", config)
+        text["vocab_size"] = vocab_size
+        beyond = [key for key, value in text.items() if key.endswith("_token_id") and _is_beyond(value, vocab_size)]
+        for key in beyond:
+            text[key] = None
         return HuggingFaceShape.of(config)
 
     @property
@@ -59,6 +66,12 @@ class HuggingFaceShape(BaseModel):
     def numbers(self) -> dict[str, Any]:
         """As of a Section: what results depend on."""
         return {"hugging_face": self.config}
+
+
+def _is_beyond(token_ids: Any, vocab_size: int) -> bool:
+    """Of a special id, or a list of them."""
+    found = token_ids if isinstance(token_ids, list) else [token_ids]
+    return any(isinstance(token_id, int) and token_id >= vocab_size for token_id in found)
 
 
 Shape = ModelConfig | HuggingFaceShape

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
@@ -88,8 +89,9 @@ class LanguageModel(nn.Module, ABC):
         return self.logits_of(self(input_ids_BT).final_BTD)
 
     def logits_of(self, final: Tensor) -> Tensor:
-        """Logits of features (.., D), (.., V), computed in float32."""
-        return softcapped(F.linear(final.float(), self.head_weight.float()), self.softcap)
+        """Logits of features (.., D), (.., V), computed in float32, or float64 if the model is."""
+        dtype = torch.promote_types(final.dtype, torch.float32)
+        return softcapped(F.linear(final.to(dtype), self.head_weight.to(dtype)), self.softcap)
 
     def quantized_linears(self) -> dict[str, QuantizedLinear]:
         """The quantised layers by name, in order."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cache.atomic import write_atomically
 from cache.hashing import fingerprint_of, sha256_of_file
 from stages.errors import CheckpointError
-from stages.models.description import CONFIG_NAME
+from stages.models.description import CONFIG_NAME, read_config
 
 ORIGIN_NAME = "origin.json"
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -25,14 +25,17 @@ class OriginFile(BaseModel):
 
 
 class Origin(BaseModel):
-    """The folder of the model, how it is loaded, and what it is: SHA-256 over description, weights and dtype."""
+    """The folder of the model, how it is loaded, and what it is: SHA-256 over description, weights and dtype.
+
+    named: what the config called it, with the revision. Whether its own code may run is not kept here: see trust.py.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     folder: Path
     dtype: Dtype = "float32"
     attention: str | None = None
-    trust_remote_code: bool = False
+    named: str | None = None
     files: tuple[OriginFile, ...] = ()
     fingerprint: str = ""
 
@@ -55,6 +58,28 @@ class Origin(BaseModel):
         write_atomically(folder / ORIGIN_NAME, (self.model_dump_json(indent=2) + "\n").encode())
 
 
+def checked_origin(folder: Path) -> Origin | None:
+    """As load_origin; raises CheckpointError if the model is another than it was, or is gone.
+
+    Files of other sizes or times are read and hashed again.
+    """
+    origin = load_origin(folder)
+    if origin is None or origin.is_unchanged():
+        return origin
+    try:
+        is_the_same = origin.with_fingerprint().fingerprint == origin.fingerprint
+    except CheckpointError as exc:
+        raise CheckpointError(
+            f"{exc}; {folder} was made of it: put it back, or run `tristill teacher --force`"
+        ) from exc
+    if not is_the_same:
+        raise CheckpointError(
+            f"{origin.folder}: is another model than when {folder} was made of it; run `tristill teacher --force`, or "
+            "put the model back"
+        )
+    return origin
+
+
 def load_origin(folder: Path) -> Origin | None:
     """What a run's folder says; None if its model is in it."""
     path = folder / ORIGIN_NAME
@@ -67,7 +92,10 @@ def load_origin(folder: Path) -> Origin | None:
 
 
 def model_files(folder: Path) -> tuple[OriginFile, ...]:
-    """The description and the weights in safetensors, whole or in parts. Raises CheckpointError if there are none."""
+    """The description, the weights in safetensors, whole or in parts, and the code that the description names.
+
+    Raises CheckpointError if there are none.
+    """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / CONFIG_NAME).is_file():
         missing = "*.safetensors" if (folder / CONFIG_NAME).is_file() else CONFIG_NAME
@@ -75,7 +103,9 @@ def model_files(folder: Path) -> tuple[OriginFile, ...]:
             f"{folder}: found no {missing}; expected a folder of transformers: config.json, tokenizer.json and weights "
             "in safetensors (pickled ones are not loaded)"
         )
-    states = [(path, path.stat()) for path in [folder / CONFIG_NAME, *weights]]
+    code = sorted(folder.glob("*.py")) if "auto_map" in read_config(folder / CONFIG_NAME) else []
+    parts = sorted(folder.glob("*.safetensors.index.json"))
+    states = [(path, path.stat()) for path in [folder / CONFIG_NAME, *weights, *parts, *code]]
     return tuple(OriginFile(name=p.name, num_bytes=s.st_size, modified_ns=s.st_mtime_ns) for p, s in states)
 
 

@@ -121,7 +121,7 @@ class OnlineSource:
         hidden = {state: found.detach()[:, :: self._hidden_stride] for state, found in features.hidden.items()}
         entropy_BT = None
         if signals.entropy:
-            entropy_BT = features.final_BTD.new_zeros(batch.input_ids_BT.shape)
+            entropy_BT = torch.zeros(batch.input_ids_BT.shape, device=batch.input_ids_BT.device)
             is_counted = torch.ones_like(entropy_BT, dtype=torch.bool) if batch.counts_BT is None else batch.counts_BT
             entropy_BT[is_counted] = self._entropy(targets)
         return replace(batch, targets=targets, hidden=hidden, hidden_stride=self._hidden_stride, entropy_BT=entropy_BT)

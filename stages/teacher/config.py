@@ -17,7 +17,7 @@ from stages.training.config import TrainingConfig
 class TeacherConfig(Section):
     """The model that students learn from: trained here in full precision, or any checkpoint that is given."""
 
-    newer = ("dtype",)
+    newer = ("dtype", "attention")
 
     path: Annotated[
         Path | None,
@@ -31,9 +31,9 @@ class TeacherConfig(Section):
     dtype: Annotated[Dtype, Field(description="of a model of transformers, as it is forwarded")] = "float32"
     attention: Annotated[
         str | None,
-        neutral(
-            "attention of a model of transformers: eager, sdpa, flash_attention_2 ..; none leaves it the choice. All "
-            "give the same to rounding"
+        Field(
+            description="attention of a model of transformers: eager, sdpa, flash_attention_2 ..; none leaves it the "
+            "choice. All give the same to rounding"
         ),
     ] = None
     trust_remote_code: Annotated[
@@ -68,6 +68,11 @@ class TeacherConfig(Section):
         if self.path is None and given:
             raise ValueError(f"{', '.join(given)}: how a given model is loaded, and no path gives one; leave it out")
         return self
+
+    @property
+    def named(self) -> str:
+        """A given model, as it is called here."""
+        return f"{self.path}@{self.revision}" if self.revision else str(self.path)
 
     @property
     def of_transformers(self) -> list[str]:

@@ -14,7 +14,8 @@ from stages.models.folder import load_model, pick_device
 from stages.models.hub import fetch_model
 from stages.models.hugging_face_folder import load_hugging_face
 from stages.models.language_model import LanguageModel
-from stages.models.origin import Origin, model_fingerprint
+from stages.models.origin import Origin, load_origin, model_fingerprint
+from stages.models.trust import trust_code_of
 from stages.progress import say
 from stages.targets.online import OnlineSource
 from stages.teacher.config import TeacherConfig
@@ -32,8 +33,12 @@ def take_teacher(
     device = pick_device(device_name)
     corpus = load_corpus(data_folder)
     given = fetch_model(config.path, config.revision)
+    used_there = load_origin(given)
+    given = given if used_there is None else used_there.folder  # of another run, which uses it in place
+    if config.trust_remote_code:
+        trust_code_of(given)
     require_same_tokenizer(
-        _tokenizer_of(given),
+        given / TOKENIZER_NAME,
         data_folder / TOKENIZER_NAME,
         "the teacher",
         f"set data.tokenizer to {{ kind = 'file', path = '{given}' }} and run `tristill tokenize --force`",
@@ -77,7 +82,7 @@ def _use_in_place(
         folder=given.absolute(),
         dtype=config.dtype,
         attention=config.attention,
-        trust_remote_code=config.trust_remote_code,
+        named=config.named,
     )
     model = load_hugging_face(origin, data_folder / TOKENIZER_NAME)
     say(f"teacher: {model.shape.kind} of transformers, {model.depth} blocks, in {config.dtype}, used in place: {given}")
@@ -90,16 +95,6 @@ def _use_in_place(
     _copy(data_folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
     origin.with_fingerprint().save(folder)
     return model
-
-
-def _tokenizer_of(given: Path) -> Path:
-    path = given / TOKENIZER_NAME
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: is missing; the ids that a teacher knows are those of its own tokenizer (one of SentencePiece is "
-            "turned into tokenizer.json by transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))"
-        )
-    return path
 
 
 def _copy(original: Path, to: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_whole_run_of_an_architecture(place: Path, tmp_path: Path, kind: str) 
     exported = json.loads((run_dir / "exports" / "student" / "hf" / "config.json").read_text())
     theirs = json.loads((place / kind / "config.json").read_text())
     assert exported["architectures"] == theirs["architectures"]
-    assert exported["vocab_size"] == (VOCAB if kind == "llama" else PADDED)
+    assert exported["vocab_size"] == VOCAB  # the padding is cut off
 
 
 def with_cache(workspace: Workspace, check: Any) -> None:
@@ -290,3 +290,50 @@ def test_loading_options_without_a_given_model_are_refused() -> None:
     done = tristill("teacher", "--config", "configs/test.toml", "--set", "teacher.dtype=bfloat16")
     assert done.code == 2
     assert "teacher: dtype: how a given model is loaded, and no path gives one" in done.stderr
+
+
+def test_another_name_on_the_hub_is_another_teacher(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache on this machine, as downloads leave it; there is no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, kind in (("one", "qwen3"), ("two", "llama")):
+        repository = tmp_path / "hub" / f"models--someone--{name}"
+        shutil.copytree(place / kind, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    config = config_file(place, "qwen3", tmp_path / "config.toml", Path("someone/one"))
+    tokenizer = 'data.tokenizer.path="' + str(place / "tokenizer.json") + '"'
+    run_dir = tmp_path / "run"
+    run(config, run_dir, tokenizer, until=3)
+    execute(all_steps(Workspace(load_config(config, (tokenizer,)), run_dir))[1])
+    for other in ("someone/two", "someone/absent"):
+        with pytest.raises(PipelineError, match=r"input checkpoint: was"):
+            run(config, run_dir, tokenizer, f'teacher.path="{other}"', until=2)
+    shutil.rmtree(tmp_path / "hub")
+    done = Workspace(load_config(config, (tokenizer,)), run_dir)
+    assert all_steps(done)[1].is_complete()
+    execute(all_steps(done)[1])  # named as before: what was used is not asked for again
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_entropies_of_a_teacher_in_low_precision(place: Path, tmp_path: Path, dtype: str) -> None:
+    config = config_file(place, "qwen3", tmp_path / "config.toml")
+    online = ('distill.targets="online"', "distill.entropy_weights={power=-1.0}", "distill.hidden.weight=0.0")
+    workspace = Workspace(load_config(config, (f'teacher.dtype="{dtype}"', *online)), tmp_path / "run")
+    for step in all_steps(workspace):
+        if step.command != "dump-logits":
+            execute(step)
+    assert (workspace.student("student") / "summary.json").is_file()
+
+
+def test_a_given_student_without_a_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "gpt2", tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    config = config_file(place, "gpt2", tmp_path / "config.toml")
+    given = (f'student.path="{tmp_path / "bare"}"', 'student.init="given"')
+    with pytest.raises(StageError, match=r"bare/tokenizer\.json: is missing; the ids that a model knows"):
+        run(config, tmp_path / "run", *given)

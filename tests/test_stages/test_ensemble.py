@@ -1,5 +1,6 @@
 """Several teachers: mixed before anything is kept, or as their caches are read."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from stages.distill.config import DistillConfig
 from stages.distill.distill import StudentSummary
 from stages.dump.config import DumpConfig
 from stages.dump.dump import dump_logits
-from stages.errors import CheckpointError, TargetsError
+from stages.errors import CheckpointError, TargetsError, TokenizerError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.losses.target import DrawnTarget
@@ -176,12 +177,17 @@ def test_a_teacher_of_another_tokenizer_is_refused(run: Path, tmp_path: Path) ->
     config = dump_config(ensemble=[{"path": str(tmp_path / "other")}])
     path = tmp_path / "other" / "tokenizer.json"
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(CheckpointError) as caught:
+    dump_logits(config, run / "data", run / "teacher", tmp_path / "same")  # other bytes, the same tokenizer
+    content = json.loads(path.read_text())
+    one, other = (text for text, number in content["model"]["vocab"].items() if number in (40, 41))
+    content["model"]["vocab"] |= {one: 41, other: 40}
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError) as caught:
         dump_logits(config, run / "data", run / "teacher", tmp_path / "cache")
-    for part in (f"{path}: found a tokenizer with SHA-256", str(run / "data" / "tokenizer.json"), "mixed id by id"):
+    for part in (f"{path}: ", "2 of ", "id 40 is", str(run / "data" / "tokenizer.json"), "mixed id by id"):
         assert part in str(caught.value)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: found no tokenizer, expected that of"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: is missing"):
         dump_logits(config, run / "data", run / "teacher", tmp_path / "cache")
     shutil.rmtree(tmp_path / "other")
     with pytest.raises(CheckpointError, match="found no model there"):

@@ -1,5 +1,8 @@
 """Models of transformers as the stages use them: their logits, hidden states, gradients, weights and refusals."""
 
+import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,14 +17,15 @@ from stages.data.tokenizer_gate import require_same_tokenizer, tokenizer_differe
 from stages.errors import CheckpointError, TokenizerError
 from stages.export.own_format import compare_own_format, write_own_format
 from stages.losses.target import ComputedTargets
-from stages.models.description import read_description
+from stages.models.description import is_ours, read_description
 from stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
 from stages.models.hub import fetch_model, find_model
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
 from stages.models.hugging_face_shape import HuggingFaceShape, llama_shape
 from stages.models.language_model import State
-from stages.models.origin import Origin, model_fingerprint
+from stages.models.origin import Origin, checked_origin, model_fingerprint
+from stages.models.trust import trust_code_of
 from stages.quantize.absmax import absmax_quantize
 from stages.quantize.absmean import absmean_ternary
 from stages.quantize.config import QuantizeConfig
@@ -216,7 +220,6 @@ def test_a_llama_is_described_as_our_own_transformer(kind: str, folder: Path) ->
     ids=str,
 )
 def test_a_llama_that_computes_otherwise_is_none_of_ours(tokenizer_json: Path, tmp_path: Path, other: Any) -> None:
-    import json
 
     write_model(tmp_path, "llama", tokenizer_json)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -258,7 +261,14 @@ def test_code_of_a_folder_runs_only_on_request(tokenizer_json: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="cannot load it"):
         load(tmp_path)
     assert not (tmp_path / "ran").exists()
-    assert load(tmp_path, trust_remote_code=True).depth == 2
+    Origin(folder=tmp_path).with_fingerprint().save(tmp_path)
+    origin = json.loads((tmp_path / "origin.json").read_text())
+    (tmp_path / "origin.json").write_text(json.dumps({**origin, "trust_remote_code": True}))
+    with pytest.raises(CheckpointError, match="cannot load it"):  # what lies beside a model cannot trust itself
+        load_model(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    trust_code_of(tmp_path)
+    assert load(tmp_path).depth == 2
     assert (tmp_path / "ran").exists()
 
 
@@ -293,8 +303,9 @@ def test_logits_that_are_no_product_are_refused(tokenizer_json: Path, tmp_path: 
     )
     auto = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
     describe(tmp_path, model_type="bent", auto_map=auto, logit_root=2)
+    trust_code_of(tmp_path)
     with pytest.raises(CheckpointError, match=r"its logits are no multiple of .* it has logit_root = 2"):
-        load(tmp_path, trust_remote_code=True)
+        load(tmp_path)
 
 
 def test_fewer_outputs_than_ids_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
@@ -304,7 +315,6 @@ def test_fewer_outputs_than_ids_are_refused(tokenizer_json: Path, tmp_path: Path
 
 
 def test_a_tokenizer_is_compared_by_what_it_holds(tokenizer_json: Path, tmp_path: Path) -> None:
-    import json
 
     content = json.loads(tokenizer_json.read_text())
     same = tmp_path / "same.json"
@@ -331,7 +341,6 @@ def test_a_tokenizer_is_compared_by_what_it_holds(tokenizer_json: Path, tmp_path
 
 
 def test_the_same_ids_that_cut_texts_otherwise_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
-    import json
 
     content = json.loads(tokenizer_json.read_text())
     content["pre_tokenizer"]["add_prefix_space"] = True
@@ -387,3 +396,103 @@ def test_a_tokenizer_of_the_hub_is_found_likewise(
     assert tokenizer_file(ExistingTokenizer(kind="file", path="someone/tiny")) == snapshot / "tokenizer.json"
     with pytest.raises(CheckpointError, match="nobody/nothing: found no folder of that name here"):
         tokenizer_file(ExistingTokenizer(kind="file", path="nobody/nothing"))
+
+
+def test_code_that_changed_is_another_model(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", tokenizer_json)
+    (tmp_path / "mine.py").write_text("one = 1\n")
+    plain = model_fingerprint(tmp_path)
+    (tmp_path / "mine.py").write_text("one = 2\n")
+    assert model_fingerprint(tmp_path) == plain  # nothing names it
+    describe(tmp_path, auto_map={"AutoConfig": "mine.MyConfig"})
+    named = model_fingerprint(tmp_path)
+    (tmp_path / "mine.py").write_text("one = 3\n")
+    assert model_fingerprint(tmp_path) != named
+
+
+def test_files_that_were_only_touched_are_the_same_model(folder: Path, tmp_path: Path, tokenizer_json: Path) -> None:
+    there, here = tmp_path / "model", tmp_path / "run"
+    write_model(there, "llama", tokenizer_json)
+    here.mkdir()
+    Origin(folder=there).with_fingerprint().save(here)
+    os.utime(there / "model.safetensors", ns=(1, 1))
+    origin = checked_origin(here)
+    assert origin is not None
+    assert not origin.is_unchanged()
+    write_model(there, "llama", tokenizer_json, seed=1)
+    with pytest.raises(CheckpointError, match=r"is another model than when .* was made of it"):
+        checked_origin(here)
+    shutil.rmtree(there)
+    with pytest.raises(CheckpointError, match=r"was made of it: put it back, or run `tristill teacher --force`"):
+        checked_origin(here)
+
+
+@torch.no_grad()
+def test_projections_of_a_quantised_student_are_seen(kind: str, folder: Path) -> None:
+    if kind == "gpt2":
+        return  # has none of these names
+    student = new_model(hugging_face_shape(folder), VOCAB, QuantizeConfig(), seed=0)
+    found = student(IDS, [State("qkv", 2)]).hidden[State("qkv", 2)]
+    layers = student.quantized_linears()
+    inputs: list[torch.Tensor] = []
+    layers["model.layers.1.self_attn.k_proj"].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    student(IDS)
+    wanted = layers["model.layers.1.self_attn.k_proj"](inputs[0])
+    assert torch.equal(found[..., student.widths.query :][..., : student.widths.key], wanted)
+
+
+@pytest.mark.parametrize("kind_of_tied", ["qwen3", "gpt2"])
+def test_a_quantised_head_that_was_the_embedding_goes_out_apart(
+    kind_of_tied: str, tokenizer_json: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", kind_of_tied, tokenizer_json, outputs=PADDED)
+    quantize = QuantizeConfig(layers=(KINDS[kind_of_tied][2], "lm_head"), activations="none")
+    student = new_model(hugging_face_shape(tmp_path / "model"), VOCAB, quantize, seed=3).eval()
+    assert isinstance(student, HuggingFaceModel)
+    write_own_format(student, tmp_path / "out", tokenizer_json, 12, 0)
+    compare_own_format(student, tmp_path / "out")
+    with torch.no_grad():
+        theirs = reference(tmp_path / "out")(input_ids=IDS).logits
+        assert theirs.shape[-1] == VOCAB
+        assert torch.allclose(theirs, student.logits(IDS), atol=1e-5)
+
+
+def test_scores_of_unigram_tokenizers_are_compared(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    for name, score in (("one", -1.0), ("other", -9.0)):
+        vocab = [("<unk>", 0.0), ("a", -2.0), ("b", -2.0), ("c", -2.0), ("ab", -2.0), ("abc", score)]
+        Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=False)).save(str(tmp_path / f"{name}.json"))
+    assert "model.vocab differ" in (tokenizer_difference(tmp_path / "one.json", tmp_path / "other.json") or "")
+
+
+def test_special_ids_beyond_another_vocabulary_are_dropped(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "gemma", tokenizer_json)
+    describe(tmp_path, vocab_size=5000, pad_token_id=4999, eos_token_id=[4997, 1], bos_token_id=2)
+    shape = hugging_face_shape(tmp_path).of_vocabulary(VOCAB)
+    assert (shape.config["pad_token_id"], shape.config["eos_token_id"], shape.config["bos_token_id"]) == (None, None, 2)
+    student = new_model(shape, VOCAB, QuantizeConfig(), seed=0).eval()
+    assert isinstance(student, HuggingFaceModel)
+    write_own_format(student, tmp_path / "out", tokenizer_json, 12, 7)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
+    assert reference(tmp_path / "out").generation_config.eos_token_id == 7
+
+
+def test_a_llama_with_a_scaled_rotation_is_not_taken_for_ours(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", tokenizer_json)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["transformers_version"], config["rope_parameters"]
+    scaled = {**config, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert not is_ours(scaled)
+    assert is_ours({**config, "rope_theta": 1e4})
+
+
+def test_a_description_without_a_depth_is_refused_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "odd", "vocab_size": 9}))
+    with pytest.raises(CheckpointError, match=r"config\.json: does not describe .* expected the number of blocks"):
+        read_description(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_the_way_to_one(tokenizer_json: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"is missing; the ids .*save_pretrained\(FOLDER\)"):
+        require_same_tokenizer(tmp_path / "tokenizer.json", tokenizer_json, "the teacher", "give another")
