@@ -144,7 +144,7 @@ def test_the_page_runs_as_it_is_written_with_smaller_numbers_in_its_config(tmp_p
         for part in section.split("."):
             place = place[part]
         place.update(changes)
-    (tmp_path / "configs").mkdir()
+    shutil.copytree(ROOT / "configs" / "sweeps", tmp_path / "configs" / "sweeps")
     (tmp_path / "configs" / "tutorial.toml").write_text(tomli_w.dumps(settings))
     for example, output in run_all(tmp_path):
         found, documented = (comparable(text, is_text=example.is_text) for text in (output, example.output))
