@@ -18,8 +18,15 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("Gemma3TextConfig", {**_SHAPE, **_ONE_KEY_HEAD, "sliding_window": 8}, "model.layers.*"),
 }
 """By architecture: the class of its config, its settings, the pattern that names the linear layers of its blocks."""
-CAPPED = ("Gemma2Config", {**_SHAPE, **_ONE_KEY_HEAD, "sliding_window": 8, "final_logit_softcapping": 3.0})
-"""Its logits lie between -3 and 3."""
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi": ("PhiConfig", _SHAPE),
+    "granite": ("GraniteConfig", {**_SHAPE, "logits_scaling": 8.0}),
+    "cohere": ("CohereConfig", _SHAPE),
+    "opt": ("OPTConfig", {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "word_embed_proj_dim": 16}),
+    "capped": ("Gemma2Config", {**_SHAPE, **_ONE_KEY_HEAD, "sliding_window": 8, "final_logit_softcapping": 3.0}),
+}  # fmt: skip
+"""What heads may do besides: add a bias, multiply by a constant, take narrower states, cap at 3."""
 
 
 def write_model(
@@ -29,7 +36,7 @@ def write_model(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    name, shape = CAPPED if kind == "capped" else KINDS[kind][:2]
+    name, shape = OTHERS[kind] if kind in OTHERS else KINDS[kind][:2]
     config = getattr(transformers, name)(
         **{**shape, "vocab_size": outputs, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **settings}
     )

@@ -272,6 +272,22 @@ def test_code_of_a_folder_runs_only_on_request(tokenizer_json: Path, tmp_path: P
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("other", ["phi", "granite", "cohere", "opt"])
+def test_a_bias_or_a_constant_factor_of_the_head_is_in_features_and_matrix(
+    tokenizer_json: Path, tmp_path: Path, other: str
+) -> None:
+    write_model(tmp_path, other, tokenizer_json, outputs=PADDED)
+    model = load(tmp_path)
+    with torch.no_grad():
+        wanted = reference(tmp_path)(input_ids=IDS).logits[..., :VOCAB]
+        assert torch.allclose(model.logits(IDS), wanted, atol=1e-5)
+        residual = model(IDS, [State("residual", 1)]).hidden[State("residual", 1)]
+    assert residual.shape[-1] == model.widths.residual == 32
+    if other == "phi":
+        assert model.inner.get_output_embeddings().bias.abs().min() > 0
+    assert (model.scale == 1) == (other not in {"granite", "cohere"})
+
+
 @torch.no_grad()
 def test_capped_logits_are_those_of_transformers(tokenizer_json: Path, tmp_path: Path) -> None:
     write_model(tmp_path, "capped", tokenizer_json)
