@@ -218,8 +218,8 @@ def delete_study(sweep: SweepConfig, name: str, folder: Path, *, take_over: bool
         study = optuna.load_study(study_name=name, storage=storage)
         if (places := _places_of_running(study, _known_place(folder))) and not take_over:
             raise BusyError(
-                f"{_safe(sweep, folder)}: trials of the sweep {name} run in {', '.join(places)}, which --force would forget; "
-                "wait for them, or add --take-over if their processes are gone for good"
+                f"{_safe(sweep, folder)}: trials of the sweep {name} run in {', '.join(places)}, which --force would "
+                "forget; wait for them, or add --take-over if their processes are gone for good"
             )
         optuna.delete_study(study_name=name, storage=storage)
 
@@ -249,8 +249,8 @@ def _storage(sweep: SweepConfig, folder: Path) -> Iterator[RDBStorage]:
     except (SQLAlchemyError, StorageInternalError) as exc:
         anew = ", or begin anew with --force" if sweep.storage is None else ""
         raise StudyError(
-            f"{_safe(sweep, folder)}: the study cannot be read or written: {_first_line(exc)}; mend that and run the same command "
-            f"again{anew}"
+            f"{_safe(sweep, folder)}: the study cannot be read or written: {_first_line(exc)}; mend that and run the "
+            f"same command again{anew}"
         ) from exc
 
 
