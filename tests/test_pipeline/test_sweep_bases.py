@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chats import make_tokenizer, some_chats, write_json_lines
 from small_models import KINDS, write_corpus, write_model, write_tokenizer
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.provenance import read_provenance, write_provenance
 from pipeline.runner import execute
 from pipeline.steps import Distill, all_steps
 from pipeline.sweep.check import check_sweep
 from pipeline.sweep.config import load_sweep
-from pipeline.sweep.ledger import ledger_text
-from pipeline.sweep.results import SweepResults
+from pipeline.sweep.ledger import ledger, ledger_text
+from pipeline.sweep.results import Ledger, SweepResults
 from pipeline.sweep.run import run_sweep
 from pipeline.sweep.student import Base
 from pipeline.workspace import Workspace
@@ -59,6 +61,9 @@ training = { steps = 4, batch_windows = 4, learning_rate = 3e-3 }
 profile = { kind = "transform", step = 0.1 }
 calibration_windows = 32
 
+[evaluate]
+batch_windows = 1
+
 [distill]
 training = { steps = 5, batch_windows = 4, learning_rate = 3e-3 }
 """
@@ -100,7 +105,7 @@ def sweep(folder: Path) -> SweepResults:
     return run_sweep(load_sweep(path, ())[0], base)
 
 
-def test_a_sweep_over_a_given_teacher_of_transformers(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_over_a_given_teacher_of_transformers(given: Path) -> None:
     found = sweep(given)
     assert [trial.state for trial in found.trials] == ["complete"] * 2
     assert [[step for step, value in trial.looks if value] for trial in found.trials] == [[2, 4]] * 2
@@ -108,6 +113,17 @@ def test_a_sweep_over_a_given_teacher_of_transformers(given: Path, capsys: pytes
     assert found.ledger is not None, found.ledger_missing
     assert (found.ledger.teacher_s, found.ledger.teacher_steps, found.ledger.is_teacher_given) == (None, (), True)
     assert "ledger: the teacher was given. Its cache took" in ledger_text(found.ledger)
+
+
+def test_a_dump_that_went_on_after_a_kill_took_at_least_what_is_known(given: Path) -> None:
+    cache = given / "run" / "cache"
+    record = read_provenance(cache)
+    assert record is not None
+    write_provenance(cache, record.model_copy(update={"is_resumed": True}))
+    found = ledger(opened(given)[1], [(1.0, 2.0)], [(1.0, 10)])
+    write_provenance(cache, record)
+    assert isinstance(found, Ledger)
+    assert (found.dump_s, found.at_least) == (record.elapsed_s, ("dump_s",))
 
 
 def test_keys_of_a_shape_of_transformers_cannot_be_varied_and_a_whole_shape_helps(given: Path) -> None:
@@ -131,6 +147,7 @@ def test_a_sweep_over_chats_looks_at_windows_in_which_nothing_counts(tmp_path: P
     write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in some_chats(100)])
     make_tokenizer(tmp_path / "tokenizer")
     make_base(tmp_path, CHATS)
+    assert not np.load(tmp_path / "run" / "data" / "validation-mask.npy")[:17].any(), "a look begins with such a window"
     found = sweep(tmp_path)
     assert [trial.state for trial in found.trials] == ["complete"] * 2
     assert [[step for step, value in trial.looks if value] for trial in found.trials] == [[2, 4]] * 2
