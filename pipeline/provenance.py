@@ -28,7 +28,12 @@ _SETTINGS_SINCE: dict[str, Any] = {"cache.hidden.output": "residual"}
 
 
 class Provenance(BaseModel):
-    """`settings` are those that affect numbers; `inputs` and `fingerprint` are hashes of content."""
+    """`settings` are those that affect numbers; `inputs` and `fingerprint` are hashes of content.
+
+    elapsed_s: seconds of all processes that worked on it, once it is complete. earlier_s: while it is not, what those
+    took that have ended or were interrupted; None if no process has said so. is_resumed: it went on from where a
+    process was killed, whose seconds nobody knows, so that elapsed_s is the least that it took.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,6 +45,8 @@ class Provenance(BaseModel):
     command: str
     versions: dict[str, str]
     elapsed_s: float | None = None
+    earlier_s: float | None = None
+    is_resumed: bool = False
     peak_rss_mib: float | None = None
 
 

@@ -7,10 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import ChildError, MissingInputError, StaleError
-from pipeline.provenance import PROVENANCE_NAME, differences, locked, new_provenance, write_provenance
+from pipeline.provenance import (
+    PROVENANCE_NAME,
+    Provenance,
+    differences,
+    locked,
+    new_provenance,
+    write_provenance,
+)
 from pipeline.step import Step
 from pipeline.steps import all_steps
 from pipeline.workspace import Workspace
@@ -35,24 +43,46 @@ def execute(step: Step, *, force: bool = False) -> None:
             build_held(step)
 
 
-def build_held(step: Step) -> None:
-    """Build a step's artefact in its folder, which this process has locked; does nothing if it is up to date."""
+def build_held(step: Step, kept_s: float = 0.0) -> None:
+    """Build a step's artefact in its folder, which this process has locked; does nothing if it is up to date.
+
+    kept_s: seconds that lie in what is gone on from, whatever the record knows of them.
+    """
     refuse_if_stale(step)
     if step.is_complete():
         return
     started = time.monotonic()
+    recorded = step.provenance()
+    goes_on = recorded is not None and bool(_found(step, step.resumable))
+    earlier_s, is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
+    earlier_s = max(earlier_s, kept_s)
     provenance = new_provenance(step.label, step.settings(), step.inputs())
     step.save_config()
-    write_provenance(step.folder, provenance)
-    fingerprint = step.build()
+    # As it is to be read if this process is killed: its own seconds are then unknown.
+    building = {"earlier_s": earlier_s, "is_resumed": True} if goes_on else {}
+    write_provenance(step.folder, provenance.model_copy(update=building))
+    try:
+        fingerprint = step.build()
+    except BaseException:
+        stopped = {"earlier_s": earlier_s + time.monotonic() - started, "is_resumed": not is_known}
+        with suppress(OSError):  # of a full disk, which is told already
+            write_provenance(step.folder, provenance.model_copy(update=stopped))
+        raise
     done = {
         "status": "complete",
         "fingerprint": fingerprint,
         "inputs": provenance.inputs | step.inputs(),  # what was fetched is known now
-        "elapsed_s": time.monotonic() - started,
+        "elapsed_s": earlier_s + time.monotonic() - started,
         "peak_rss_mib": peak_rss_mib(),
+        "is_resumed": not is_known,
     }
     write_provenance(step.folder, provenance.model_copy(update=done))
+
+
+def _seconds_of(recorded: Provenance) -> tuple[float, bool]:
+    """Seconds that earlier processes have told of, and whether that is all of them."""
+    told_s = recorded.elapsed_s if recorded.status == "complete" else recorded.earlier_s
+    return told_s or 0.0, told_s is not None and not recorded.is_resumed
 
 
 def _require_inputs(step: Step) -> None:

@@ -12,6 +12,7 @@ from pipeline.sweep.config import SEED, Grid, Range, SweepConfig
 from pipeline.sweep.points import Point, examples, grid, in_words, with_seeds
 from pipeline.sweep.student import Base
 from stages.models.description import CONFIG_NAME
+from stages.models.hugging_face_shape import HuggingFaceShape
 
 _OF_WHOLE_DISTRIBUTIONS = {"top1_agreement", "acceptance_rate"}
 
@@ -53,6 +54,13 @@ def _problems_of_keys(sweep: SweepConfig, base: Base) -> Iterator[str]:
             yield f"vary.{key}: a sweep reads its cache, so that all have targets = 'cached'"
         elif key == SEED and sweep.seeds:
             yield f"vary.{key}: is varied by seeds already; leave one of them out"
+        elif key.startswith("student.model.") and isinstance(
+            shape := base.workspace.config.student_shape, HuggingFaceShape
+        ):
+            yield (
+                f"vary.{key}: the base's student has a shape of transformers ({shape.kind}), which has no such key; "
+                "to vary keys of it, give a whole student.model, a shape of our own transformer, in the base"
+            )
         if isinstance(sweep.search, Grid) and isinstance(varied, Range) and varied.values() is None:
             yield f"vary.{key}: found a range without a step, which has no end of values; a grid needs step, or a list"
     if base.workspace.config.distill.online is not None:

@@ -1,13 +1,19 @@
 """What a sweep's cache cost, and what it saved."""
 
 import statistics
+from collections.abc import Iterator
+from typing import Literal
 
 from cache import CacheError
 from pipeline.cache_info import cache_info
+from pipeline.errors import MissingInputError
 from pipeline.provenance import read_provenance
-from pipeline.steps import DumpLogits, Tokenize, teacher_step
+from pipeline.results import read_summary
+from pipeline.step import Step
+from pipeline.steps import Distill, DumpLogits, Tokenize, teacher_step
 from pipeline.sweep.results import Ledger
 from pipeline.sweep.student import Base
+from pipeline.workspace import Workspace
 from stages.distill.choose import Places, cached_source, online_source
 from stages.distill.probe import probe_steps
 from stages.errors import StageError
@@ -38,19 +44,52 @@ def probe(base: Base) -> list[tuple[float, float]] | str:
 
 def ledger(base: Base, steps: list[tuple[float, float]], trained: list[tuple[float, int]]) -> Ledger | str:
     """The ledger of students by (seconds, positions); why there is none, if it is not known what the dump took."""
-    teacher, dump = read_provenance(base.workspace.teacher), read_provenance(base.workspace.cache)
+    dump = read_provenance(base.workspace.cache)
     if dump is None or dump.elapsed_s is None:
         return f"{base.workspace.cache} does not say how long its dump took"
     training = base.student({}).config.distill.training
     context = int(cache_info(base.workspace.cache)["spec"]["context_length"])
-    return balance(
-        teacher_s=teacher.elapsed_s if teacher else None,
+    costs = {step.label: cost for step in _steps_of_teacher(base.workspace) if (cost := _cost(step)) is not None}
+    found = balance(
+        teacher_s=sum(seconds for seconds, _ in costs.values()) if costs else None,
         dump_s=dump.elapsed_s,
         cache_bytes=cache_info(base.workspace.cache)["file_bytes"],
         steps=steps,
         step_positions=training.batch_windows * context,
         trained=trained,
     )
+    at_least = {"teacher_s": any(is_least for _, is_least in costs.values()), "dump_s": dump.is_resumed}
+    return found.model_copy(
+        update={
+            "teacher_steps": tuple(costs),
+            "is_teacher_given": base.workspace.config.teacher.path is not None,
+            "num_other_teachers": len(base.student({}).config.cache.ensemble),
+            "at_least": tuple(name for name, is_least in at_least.items() if is_least),
+        }
+    )
+
+
+def _steps_of_teacher(workspace: Workspace) -> Iterator[Step]:
+    """What made the teacher of a link, in order: in a chain every teacher, and the caches between them."""
+    step = teacher_step(workspace)
+    if isinstance(step, Distill):
+        yield from _steps_of_teacher(step.workspace)
+        yield DumpLogits(step.workspace)
+    yield step
+
+
+def _cost(step: Step) -> tuple[float, bool] | None:
+    """Seconds of a step, and whether it took longer than that; None if it did not train, or does not say."""
+    record = read_provenance(step.folder)
+    if record is None or record.elapsed_s is None:
+        return None
+    if isinstance(step, DumpLogits):
+        return record.elapsed_s, record.is_resumed
+    try:
+        train = read_summary(step.folder)["train"]
+    except MissingInputError:
+        return None
+    return None if train is None else (float(train["elapsed_s"]), False)
 
 
 def balance(
@@ -85,7 +124,6 @@ def balance(
 def ledger_text(found: Ledger) -> str:
     """In plain words."""
     median, least, most = found.online_over_cached
-    teacher = f"{found.teacher_s:,.0f} s to train" if found.teacher_s is not None else "no time that is known"
     students = f"{found.num_students} student{'s' * (found.num_students != 1)}"
     difference_s = found.online_total_s - found.offline_total_s
     pays = (
@@ -94,10 +132,27 @@ def ledger_text(found: Ledger) -> str:
         else f"The cache pays from {found.break_even_students:.1f} students of this length on."
     )
     return (
-        f"ledger: the teacher took {teacher}, which is paid either way. Its cache took {found.dump_s:,.0f} s to dump "
+        f"ledger: {_teacher_text(found)}. Its cache took {_least(found, 'dump_s')}{found.dump_s:,.0f} s to dump "
         f"and {found.cache_bytes / 1e6:,.1f} MB of disk; {students} took {found.students_s:,.0f} s "
         f"from it: {found.offline_total_s:,.0f} s in all.\nWith the teacher forwarded at every step, a step of the "
         f"base's student takes {median:.2f} times as long ({least:.2f} to {most:.2f}; "
         f"{1000 * found.cached_step_s:,.0f} and {1000 * found.online_step_s:,.0f} ms), and the same students "
         f"{found.online_total_s:,.0f} s: {abs(difference_s):,.0f} s {'more' if difference_s > 0 else 'less'}. {pays}"
     )
+
+
+def _teacher_text(found: Ledger) -> str:
+    """What the teacher took, and what of it is counted."""
+    if found.teacher_s is None:
+        text = "the teacher was given" if found.is_teacher_given else "the teacher took no time that is known"
+    else:
+        text = f"the teacher took {_least(found, 'teacher_s')}{found.teacher_s:,.0f} s to train"
+        if len(found.teacher_steps) > 1 or found.is_teacher_given:
+            text += f" ({', '.join(found.teacher_steps)}{'; the first one was given' * found.is_teacher_given})"
+        text += ", which is paid either way"
+    others = found.num_other_teachers
+    return text + (f" (not counted: {others} more of its ensemble)" if others else "")
+
+
+def _least(found: Ledger, name: Literal["teacher_s", "dump_s"]) -> str:
+    return "at least " if name in found.at_least else ""

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cache.atomic import write_atomically
 from pipeline.results import COLUMNS, text_table
-from pipeline.sweep.config import SweepConfig
+from pipeline.sweep.config import SEED, SweepConfig
 from pipeline.sweep.points import folder_name, in_words, short_keys, value_text, without_seed
 from pipeline.sweep.results import SeedGroup, SweepResults, Trial
 
@@ -61,21 +62,27 @@ def _trial(trial: FrozenTrial, folder: Path, cache_fingerprint: str) -> Trial:
         folder=str(Path(folder.parent.name) / folder.name / own) if (folder / own).is_dir() else None,
         elapsed_s=attrs.get("elapsed_s"),
         reason=attrs.get("reason"),
-        looks=tuple(sorted(trial.intermediate_values.items())),
+        looks=tuple(
+            (step, value if math.isfinite(value) else None) for step, value in sorted(trial.intermediate_values.items())
+        ),
     )
 
 
 def _groups(sweep: SweepConfig, trials: tuple[Trial, ...]) -> tuple[SeedGroup, ...]:
     by_point: dict[str, list[Trial]] = {}
+    seeds: dict[str, set[Any]] = {}
     for trial in trials:
+        point = json.dumps(without_seed(trial.parameters, sweep))
+        seeds.setdefault(point, set(sweep.seeds)).add(trial.parameters.get(SEED))
         if trial.state == "complete":
-            by_point.setdefault(json.dumps(without_seed(trial.parameters, sweep)), []).append(trial)
+            by_point.setdefault(point, []).append(trial)
     return tuple(
         SeedGroup(
             parameters=json.loads(point),
             trials=tuple(trial.number for trial in members),
             mean=statistics.fmean(values),
             deviation=statistics.stdev(values) if len(values) > 1 else None,
+            num_seeds=len(seeds[point]),
         )
         for point, members in by_point.items()
         if (values := [trial.value for trial in members if trial.value is not None])
@@ -87,7 +94,13 @@ def _best(sweep: SweepConfig, trials: tuple[Trial, ...], groups: tuple[SeedGroup
         return None
     best = min if sweep.direction == "minimize" else max
     values = {trial.number: trial.value for trial in trials if trial.value is not None}
-    return best(best(groups, key=lambda group: group.mean).trials, key=values.__getitem__)
+    return best(_ranked(groups, sweep.direction)[0].trials, key=values.__getitem__)
+
+
+def _ranked(groups: tuple[SeedGroup, ...], direction: Literal["minimize", "maximize"]) -> list[SeedGroup]:
+    """The best first: points with all their seeds before those of which some were ended or failed."""
+    sign = -1 if direction == "maximize" else 1
+    return sorted(groups, key=lambda group: (not group.is_whole, sign * group.mean))
 
 
 def write_results(results: SweepResults, folder: Path) -> None:
@@ -97,9 +110,16 @@ def write_results(results: SweepResults, folder: Path) -> None:
 
 
 def results_csv(results: SweepResults) -> str:
-    """A line per trial; lists and tables among parameters as JSON."""
+    """A line per trial; lists and tables among parameters as JSON, among metrics left to results.json."""
     keys = list(dict.fromkeys(key for trial in results.trials for key in trial.parameters))
-    metrics = list(dict.fromkeys(key for trial in results.trials for key in trial.validation or {}))
+    metrics = list(
+        dict.fromkeys(
+            key
+            for trial in results.trials
+            for key, value in (trial.validation or {}).items()
+            if not isinstance(value, list | tuple | dict)
+        )
+    )
     text = io.StringIO()
     rows: csv.DictWriter[str] = csv.DictWriter(text, [], lineterminator="\n")
     for trial in results.trials:
@@ -147,7 +167,7 @@ def results_text(results: SweepResults) -> str:
         for trial in results.trials
     ]
     parts = [text_table([header, *lines])]
-    has_seeds = any(len(group.trials) > 1 for group in results.groups)
+    has_seeds = any((group.num_seeds or len(group.trials)) > 1 for group in results.groups)
     if has_seeds:
         parts.append(_groups_text(results, forms[own][0], forms[own][1]))
     if results.best is not None:
@@ -162,13 +182,12 @@ def results_text(results: SweepResults) -> str:
 
 def _groups_text(results: SweepResults, title: str, form: str) -> str:
     """Points over their seeds, the best first."""
-    order = sorted(results.groups, key=lambda group: group.mean, reverse=results.direction == "maximize")
     titles = short_keys(list(results.varied))
     rows = []
-    for group in order:
+    for group in _ranked(results.groups, results.direction):
         spread = "" if group.deviation is None else f" +- {form.format(group.deviation)}"
         values = [value_text(group.parameters[key]) for key in titles]
-        rows.append([*values, form.format(group.mean) + spread, str(len(group.trials))])
+        rows.append([*values, form.format(group.mean) + spread, group.seeds_text])
     return text_table([[*titles.values(), title, "seeds"], *rows])
 
 

@@ -27,10 +27,10 @@ from pipeline.sweep.points import Point, folder_name, in_words
 from pipeline.sweep.records import results_of, write_results
 from pipeline.sweep.results import Ledger, SweepResults, Trial
 from pipeline.sweep.student import Base
-from pipeline.sweep.study import OPEN, SweepStudy, delete_study, open_study
+from pipeline.sweep.study import OPEN, SweepStudy, delete_study, held, open_study
 from stages.distill.watch import Watch
 from stages.errors import DivergedError, TargetsError
-from stages.progress import say
+from stages.progress import say, waiting
 from stages.training.checkpoint import clear_checkpoints, seconds_kept
 
 
@@ -52,7 +52,7 @@ def run_sweep(sweep: SweepConfig, base: Base, *, force: bool = False, take_over:
     """Train all students that nobody has trained yet or is training now; what the whole sweep has found so far."""
     check_sweep(sweep, base)
     if force:
-        _clear(sweep, base)
+        _clear(sweep, base, take_over=take_over)
     with open_study(sweep, base.name, base.folder, _identity(sweep, base), take_over=take_over) as study:
         return _Worker(sweep, base, study).run()
 
@@ -66,15 +66,15 @@ def _identity(sweep: SweepConfig, base: Base) -> dict[str, Any]:
     return {"cache": cache_fingerprint(base.workspace.cache), **plain, **vary, **fixed}
 
 
-def _clear(sweep: SweepConfig, base: Base) -> None:
-    """Remove the study and every student. Raises BusyError if one of them is being trained."""
-    if not base.folder.is_dir():
-        return
+def _clear(sweep: SweepConfig, base: Base, *, take_over: bool) -> None:
+    """Remove the study and every student. Raises BusyError if one of them is being trained, here or elsewhere."""
+    base.folder.mkdir(parents=True, exist_ok=True)
     students = base.folder / "students"
     with ExitStack() as locks:
+        locks.enter_context(held(base.folder))  # so that nobody begins a student now
         for folder in sorted(students.glob("*")):
             locks.enter_context(locked(folder))
-        delete_study(sweep, base.name, base.folder)
+        delete_study(sweep, base.name, base.folder, take_over=take_over)
         shutil.rmtree(students, ignore_errors=True)
         for name_of_results in ("results.csv", "results.json"):
             (base.folder / name_of_results).unlink(missing_ok=True)
@@ -106,7 +106,7 @@ class _Worker:
 
     def _claim(self) -> Claim | None:
         """A trial that was left by a process that is gone, or one that waits, or a new one; None if all are taken."""
-        with locked(self._base.folder, wait=True):
+        with held(self._base.folder):
             for trial in self._study.abandoned():
                 if (claim := self._hold(trial)) is not None:
                     return claim
@@ -143,9 +143,6 @@ class _Worker:
         """Train the student of a trial, or the rest of it, and say how it ended."""
         trial, study = claim.trial, self._study.study
         started_s = time.monotonic()
-        if kept_s := seconds_kept(claim.folder / "checkpoints"):
-            trial.set_user_attr("resumed_s", kept_s)
-        resumed_s = trial.user_attrs.get("resumed_s", 0.0)
         value, state = None, TrialState.FAIL
         try:
             value = self._student(claim)
@@ -156,10 +153,11 @@ class _Worker:
         except (_NoValueError, DivergedError, TargetsError) as exc:
             trial.set_user_attr("reason", str(exc))
         record = read_provenance(claim.folder)
-        own_s = record.elapsed_s if record and record.elapsed_s is not None else time.monotonic() - started_s
-        trial.set_user_attr("elapsed_s", resumed_s + own_s)
+        told_s = (record.elapsed_s or record.earlier_s) if record else None  # of one that was ended: the second
+        elapsed_s = time.monotonic() - started_s if told_s is None else told_s
+        trial.set_user_attr("elapsed_s", elapsed_s)
         study.tell(trial, value, state)
-        self._say(claim, state, value, resumed_s + own_s)
+        self._say(claim, state, value, elapsed_s)
 
     def _student(self, claim: Claim) -> float:
         problems = self._base.problems(claim.parameters)
@@ -167,7 +165,7 @@ class _Worker:
             raise _NoValueError("; ".join(problems))
         step = self._base.student(claim.parameters)
         step.watch = self._watch(claim.trial)
-        build_held(step)
+        build_held(step, seconds_kept(claim.folder / "checkpoints"))
         summary = read_summary(claim.folder)
         claim.trial.set_user_attr("summary", summary)
         value = summary["validation"].get(self._sweep.metric_name)
@@ -191,7 +189,7 @@ class _Worker:
         return Watch(pruning.every, pruning.windows, report)
 
     def _write(self, *, with_ledger: bool = False) -> SweepResults:
-        with locked(self._base.folder, wait=True):
+        with held(self._base.folder):
             trials = self._study.trials()
             results = results_of(self._base.name, self._sweep, trials, self._base.folder, self._cache)
             is_done = not any(trial.state in {"running", "waiting"} for trial in results.trials)
@@ -214,7 +212,8 @@ class _Worker:
         study = self._study.study
         steps = study.user_attrs.get("probe")
         if steps is None:
-            found = probe(self._base)
+            with waiting("measuring steps with and without the cache"):
+                found = probe(self._base)
             if isinstance(found, str):
                 return found
             steps = found

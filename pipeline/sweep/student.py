@@ -20,6 +20,7 @@ from pipeline.steps import Distill
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.points import Point, folder_name
 from pipeline.workspace import Workspace
+from stages.models.config import ModelConfig
 
 
 class Base:
@@ -39,7 +40,8 @@ class Base:
         student = self._plain.setdefault("student", {})
         if any(key.startswith("student.model.") for key in sweep.vary) and "model" not in student:
             shape = self.workspace.config.student_shape  # what one key of it is varied from
-            student["model"] = shape.model_dump(mode="json", exclude_none=True)
+            if isinstance(shape, ModelConfig):  # else the check of the sweep says so
+                student["model"] = shape.model_dump(mode="json", exclude_none=True)
 
     def plain(self, parameters: Point) -> dict[str, Any]:
         """The config of a student with these parameters, unchecked."""

@@ -5,7 +5,7 @@ A trial is one student. What Optuna keeps of it as user attributes:
     parameters  dotted keys and values, with the seed       place   the sweep folder where it is or was trained
     asked       it was drawn, and not queued                 where   that folder and its host, for people
     same_as     number of an earlier trial with these parameters, which is the one that counts
-    summary, elapsed_s, resumed_s, reason                    what came of it
+    summary, elapsed_s, reason                               what came of it
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cache.atomic import write_atomically
 from cache.hashing import fingerprint_of
-from pipeline.errors import ConfigError, StaleError, StudyError
+from pipeline.errors import BusyError, ConfigError, StaleError, StudyError
 from pipeline.provenance import flat, locked
 from pipeline.sweep.config import Grid, HalvingPruning, MedianPruning, Range, SweepConfig, TpeSearch
 from pipeline.sweep.points import Point, grid, with_seeds, without_seed
+from stages.progress import waiting
 
 _PLACE_NAME = "place"
+_DATABASE_NAME = "study.db"
 _SQLITE_WAIT_S = 120
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
 
@@ -122,9 +124,7 @@ class SweepStudy:
 
     def elsewhere(self) -> list[str]:
         """Where trials run that this process leaves alone."""
-        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        places = [trial.user_attrs for trial in running if trial.user_attrs.get("place") not in (None, self._place)]
-        return sorted({str(attrs.get("where")) for attrs in places})
+        return _places_of_running(self.study, self._place)
 
     def next(self) -> optuna.Trial | None:
         """A trial that waits, or a new one; None if there are enough. To be called with the folder locked."""
@@ -183,61 +183,96 @@ def open_study(
     """The study, made if it is not there. Raises StaleError if it was begun with other settings."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=True):
-        storage = _storage(sweep, folder)
-        pruner, sampler = _pruner(sweep), PerTrialSampler(sweep.search)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            direction=sweep.direction,
-            load_if_exists=True,
-            sampler=sampler,
-            pruner=pruner,
-        )
-        begun = study.user_attrs.get("identity")
-        if begun is None:
-            study.set_user_attr("identity", identity)
-    try:
+    with ExitStack() as stack:
+        with held(folder):
+            storage = stack.enter_context(_storage(sweep, folder))
+            pruner, sampler = _pruner(sweep), PerTrialSampler(sweep.search)
+            study = optuna.create_study(
+                storage=storage,
+                study_name=name,
+                direction=sweep.direction,
+                load_if_exists=True,
+                sampler=sampler,
+                pruner=pruner,
+            )
+            begun = study.user_attrs.get("identity")
+            if begun is None:
+                study.set_user_attr("identity", identity)
         if begun is not None:
             _refuse_other_settings(name, folder, flat(begun), flat(identity))
         yield SweepStudy(sweep, folder, study, take_over=take_over)
-    except (SQLAlchemyError, StorageInternalError) as exc:
-        raise StudyError(
-            f"{_safe(sweep)}: the study cannot be read or written: {_first_line(exc)}; mend that and run the same "
-            "command again"
-        ) from exc
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
 
 
-def delete_study(sweep: SweepConfig, name: str, folder: Path) -> None:
-    """Forget every trial; nothing if there is no study."""
-    storage = _storage(sweep, folder)
+def delete_study(sweep: SweepConfig, name: str, folder: Path, *, take_over: bool) -> None:
+    """Forget every trial; nothing if there is no study. To be called with the folder locked.
+
+    Raises BusyError if trials run at other places that share the storage, unless those are to be taken over.
+    """
+    if sweep.storage is None:
+        for path in folder.glob(f"{_DATABASE_NAME}*"):  # with SQLite's journals; readable or not, it is the sweep's own
+            path.unlink()
+        return
+    with _storage(sweep, folder) as storage:
+        if name not in optuna.get_all_study_names(storage):
+            return
+        study = optuna.load_study(study_name=name, storage=storage)
+        if (places := _places_of_running(study, _known_place(folder))) and not take_over:
+            raise BusyError(
+                f"{_safe(sweep, folder)}: trials of the sweep {name} run in {', '.join(places)}, which --force would "
+                "forget; wait for them, or add --take-over if their processes are gone for good"
+            )
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process, and say so where another one has to be waited for."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BusyError:
+            with waiting(f"waiting for another process that holds {folder}"):
+                stack.enter_context(locked(folder, wait=True))
+        yield
+
+
+@contextmanager
+def _storage(sweep: SweepConfig, folder: Path) -> Iterator[RDBStorage]:
+    """The data base, for as long as the block lasts. Raises StudyError for all that is wrong with it in the block."""
     try:
-        if name in optuna.get_all_study_names(storage):
-            optuna.delete_study(study_name=name, storage=storage)
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        storage = _connected(sweep, folder)
+        try:
+            yield storage
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+    except (SQLAlchemyError, StorageInternalError) as exc:
+        anew = ", or begin anew with --force" if sweep.storage is None else ""
+        raise StudyError(
+            f"{_safe(sweep, folder)}: the study cannot be read or written: {_first_line(exc)}; mend that and run the "
+            f"same command again{anew}"
+        ) from exc
 
 
-def _storage(sweep: SweepConfig, folder: Path) -> RDBStorage:
-    url = f"sqlite:///{(folder / 'study.db').resolve()}" if sweep.storage is None else os.path.expandvars(sweep.storage)
+def _connected(sweep: SweepConfig, folder: Path) -> RDBStorage:
+    own = f"sqlite:///{(folder / _DATABASE_NAME).resolve()}"
+    url = own if sweep.storage is None else os.path.expandvars(sweep.storage)
     waits = {"connect_args": {"timeout": _SQLITE_WAIT_S}} if url.startswith("sqlite") else {}
     try:
         return RDBStorage(url, engine_kwargs=waits)
     except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as exc:
+        if sweep.storage is None:
+            raise StorageInternalError(_first_line(exc)) from exc
         raise ConfigError(
-            f"storage: {_safe(sweep)}: cannot be opened: {_first_line(exc)}; expected a URL such as "
+            f"storage: {_safe(sweep, folder)}: cannot be opened: {_first_line(exc)}; expected a URL such as "
             "sqlite:///file.db, mysql+pymysql://user:$PASSWORD@host/database or postgresql+psycopg://.., with the "
             "driver it names installed"
         ) from exc
 
 
-def _safe(sweep: SweepConfig) -> str:
+def _safe(sweep: SweepConfig, folder: Path) -> str:
     """The storage without what it may hold of a password."""
-    return "study.db" if sweep.storage is None else sweep.storage.rpartition("@")[2]
+    return str(folder / _DATABASE_NAME) if sweep.storage is None else sweep.storage.rpartition("@")[2]
 
 
 def _first_line(exc: BaseException) -> str:
@@ -274,8 +309,19 @@ def _pruner(sweep: SweepConfig) -> BasePruner:
 
 def _place(folder: Path) -> str:
     """What tells this sweep folder from one of the same name elsewhere; all who see the folder see its locks."""
+    with held(folder):
+        if _known_place(folder) is None:
+            write_atomically(folder / _PLACE_NAME, uuid.uuid4().hex.encode())
+        return (folder / _PLACE_NAME).read_text(encoding="ascii")
+
+
+def _known_place(folder: Path) -> str | None:
     path = folder / _PLACE_NAME
-    with locked(folder, wait=True):
-        if not path.is_file():
-            write_atomically(path, uuid.uuid4().hex.encode())
-        return path.read_text(encoding="ascii")
+    return path.read_text(encoding="ascii") if path.is_file() else None
+
+
+def _places_of_running(study: optuna.Study, own: str | None) -> list[str]:
+    """Where trials run that are not of the own place."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    places = [trial.user_attrs for trial in running if trial.user_attrs.get("place") not in (None, own)]
+    return sorted({str(attrs.get("where")) for attrs in places})

@@ -122,6 +122,8 @@ def test_a_grid_trains_every_combination_with_every_seed_and_reports_what_the_st
     assert results.best == min(best.trials, key=lambda number: results.trials[number].value or 0)
     assert results.ledger is not None
     assert results.ledger.num_students == 4
+    taught = json.loads((finished_run / "teacher" / "summary.json").read_text())["train"]
+    assert (results.ledger.teacher_s, results.ledger.teacher_steps) == (taught["elapsed_s"], ("teacher",))
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "sweeps" / "test" / "students").rglob("*")}
     assert sweep("vary.distill.temperature={low=1.0, high=2.5, step=1.0}", "vary.distill.alpha=[0.2]") == results, (
         "nothing is done again"
