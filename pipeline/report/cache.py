@@ -11,7 +11,7 @@ from pipeline.cache_info import cache_details, cache_info
 from pipeline.report.drawing import Line, bars, histogram, lines
 from pipeline.report.run import Run, mapping
 from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
-from pipeline.report.units import bytes_text, count_text
+from pipeline.units import bytes_text, count_text
 
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 _MOST_BARS = 12

@@ -7,10 +7,10 @@ from pipeline.report.drawing import Line, bars, lines
 from pipeline.report.run import Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
 from pipeline.report.sweeps import read_sweeps
-from pipeline.report.units import bytes_text, cell, seconds_text
 from pipeline.step import Step
 from pipeline.steps import Distill, all_steps
 from pipeline.sweep.results import Ledger, SweepResults
+from pipeline.units import bytes_text, cell, seconds_text
 
 _MOST_BARS = 12
 

@@ -5,7 +5,7 @@ from itertools import accumulate
 from pipeline.report.drawing import Line, lines
 from pipeline.report.run import Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
-from pipeline.report.units import bytes_text, count_text
+from pipeline.units import bytes_text, count_text
 from stages.errors import CorpusError
 
 _SOURCES = {

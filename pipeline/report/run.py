@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.errors import MissingInputError, StaleError
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.report.section import Entry
-from pipeline.report.units import number
 from pipeline.results import has_summary, loss_text, read_summary
+from pipeline.units import number
 from pipeline.workspace import Workspace
 from stages.models.description import CONFIG_NAME
 

@@ -10,9 +10,9 @@ from pipeline.errors import StaleError
 from pipeline.report.cache import cache_size
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Listing, Table, Tile
-from pipeline.report.units import bytes_text, cell, count_text, number
 from pipeline.step import Step
 from pipeline.steps import DumpLogits, all_steps
+from pipeline.units import bytes_text, cell, count_text, number
 
 _BYTES_PER_FP32 = 4
 

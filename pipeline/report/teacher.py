@@ -3,7 +3,7 @@
 from pipeline.report.drawing import Line, lines, over_positions, positions_label
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Text
-from pipeline.report.units import cell, count_text, number, seconds_text, tick_text
+from pipeline.units import cell, count_text, number, seconds_text, tick_text
 
 _LOGGED = (
     (

@@ -37,9 +37,9 @@ from pipeline.report.section import (
 )
 from pipeline.report.students import students_section
 from pipeline.report.summary import provenance, tiles
-from pipeline.report.sweeps import scored_of, short_names, sweeps_section
+from pipeline.report.sweeps import scored_of, sweeps_section
 from pipeline.report.teacher import teacher_section
-from pipeline.report.units import bytes_text, count_text, seconds_text
+from pipeline.units import bytes_text, count_text, seconds_text
 from pipeline.workspace import Workspace
 
 HOSTILE = '</style></pre><script>alert(1)</script><img src=x onerror="alert(2)">\'"&amp; \u202e \u00e9 $x$'
@@ -308,10 +308,6 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends(count: int) -> None:
     assert len(found) <= 301
     assert found == list(range(count)) if count <= 300 else found[0] == 0
     assert not count or found[-1] == count - 1
-
-
-def test_settings_are_named_by_their_last_part_unless_two_share_it() -> None:
-    assert short_names(["a.rate", "b.rate", "c.width"]) == ["a.rate", "b.rate", "width"]
 
 
 def test_numbers_are_readable() -> None:
