@@ -257,4 +257,4 @@ class _Rehearsals:
 
 def _part_basis(small: CorpusInSmall, share: float) -> str:
     what = f"{1 / share:.1%} of the corpus"
-    return f"{what} tokenized" if small.total_bytes is not None else f"{what} tokenized, which was limited beforehand"
+    return f"{what} tokenized, which was limited beforehand" if small.is_limited else f"{what} tokenized"

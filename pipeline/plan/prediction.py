@@ -30,7 +30,10 @@ class StagePrediction(BaseModel):
 
 
 class CachePrediction(BaseModel):
-    """The cache on disk: bytes of every dataset by name (compressed), and of all files."""
+    """The cache on disk: bytes of every dataset by name (compressed), and of all files.
+
+    positions: of all windows of each split, whether they count or not.
+    """
 
     model_config = ConfigDict(frozen=True)
 

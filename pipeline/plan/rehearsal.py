@@ -22,6 +22,7 @@ from cache.layout import MANIFEST_NAME
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.plan.in_small import in_small, training_of
+from pipeline.plan.sizes import windows_positions
 from pipeline.step import Step
 from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize, all_steps
 from pipeline.workspace import Workspace
@@ -230,7 +231,7 @@ def _validation_positions(workspace: Workspace) -> int:
     from stages.data.tokenized import split_windows
 
     if (workspace.cache / MANIFEST_NAME).is_file():
-        return load_manifest(workspace.cache).spec.num_positions("validation")
+        return windows_positions(load_manifest(workspace.cache).spec)["validation"]
     windows = split_windows(workspace.data, "validation")
     return windows.num_windows * windows.context_length
 
@@ -248,7 +249,7 @@ def _rehearse_dump(step: DumpLogits) -> Rehearsed:
     shards_s = _build(step)
     shutil.rmtree(step.folder)
     kept.rename(step.folder)
-    positions = sum(manifest.spec.num_positions(split) for split in manifest.spec.splits)
+    positions = sum(windows_positions(manifest.spec).values())
     return Rehearsed(fixed_s=max(0.0, whole_s - shards_s), unit_s=shards_s / positions, num_units=positions)
 
 

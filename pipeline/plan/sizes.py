@@ -6,9 +6,15 @@ from pathlib import Path
 
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.manifest import Manifest, load_manifest
+from cache.spec import CacheSpec
 from pipeline.plan.prediction import CachePrediction
 
 LARGEST_DOUBLINGS = 2.0
+
+
+def windows_positions(spec: CacheSpec) -> dict[str, int]:
+    """Positions of every split's windows, whether they count or not: what a plan counts in, known beforehand."""
+    return {split: spec.splits[split].num_windows * spec.context_length for split in sorted(spec.splits)}
 
 
 def cache_sizes(folder: Path, basis: str) -> CachePrediction:
@@ -18,7 +24,7 @@ def cache_sizes(folder: Path, basis: str) -> CachePrediction:
     datasets = {name: float(sum(shard.stored_bytes[name] for shard in manifest.shards)) for name in _datasets(manifest)}
     tables = {TABLES_NAME: float(once[TABLES_NAME])} if TABLES_NAME in once else {}
     return CachePrediction(
-        positions={split: manifest.spec.num_positions(split) for split in sorted(manifest.spec.splits)},
+        positions=windows_positions(manifest.spec),
         dataset_bytes=datasets | tables,
         total_bytes=sum(shard.file_bytes for shard in manifest.shards) + sum(once.values()),
         basis=basis,

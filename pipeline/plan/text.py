@@ -5,23 +5,22 @@ from collections.abc import Iterator, Sequence
 from pipeline.plan.compare import Comparison
 from pipeline.plan.prediction import CachePrediction, Plan
 from pipeline.results import text_table
-
-_MIB, _GIB = 2**20, 2**30
+from pipeline.units import bytes_text, seconds_text
 
 
 def plan_text(plan: Plan) -> str:
     """The steps, then the caches."""
     rows = [["step", "positions", "time", "peak RSS, MiB", "disk", "from"]]
     for stage in plan.stages:
-        time = "done" if stage.is_done else duration(stage.elapsed_s)
+        time = "done" if stage.is_done else seconds_text(stage.elapsed_s)
         peak = f"{stage.peak_rss_mib:,.0f}" if stage.peak_rss_mib else "-"
-        disk = "-" if stage.is_done else size(stage.disk_bytes)
+        disk = "-" if stage.is_done else bytes_text(stage.disk_bytes)
         rows.append([stage.step, f"{stage.positions:,}", time, peak, disk, stage.basis])
     left = [stage for stage in plan.stages if not stage.is_done]
     total = [
-        duration(sum(stage.elapsed_s for stage in left)),
+        seconds_text(sum(stage.elapsed_s for stage in left)),
         f"{max((stage.peak_rss_mib for stage in left), default=0):,.0f}",
-        size(sum(stage.disk_bytes for stage in left)),
+        bytes_text(sum(stage.disk_bytes for stage in left)),
     ]
     rows.append(["all that is to be done", "", *total, f"{plan.threads} threads, planned in {plan.planned_s:.0f} s"])
     caches = {**plan.stage_caches, "": plan.cache}
@@ -37,8 +36,8 @@ def _cache_text(name: str, cache: CachePrediction) -> str:
     parts = [*cache.dataset_bytes.items()]
     parts += [("all files", cache.total_bytes)]
     rows += [[part, f"{num_bytes:,.0f}", f"{num_bytes / positions:.2f}"] for part, num_bytes in parts]
-    counted = ", ".join(f"{split} {count:,}" for split, count in cache.positions.items())
-    return f"{text_table(rows)}\n{positions:,} positions ({counted}); {cache.basis}"
+    by_split = ", ".join(f"{split} {count:,}" for split, count in cache.positions.items())
+    return f"{text_table(rows)}\n{positions:,} positions in all windows ({by_split}); {cache.basis}"
 
 
 def comparison_table(rows: Sequence[Comparison]) -> str:
@@ -47,7 +46,7 @@ def comparison_table(rows: Sequence[Comparison]) -> str:
 
 
 def _compared(row: Comparison) -> list[str]:
-    shown = {"s": duration, "MiB": "{:,.0f} MiB".format, "bytes": size}.get(row.unit, "{:,.0f}".format)
+    shown = {"s": seconds_text, "MiB": "{:,.0f} MiB".format, "bytes": bytes_text}.get(row.unit, "{:,.0f}".format)
     return [row.what, shown(row.predicted), shown(row.happened), f"{row.ratio:.2f}"]
 
 
@@ -55,21 +54,5 @@ def disk_lines(needed: dict[str, float], free: dict[str, float]) -> Iterator[str
     """What is needed and free at each place, and a warning where it does not suffice."""
     for place, num_bytes in needed.items():
         verdict = "" if num_bytes <= free[place] else ": NOT ENOUGH, free some, or use another place"
-        yield f"disk of {place}: needs {size(num_bytes)} at most at once, {size(free[place])} are free{verdict}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as far as they matter."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    if whole >= 60:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{seconds:.1f} s"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in the unit that suits them."""
-    if num_bytes >= _GIB:
-        return f"{num_bytes / _GIB:.2f} GiB"
-    return f"{num_bytes / _MIB:.1f} MiB" if num_bytes >= _MIB else f"{num_bytes / 1024:.0f} KiB"
+        left = bytes_text(free[place])
+        yield f"disk of {place}: needs {bytes_text(num_bytes)} at most at once, {left} are free{verdict}"

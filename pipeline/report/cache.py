@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, open_cache
+from cache import CacheError, CacheSpec, open_cache
 from cache.layout import MANIFEST_NAME
 from pipeline.cache_info import cache_details, cache_info
 from pipeline.report.drawing import Line, bars, histogram, lines
 from pipeline.report.run import Run, mapping
 from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
-from pipeline.report.units import bytes_text, count_text
+from pipeline.units import bytes_text, count_text
 
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 _MOST_BARS = 12
@@ -148,12 +148,7 @@ def _partition(folder: Path, prefix: str) -> list[Block]:
     except CacheError as exc:
         return [Missing(f"The log-partition curve is left out: {exc}")]
     if curve is None:
-        return [
-            Text(
-                "There is no log-partition curve: the profile keeps draws, or a head alone, which know no partition "
-                "function."
-            )
-        ]
+        return [Text(f"There is no log-partition curve: {_why_no_curve(cache.spec)}.")]
     if len(curve.points) == 1:
         point = curve.points[0]
         return [
@@ -196,6 +191,12 @@ def _partition(folder: Path, prefix: str) -> list[Block]:
             )
         )
     return found
+
+
+def _why_no_curve(spec: CacheSpec) -> str:
+    if spec.is_masked and spec.profile.kind != "sampled":
+        return "the windows that were looked at have no position that counts"
+    return "the profile keeps draws, or a head alone, which know no partition function"
 
 
 def _known(temperatures: Sequence[float]) -> str:

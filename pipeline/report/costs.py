@@ -7,10 +7,10 @@ from pipeline.report.drawing import Line, bars, lines
 from pipeline.report.run import Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
 from pipeline.report.sweeps import read_sweeps
-from pipeline.report.units import bytes_text, cell, seconds_text
 from pipeline.step import Step
 from pipeline.steps import Distill, all_steps
 from pipeline.sweep.results import Ledger, SweepResults
+from pipeline.units import bytes_text, cell, seconds_text
 
 _MOST_BARS = 12
 
@@ -20,7 +20,8 @@ def costs_section(run: Run) -> Section:
     blocks: list[Block] = _steps(run)
     for place, (name, results) in enumerate(read_sweeps(run).items(), start=1):
         if isinstance(results, SweepResults) and results.ledger is not None:
-            blocks += _ledger(results.ledger, name, f"ledger-{place}")
+            given = {"teacher_s": None} if _has_given_teacher(run) else {}
+            blocks += _ledger(results.ledger.model_copy(update=given), name, f"ledger-{place}")
         elif isinstance(results, SweepResults) and results.ledger_missing is not None:
             blocks.append(Missing(f"Sweep {name} has no ledger: {results.ledger_missing}."))
     if not blocks:
@@ -47,8 +48,8 @@ def _steps(run: Run) -> list[Block]:
     divisor, unit = (60.0, "minutes") if max(elapsed_s for _, elapsed_s in times) >= 120 else (1.0, "seconds")
     return [
         Text(
-            f"All steps together took {seconds_text(total)}. The teacher and the cache are paid once, whatever the "
-            "number of students."
+            f"All steps together took {seconds_text(total)}. {_paid_once(run)} paid once, whatever the number of "
+            "students."
         ),
         Figure(
             "step-times",
@@ -67,6 +68,14 @@ def _steps(run: Run) -> list[Block]:
     ]
 
 
+def _has_given_teacher(run: Run) -> bool:
+    return run.workspace.config.teacher.path is not None
+
+
+def _paid_once(run: Run) -> str:
+    return "The cache is" if _has_given_teacher(run) else "The teacher and the cache are"
+
+
 def _all(run: Run) -> list[Step]:
     """The steps of the config, then students that were trained beside it."""
     steps = all_steps(run.workspace)
@@ -80,7 +89,10 @@ def _ledger(ledger: Ledger, name: str, key: str) -> list[Block]:
     mean_s, online_s = (total / max(1, ledger.num_students) for total in (ledger.students_s, ledger.online_total_s))
     median, least, most = ledger.online_over_cached
     rows = [
-        ("teacher, paid either way", seconds_text(ledger.teacher_s) if ledger.teacher_s is not None else "given"),
+        (
+            "teacher, paid either way",
+            "given, not trained here" if ledger.teacher_s is None else seconds_text(ledger.teacher_s),
+        ),
         ("dump, once", f"{seconds_text(ledger.dump_s)}, {bytes_text(ledger.cache_bytes)}"),
         (f"{ledger.num_students} students", seconds_text(ledger.students_s)),
         ("step from the cache", f"{1e3 * ledger.cached_step_s:.3g} ms"),

@@ -5,12 +5,14 @@ from itertools import accumulate
 from pipeline.report.drawing import Line, lines
 from pipeline.report.run import Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
-from pipeline.report.units import bytes_text, count_text
+from pipeline.units import bytes_text, count_text
+from stages.data.tokenized import TokenizedCorpus
 from stages.errors import CorpusError
 
 _SOURCES = {
     "python-stdlib": "the Python standard library's sources",
     "text": "text files",
+    "records": "files of records",
     "hf": "a data set",
     "synthetic": "text that a model wrote",
 }
@@ -29,30 +31,49 @@ def data_section(run: Run) -> Section:
         corpus, counts = load_corpus(folder), token_counts(folder)
     except CorpusError as exc:
         return Section("data", "Data", [Missing(str(exc))])
-    source = run.workspace.config.data.source.kind
+    blocks: list[Block] = [Text(_story(run, corpus)), _splits(corpus)]
+    if counts:
+        blocks.append(_frequencies(counts, corpus.vocab_size))
+    return Section("data", "Data", blocks)
+
+
+def _story(run: Run, corpus: TokenizedCorpus) -> str:
+    config = run.workspace.config.data
+    source = _SOURCES[config.source.kind]
     total = sum(split.tokens for split in corpus.splits.values())
-    blocks: list[Block] = [
-        Text(
-            f"The corpus is {_SOURCES.get(source, source)}: {count_text(total)} tokens of a vocabulary of "
-            f"{corpus.vocab_size:,}, cut into windows of {corpus.context_length} positions. Each position asks for the "
-            "next token."
-        ),
-    ]
+    text = (
+        f"The corpus is {f'chats of {source}' if config.chat_column else source}: {count_text(total)} tokens of a "
+        f"vocabulary of {corpus.vocab_size:,}, cut into windows of {corpus.context_length} positions."
+    )
+    if not corpus.is_masked:
+        return f"{text} Each position asks for the next token."
+    counted = sum(split.counted.tokens for split in corpus.splits.values() if split.counted)
+    return (
+        f"{text} Only the assistant's turns are asked for: {count_text(counted)} tokens, {counted / total:.1%}, count, "
+        "and all others are read only."
+    )
+
+
+def _splits(corpus: TokenizedCorpus) -> Table:
+    header = ["split", "documents", "tokens", "text", "bytes/token"]
+    caption = "The held-out split is made of whole documents."
+    if corpus.is_masked:
+        header[2:] = ["tokens", "tokens that count", "their text", "bytes/token"]
+        caption += " Text, and bytes per token, are of the tokens that count."
+    else:
+        caption += " A token of end of text counts, and has no bytes."
     rows = [
         (
             name,
             f"{split.documents:,}",
             f"{split.tokens:,}",
+            *([f"{split.counted.tokens:,}"] if split.counted else []),
             bytes_text(split.text_bytes),
             f"{split.bytes_per_token:.3f}",
         )
         for name, split in corpus.splits.items()
     ]
-    caption = "The held-out split is made of whole documents. A token of end of text counts, and has no bytes."
-    blocks.append(Table(("split", "documents", "tokens", "text", "bytes/token"), rows, caption, title="Splits"))
-    if counts:
-        blocks.append(_frequencies(counts, corpus.vocab_size))
-    return Section("data", "Data", blocks)
+    return Table(header, rows, caption, title="Splits")
 
 
 def _frequencies(counts: list[int], vocab_size: int) -> Figure:
@@ -67,7 +88,7 @@ def _frequencies(counts: list[int], vocab_size: int) -> Figure:
         lines([Line(entry, ranks, shares)], "token-frequencies", "token, by its rank", "share of all tokens",
               log_x=True, log_y=True, has_shares=True),
         f"Train split, from the most frequent token to the rarest, both axes logarithmic. {half:,} tokens make half of "
-        f"the text; {len(counts):,} of {vocab_size:,} occur at all, over the first {count_text(total)}.",
+        f"them all; {len(counts):,} of {vocab_size:,} occur at all, over the first {count_text(total)}.",
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.report.section import Entry
-from pipeline.report.units import scale_of, tick_text
+from pipeline.units import scale_of, tick_text
 
 Axes = Any
 """matplotlib's, which is imported only when something is drawn."""

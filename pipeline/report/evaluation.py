@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
 from pipeline.report.run import Model, Run, mapping
 from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
-from pipeline.report.units import bytes_text, cell, number
 from pipeline.results import COLUMNS
+from pipeline.units import bytes_text, cell, number
 
 
 def evaluation_section(run: Run) -> Section:

@@ -8,6 +8,7 @@ from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Continuation, Missing, Prompt, Section, Text
 from stages.errors import StageError
+from stages.progress import waiting
 
 NUM_PROMPTS = 3
 _PROMPT_TOKENS = 40
@@ -33,7 +34,8 @@ def generations_section(run: Run) -> Section:
     written: dict[str, list[str]] = {}
     for model in here:
         try:
-            written[model.name] = _continued(model, prompts, min(_NEW_TOKENS, len(windows[0]) - length - 2))
+            with waiting(f"report: {model.name} writes"):
+                written[model.name] = _continued(model, prompts, min(_NEW_TOKENS, len(windows[0]) - length - 2))
         except (StageError, OSError) as exc:
             blocks.append(Missing(f"{model.name} wrote nothing: {exc}"))
     blocks.insert(

@@ -9,10 +9,10 @@ from pipeline.plan.prediction import PLAN_NAME
 from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes
 from pipeline.report.run import Run
 from pipeline.report.section import Block, Figure, Missing, Section, Table, Text
-from pipeline.report.units import bytes_text, seconds_text, tick_text
+from pipeline.units import bytes_text, seconds_text, tick_text
 from stages.errors import StageError
 
-_WITHIN = {"bytes": 0.1, "bytes/position": 0.1, "s": 0.25}
+_WITHIN = {"bytes": 0.1, "s": 0.25}
 _MOST_DOTS = 24
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.report.drawing import Line, entries_of, lines, over_positions, positions_label
 from pipeline.report.run import Model, Run, mapping
 from pipeline.report.section import Block, Figure, Missing, Section, Text
-from pipeline.report.units import number
+from pipeline.units import number
 
 _BLOCK = re.compile(r"\.(?P<block>\d+)\.(?:.*\.)?(?P<matrix>[^.]+)$")
 _MOST_MATRICES = 8

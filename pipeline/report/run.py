@@ -9,14 +9,15 @@ from typing import Any
 from pipeline.errors import MissingInputError, StaleError
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.report.section import Entry
-from pipeline.report.units import number
 from pipeline.results import has_summary, loss_text, read_summary
+from pipeline.units import number
 from pipeline.workspace import Workspace
 from stages.models.description import CONFIG_NAME
 
 MAX_STUDENTS = 6
 """Students that are drawn over one another; more would not be told apart."""
 TEACHER = "teacher"
+_OF_LABELS = ("loss", "terms", "grad_norm", "gradient_share")
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,12 @@ class Model:
         return loss_text(settings) if "alpha" in settings else "-"
 
     def curve(self, *keys: str) -> tuple[list[float], list[float]]:
-        """(positions trained on, the number logged under these keys), where there is one."""
-        found = [(number(record.get("positions")), number(_at(record, keys))) for record in self.log]
+        """(positions trained on, the number logged under these keys), where there is one.
+
+        A batch of chats may have no position that counts: its loss is 0 and says nothing, as do the terms of it.
+        """
+        records = [record for record in self.log if keys[0] not in _OF_LABELS or record.get("loss") != 0]
+        found = [(number(record.get("positions")), number(_at(record, keys))) for record in records]
         known = [(at, value) for at, value in found if at is not None and value is not None]
         return [at for at, _ in known], [value for _, value in known]
 

@@ -1,22 +1,18 @@
 """Settings of a sweep as text, and on an axis."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.drawing import plain
-from pipeline.report.units import number, tick_text
+from pipeline.sweep.points import value_text
+from pipeline.units import number, tick_text
 
 
 def setting_text(value: Any) -> str:
-    """A setting in a cell or at a tick."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    """A setting in a cell or at a tick; a dash where there is none."""
+    return "-" if value is None else value_text(value)
 
 
 @dataclass(frozen=True)

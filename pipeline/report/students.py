@@ -17,7 +17,7 @@ from pipeline.report.drawing import (
 )
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Figure, Missing, Section, Table, Text
-from pipeline.report.units import cell, number, seconds_text
+from pipeline.units import cell, number, seconds_text
 
 _MOST_TERMS = 6
 _MOST_SHARES = 4

@@ -10,9 +10,10 @@ from pipeline.errors import StaleError
 from pipeline.report.cache import cache_size
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Listing, Table, Tile
-from pipeline.report.units import bytes_text, cell, count_text, number
+from pipeline.report.teacher import precision
 from pipeline.step import Step
 from pipeline.steps import DumpLogits, all_steps
+from pipeline.units import bytes_text, cell, count_text, number
 
 _BYTES_PER_FP32 = 4
 
@@ -26,7 +27,8 @@ def _tiles(run: Run) -> Iterator[Tile | None]:
     teacher, best = run.teacher, run.best
     parameters = number(teacher.summary.get("parameters"))
     if teacher.perplexity is not None:
-        note = f"perplexity; {count_text(parameters)} parameters, FP32" if parameters else "perplexity, FP32"
+        known = [f"{count_text(parameters)} parameters"] if parameters else []
+        note = f"perplexity; {', '.join([*known, precision(teacher)])}"
         yield Tile("Teacher", f"{teacher.perplexity:.2f}", note)
     if best is not None:
         yield _best_tile(best, teacher)

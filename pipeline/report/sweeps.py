@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -10,8 +9,9 @@ from pipeline.report.drawing import COLORS, WIDE, Axes, drawn, numbers_on, plain
 from pipeline.report.run import Run, mapping
 from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
 from pipeline.report.settings_scale import Scale, setting_text
-from pipeline.report.units import bytes_text, cell, number
+from pipeline.sweep.points import in_words, short_keys
 from pipeline.sweep.results import SweepResults, Trial
+from pipeline.units import bytes_text, cell, number
 
 RESULTS_NAME = "results.json"
 _MOST_AXES = 7
@@ -67,7 +67,7 @@ def _of_sweep(results: SweepResults, key: str) -> list[Block]:
     blocks += _frontier(scored, f"{key}-frontier")
     if groups := [group for group in results.groups if len(group.trials) > 1]:
         rows = [
-            (_settings_text(group.parameters), str(len(group.trials)), f"{group.mean:.4g}",
+            (in_words(group.parameters) or "no setting", str(len(group.trials)), f"{group.mean:.4g}",
              cell(group.deviation, "{:.2g}"))
             for group in groups
         ]  # fmt: skip
@@ -112,7 +112,7 @@ def _story(results: SweepResults, scored: Sequence[Scored]) -> str:
         best = next((one for one in scored if one.entry is _BEST), scored[0])
         text += (
             f" Its choice is student {best.trial.number}, {results.metric} {best.value:.4g}, with "
-            f"{_settings_text(best.trial.parameters)}."
+            f"{in_words(best.trial.parameters) or 'no setting'}."
         )
     return text
 
@@ -138,7 +138,7 @@ def _table(results: SweepResults, scored: Sequence[Scored]) -> Table:
     )
     header = (
         "student",
-        *short_names(results.varied),
+        *short_keys(list(results.varied)).values(),
         results.metric,
         "perplexity",
         "KL, nats",
@@ -166,7 +166,8 @@ def _parallel(names: Sequence[str], metric: str, scored: Sequence[Scored], key: 
                 axes.annotate(
                     text, (place, height), xytext=(4, 0), textcoords="offset points", va="center", bbox=behind
                 )
-        axes.set_xticks(range(last + 1), [plain(name, 20) for name in (*short_names(names), *short_names([metric]))])
+        titles = [*short_keys(list(names)).values(), *short_keys([metric]).values()]
+        axes.set_xticks(range(last + 1), [plain(title, 20) for title in titles])
         axes.set_yticks([])
         axes.set_xlim(-0.1, last + 0.35)
         axes.set_ylim(-0.06, 1.06)
@@ -198,9 +199,10 @@ def _scatter(name: str, metric: str, scored: Sequence[Scored], key: str) -> Figu
         axes.set_ylabel(plain(metric, 30))
         numbers_on(axes.yaxis)
 
+    titles = short_keys([metric, name])
     return Figure(
         key,
-        " by ".join(short_names([metric, name])),
+        f"{titles[metric]} by {titles[name]}",
         drawn(plot, key, height=230),
         f"Each dot is a student, over all settings of the rest.{scale.note}",
         legend(scored),
@@ -248,12 +250,6 @@ def _frontier(scored: Sequence[Scored], key: str) -> list[Block]:
     ]
 
 
-def short_names(keys: Sequence[str]) -> list[str]:
-    """Dotted keys by their last part, as far as that names one of them only."""
-    last = [key.rsplit(".", 1)[-1] for key in keys]
-    return [key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)]
-
-
 def legend(scored: Sequence[Scored]) -> list[Entry]:
     """The entries that are drawn."""
     return [entry for entry in (_BEST, _GOOD, _OTHER) if any(one.entry is entry for one in scored)]
@@ -261,13 +257,3 @@ def legend(scored: Sequence[Scored]) -> list[Entry]:
 
 def _value(trial: Trial) -> float | None:
     return number(trial.value) if trial.state == "complete" else None
-
-
-def _settings_text(parameters: dict[str, Any]) -> str:
-    return (
-        ", ".join(
-            f"{name} {setting_text(parameters[key])}"
-            for key, name in zip(parameters, short_names([*parameters]), strict=True)
-        )
-        or "no setting"
-    )

@@ -3,7 +3,10 @@
 from pipeline.report.drawing import Line, lines, over_positions, positions_label
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Entry, Figure, Missing, Section, Text
-from pipeline.report.units import cell, count_text, number, seconds_text, tick_text
+from pipeline.units import cell, count_text, number, seconds_text, tick_text
+from stages.errors import CheckpointError
+from stages.models.description import read_description
+from stages.models.origin import load_origin
 
 _LOGGED = (
     (
@@ -48,21 +51,36 @@ def teacher_section(run: Run) -> Section:
     return Section("teacher", "Teacher", blocks)
 
 
+def precision(teacher: Model) -> str:
+    """What its weights are: FP32, bfloat16 or float16, or what its quantised layers hold."""
+    try:
+        origin = load_origin(teacher.folder)
+        quantize = read_description(teacher.folder).quantize if teacher.has_weights else None
+    except CheckpointError:
+        return "precision unknown"
+    if origin is not None:
+        return "FP32" if origin.dtype == "float32" else origin.dtype
+    if quantize is None or quantize.weights == "none":
+        return "FP32"
+    return f"{quantize.bits}-bit layers" if quantize.is_nbit else "ternary layers"
+
+
 def _story(run: Run) -> str:
     teacher = run.teacher
     parameters = number(teacher.summary.get("parameters"))
-    size = f"of {count_text(parameters)} parameters in full precision" if parameters else "in full precision"
+    size = f" of {count_text(parameters)} parameters" if parameters else ""
+    what = f"A transformer{size} ({precision(teacher)})"
     if not teacher.is_finished:
-        return f"A transformer {size}; its training is not finished: run tristill teacher to go on."
+        return f"{what}; its training is not finished: run tristill teacher to go on."
     reached = (
         f"On held-out text it reaches a perplexity of {cell(teacher.perplexity, '{:.2f}')}, "
         f"{cell(teacher.validation.get('bits_per_byte'), '{:.3f}')} bits per byte."
     )
     elapsed_s, positions = (number(teacher.train.get(key)) for key in ("elapsed_s", "positions"))
     if elapsed_s is None or positions is None:
-        return f"A transformer {size}, given as a finished checkpoint and not trained here. {reached}"
+        return f"{what}, given as a finished checkpoint and not trained here. {reached}"
     return (
-        f"A transformer {size}, trained on {count_text(positions)} positions in {seconds_text(elapsed_s)}, "
+        f"{what}, trained on {count_text(positions)} positions in {seconds_text(elapsed_s)}, "
         f"{cell(teacher.train.get('positions_per_s'), '{:,.0f}')} positions/s. {reached}"
     )
 

@@ -1,12 +1,20 @@
 """How many tokens a corpus will have: of a small one by tokenising it, of a large one from a part of it."""
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cache.spec import SplitName
-from stages.data.config import DataConfig, HuggingFaceDataset, SyntheticText, TextFiles, TrainedTokenizer
+from stages.data.config import (
+    DataConfig,
+    HuggingFaceDataset,
+    RecordFiles,
+    SyntheticText,
+    TextFiles,
+    TrainedTokenizer,
+)
 from stages.data.files import corpus_files
 from stages.data.tokenized import load_corpus
 from stages.errors import CorpusError
@@ -19,15 +27,22 @@ _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 @dataclass(frozen=True)
 class CorpusInSmall:
-    """config: of the part that is tokenized. total_bytes: of text in all of it; None where a limit says its size.
+    """config: of the part that is tokenized. is_whole: whether the part is all.
 
-    is_whole: whether the part is all. documents: of how many of a synthetic corpus the part is.
+    Of a part, one of these says how much there is, else a limit does. share: of the bytes of all files, in those of the
+    part; total_bytes: of text in all files; documents: of a synthetic corpus.
     """
 
     config: DataConfig
-    total_bytes: int | None
     is_whole: bool
+    share: float | None = None
+    total_bytes: int | None = None
     documents: int | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a limit says how much there is."""
+        return self.share is None and self.total_bytes is None and self.documents is None
 
 
 def in_small(config: DataConfig, small_bytes: int = SMALL_BYTES) -> CorpusInSmall:
@@ -35,38 +50,47 @@ def in_small(config: DataConfig, small_bytes: int = SMALL_BYTES) -> CorpusInSmal
 
     That is files from all over the sorted list, with half as many bytes; of few large ones the first two million
     tokens. The text that a tokenizer is trained on shrinks with the corpus. Raises CorpusError where nothing says how
-    much there is.
+    much there is: of a data set, and of few large files of records, whose bytes are not those of their text.
     """
     source = config.source
-    limits = {"max_train_tokens": config.max_train_tokens, "max_validation_tokens": config.max_validation_tokens}
     if isinstance(source, SyntheticText):
         documents = min(source.documents, _PART_DOCUMENTS)
         part = config.model_copy(update={"source": source.model_copy(update={"documents": documents})})
-        return CorpusInSmall(part, None, is_whole=documents == source.documents, documents=source.documents)
+        return CorpusInSmall(part, is_whole=documents == source.documents, documents=source.documents)
     if isinstance(source, HuggingFaceDataset):
-        if config.max_train_tokens is None:
-            raise CorpusError(
-                f"data set {source.path!r}: found nothing that says how much text it has; set data.max_train_tokens, "
-                "or run `tristill tokenize` first, to plan with what it finds"
-            )
-        return CorpusInSmall(_cut(config), None, is_whole=config.max_train_tokens <= _PART_TOKENS)
+        return _limited(config, f"data set {source.path!r}")
     files = corpus_files(source)
     sizes = [file.stat().st_size for file in files]
     total = sum(sizes)
     if total <= small_bytes:
-        return CorpusInSmall(config, total, is_whole=True)
+        return CorpusInSmall(config, is_whole=True, total_bytes=total)
     chosen = np.linspace(0, len(files) - 1, max(1, len(files) * small_bytes // (2 * total))).astype(int)
     share = sum(sizes[i] for i in chosen) / total
     if len(files) < 16 or share * total > small_bytes:
-        return CorpusInSmall(_cut(config), total, is_whole=False)
-    documents_are = source.documents if isinstance(source, TextFiles) else "file"
-    paths = TextFiles(kind="text", paths=tuple(str(files[i]) for i in chosen), documents=documents_are)
+        if isinstance(source, RecordFiles):
+            return _limited(config, f"record files ({len(files)}, {total:,} bytes, from {files[0]} on)")
+        return CorpusInSmall(_cut(config), is_whole=False, total_bytes=total)
+    paths = tuple(glob.escape(str(files[i])) for i in chosen)
+    if isinstance(source, TextFiles | RecordFiles):
+        source = source.model_copy(update={"paths": paths})
+    else:
+        source = TextFiles(kind="text", paths=paths)
     tokenizer = config.tokenizer
     if isinstance(tokenizer, TrainedTokenizer):
         tokenizer = tokenizer.model_copy(update={"train_bytes": max(2**20, round(share * tokenizer.train_bytes))})
-    unlimited = dict.fromkeys(limits)
-    part = config.model_copy(update={"source": paths, "tokenizer": tokenizer, **unlimited})
-    return CorpusInSmall(part, total, is_whole=False)
+    unlimited = {"max_train_tokens": None, "max_validation_tokens": None}
+    part = config.model_copy(update={"source": source, "tokenizer": tokenizer, **unlimited})
+    return CorpusInSmall(part, is_whole=False, share=share)
+
+
+def _limited(config: DataConfig, what: str) -> CorpusInSmall:
+    """A corpus of which its limit says how much there is."""
+    if config.max_train_tokens is None:
+        raise CorpusError(
+            f"{what}: found nothing that says how much text there is; set data.max_train_tokens, or run `tristill "
+            "tokenize` first, to plan with what it finds"
+        )
+    return CorpusInSmall(_cut(config), is_whole=config.max_train_tokens <= _PART_TOKENS)
 
 
 def _cut(config: DataConfig) -> DataConfig:
@@ -83,14 +107,16 @@ def _cut(config: DataConfig) -> DataConfig:
 
 
 def expected_tokens(config: DataConfig, small: CorpusInSmall, data_folder: Path) -> dict[SplitName, int]:
-    """Tokens per split of the whole corpus, from its part in `data_folder`: by bytes of text, up to the limits."""
+    """Tokens per split of the whole corpus, from its part in `data_folder`: by bytes, up to the limits."""
     splits = load_corpus(data_folder).splits
     found = {split: splits[split].tokens for split in _SPLITS}
     if small.is_whole:
         return found
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     share = config.validation_fraction
-    if small.total_bytes is not None:
+    if small.share is not None:
+        all_tokens = sum(found.values()) / small.share
+    elif small.total_bytes is not None:
         all_tokens = small.total_bytes * sum(found.values()) / sum(splits[split].text_bytes for split in _SPLITS)
     elif small.documents is not None:
         all_tokens = small.documents * sum(found.values()) / sum(splits[split].documents for split in _SPLITS)

@@ -1,12 +1,23 @@
-"""A chat corpus by the command line: tokenize, teacher, dump, distil, evaluate, look, repair."""
+"""A chat corpus by the command line: tokenize, teacher, dump, distil, evaluate, look, repair, plan, report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from chats import make_tokenizer, some_chats, write_json_lines
 
 from conftest import Outcome, tristill
+from pipeline.config import load_config
+from pipeline.plan.compare import compare
+from pipeline.plan.prediction import PLAN_NAME, load_plan
+from pipeline.report.data import data_section
+from pipeline.report.page import REPORT_NAME
+from pipeline.report.run import Run, read_run
+from pipeline.report.section import Figure, Table, Text
+from pipeline.report.teacher import teacher_section
+from pipeline.workspace import Workspace
+from stages.data.tokenized import load_corpus
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
@@ -106,3 +117,59 @@ def test_forcing_another_corpus_leaves_no_mask_behind(run: Path, tmp_path: Path)
     outcome = tristill("tokenize", "--force", *arguments, "--set", text.replace("text.txt", "many.txt"))
     assert outcome.code == 0, outcome.stderr
     assert not list(copy.glob("*-mask.npy"))
+
+
+def copied(run: Path, to: Path) -> Run:
+    shutil.copytree(run / "run", to)
+    return read_run(Workspace(load_config(run / "chats.toml"), to))
+
+
+def test_a_run_of_chats_is_what_was_planned(run: Path, tmp_path: Path) -> None:
+    found = copied(run, tmp_path / "run")
+    fresh = ["--config", str(run / "chats.toml"), "--run-dir", str(tmp_path / "fresh")]
+    outcome = tristill("plan", "--seconds", "0.3", "--teacher-seconds", "5", *fresh)
+    assert outcome.code == 0, outcome.stderr
+    shutil.copy(tmp_path / "fresh" / PLAN_NAME, tmp_path / "run")
+    rows = compare(found.workspace)
+    exact = [row for row in rows if row.unit == "positions"]
+    assert len(exact) == 5
+    assert [row.predicted for row in exact] == [row.happened for row in exact]
+    for row in rows:
+        assert row.unit != "bytes" or row.happened == pytest.approx(row.predicted, rel=0.02), row
+    plan = load_plan(tmp_path / "run")
+    assert plan is not None
+    splits = load_corpus(found.workspace.data).splits
+    assert plan.cache.positions == {split: (splits[split].tokens - 1) // 16 * 16 for split in splits}
+    every = f"{sum(plan.cache.positions.values()):,}"  # so small a corpus is rehearsed whole
+    assert plan.stages[2].basis == f"{every} positions measured of {every}"
+
+
+def test_the_report_says_what_counts(run: Path, tmp_path: Path) -> None:
+    found = copied(run, tmp_path / "run")
+    outcome = tristill("report", "--run-dir", str(tmp_path / "run"))
+    assert outcome.code == 0, outcome.stderr
+    assert "wrote nothing" not in (tmp_path / "run" / REPORT_NAME).read_text(encoding="utf-8")
+    section = data_section(found)
+    text = section.blocks[0]
+    assert isinstance(text, Text)
+    assert text.text.startswith("The corpus is chats of files of records: ")
+    assert "asks for the next token" not in text.text
+    splits = load_corpus(found.workspace.data).splits
+    counted = [split.counted.tokens for split in splits.values() if split.counted]
+    assert f"{sum(counted):,} tokens, " in text.text
+    table = section.blocks[1]
+    assert isinstance(table, Table)
+    place = table.header.index("tokens that count")
+    assert [row[place] for row in table.rows] == [f"{count:,}" for count in counted]
+
+
+def test_a_batch_without_a_label_is_not_the_last_loss(run: Path, tmp_path: Path) -> None:
+    found = copied(run, tmp_path / "run")
+    log = found.workspace.run_dir / "teacher" / "metrics.jsonl"
+    (record, *_) = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [{**record, "positions": 64 * n, "loss": loss} for n, loss in enumerate([0.0, 4.5, 4.25, 0.0], start=1)]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    section = teacher_section(read_run(found.workspace))
+    captions = [block.caption for block in section.blocks if isinstance(block, Figure)]
+    assert "the last is 4.250 nats" in captions[0]
+    assert found.teacher.is_finished

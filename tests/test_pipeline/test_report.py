@@ -7,9 +7,12 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_sweep import LEDGER, sweep_results, write_sweep
 
+from cache import CacheSpec, CacheWriter
+from conftest import TOKENIZER_JSON, make_spec, window_arrays
 from pipeline.config import load_config
 from pipeline.errors import MissingInputError
 from pipeline.plan.compare import compare
@@ -37,9 +40,9 @@ from pipeline.report.section import (
 )
 from pipeline.report.students import students_section
 from pipeline.report.summary import provenance, tiles
-from pipeline.report.sweeps import scored_of, short_names, sweeps_section
-from pipeline.report.teacher import teacher_section
-from pipeline.report.units import bytes_text, count_text, seconds_text
+from pipeline.report.sweeps import scored_of, sweeps_section
+from pipeline.report.teacher import precision, teacher_section
+from pipeline.units import bytes_text, count_text, seconds_text
 from pipeline.workspace import Workspace
 
 HOSTILE = '</style></pre><script>alert(1)</script><img src=x onerror="alert(2)">\'"&amp; \u202e \u00e9 $x$'
@@ -146,6 +149,41 @@ def test_a_cache_from_elsewhere_is_shown_and_its_windows_are_continued(copied_ru
     assert {"cache-bytes", "log-partition", "term-1"} <= set(page.figures)
     assert "Not there to write: teacher" in page.text
     assert "Held-out text" in page.text
+
+
+def test_a_cache_whose_first_windows_count_nothing_says_that_it_has_no_curve_for_that(copied_run: Path) -> None:
+    shutil.rmtree(copied_run / "cache")
+    plain, silent = make_spec(3, 400, hidden=None), 380
+    splits = {
+        split: plain.splits[split].model_copy(update={"counted_positions": 6 * count})
+        for split, count in {"train": 3, "validation": 400 - silent}.items()
+    }
+    spec = CacheSpec.model_validate(plain.model_dump() | {"format_version": 3, "splits": splits})
+    writer = CacheWriter(copied_run / "cache", spec, TOKENIZER_JSON)
+    for shard in writer.missing_shards():
+        windows = range(shard.first_window, shard.first_window + shard.num_windows)
+        counts = np.array(windows) >= (silent if shard.split == "validation" else 0)
+        shard_writer = writer.shard(shard)
+        shard_writer.append(
+            window_arrays(plain, shard.split, windows) | {"mask": np.repeat(counts[:, None], 6, axis=1).astype("u1")}
+        )
+        shard_writer.commit()
+    writer.finish()
+    text = page_of(cache_section(run_at(copied_run))).text
+    assert "no log-partition curve: the windows that were looked at have no position that counts." in text
+    assert "draws" not in text
+
+
+def test_a_model_is_called_what_its_weights_are(copied_run: Path) -> None:
+    run = run_at(copied_run)
+    assert (precision(run.teacher), precision(run.students[0])) == ("FP32", "ternary layers")
+    assert "parameters (FP32), trained on" in page_of(teacher_section(run)).text
+    shutil.copytree(copied_run / "students" / "student", copied_run / "teacher", dirs_exist_ok=True)
+    run = run_at(copied_run)
+    assert next(tile for tile in tiles(run) if tile.label == "Teacher").note.endswith("ternary layers")
+    assert "(ternary layers)" in page_of(teacher_section(run)).text
+    (copied_run / "teacher" / "config.json").write_text("{}")
+    assert "(precision unknown)" in page_of(teacher_section(run)).text
 
 
 def test_a_student_in_training_is_drawn_and_a_line_cut_by_a_kill_is_not(copied_run: Path) -> None:
@@ -308,10 +346,6 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends(count: int) -> None:
     assert len(found) <= 301
     assert found == list(range(count)) if count <= 300 else found[0] == 0
     assert not count or found[-1] == count - 1
-
-
-def test_settings_are_named_by_their_last_part_unless_two_share_it() -> None:
-    assert short_names(["a.rate", "b.rate", "c.width"]) == ["a.rate", "b.rate", "width"]
 
 
 def test_numbers_are_readable() -> None:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chats import chat_settings, make_tokenizer, some_chats, write_json_lines
 
+from cache.hashing import sha256_of_file
 from cache.manifest import load_manifest
 from conftest import ROOT
 from pipeline.config import load_config
@@ -12,8 +14,9 @@ from pipeline.plan.sizes import cache_sizes, scaled
 from stages.data.config import DataConfig, TextFiles, TrainedTokenizer
 from stages.data.files import corpus_files
 from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import load_corpus, split_windows
+from stages.data.tokenized import load_corpus, mask_name, split_windows
 from stages.dump.dump import dump_logits
+from stages.errors import CorpusError
 from stages.plan.corpus import expected_tokens, in_small
 from stages.plan.sample import sample_corpus
 
@@ -84,3 +87,64 @@ def test_a_part_of_many_files_tells_the_tokens_of_all(tmp_path: Path) -> None:
     assert sum(found.values()) == pytest.approx(sum(split.tokens for split in whole.splits.values()), rel=0.05)
     limited = config.model_copy(update={"max_train_tokens": 1000, "max_validation_tokens": 500})
     assert expected_tokens(limited, small, tmp_path / "part") == {"train": 1000, "validation": 500}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path]:
+    """The settings of twenty files of chats, and the folder of their tokens."""
+    pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    folder = tmp_path_factory.mktemp("chats")
+    (folder / "rows").mkdir()
+    rows = [{"messages": chat, "note": "not read"} for chat in some_chats(400)]
+    for n in range(20):
+        write_json_lines(folder / "rows" / f"[{n:02}].jsonl", rows[n::20])
+    config = DataConfig.model_validate(chat_settings(folder / "rows", make_tokenizer(folder / "tokenizer")))
+    tokenize_corpus(config, folder / "data")
+    return config, folder / "data"
+
+
+def test_a_sample_of_chats_counts_what_the_corpus_counts(chats: tuple[DataConfig, Path], tmp_path: Path) -> None:
+    data = chats[1]
+    sample = sample_corpus(data, tmp_path / "data", {"train": 600, "validation": 2**62}, EVERYTHING)
+    assert load_corpus(tmp_path / "data") == sample
+    whole, part = (split_windows(folder, "train") for folder in (data, tmp_path / "data"))
+    assert part.num_windows == 1024 < whole.num_windows
+    places: dict[bytes, list[int]] = {}
+    for place in range(whole.num_windows):
+        places.setdefault(whole.read([place])[0].tobytes(), []).append(place)
+    num_wrong = 0
+    for place in range(part.num_windows):
+        found = places.get(part.read([place])[0].tobytes(), [])
+        num_wrong += not any((whole.mask([there]) == part.mask([place])).all() for there in found)
+    assert num_wrong <= 1  # where the two runs meet
+    found, of = sample.splits["train"], load_corpus(data).splits["train"]
+    assert found.counted is not None
+    assert found.counted.tokens == np.load(tmp_path / "data" / mask_name("train")).sum() < 0.4 * found.tokens
+    assert found.counted.sha256 == sha256_of_file(tmp_path / "data" / mask_name("train"))
+    assert found.bytes_per_token == pytest.approx(of.bytes_per_token, rel=1e-3)
+    assert (tmp_path / "data" / mask_name("validation")).is_symlink()
+    assert sample.splits["validation"] == load_corpus(data).splits["validation"]
+
+
+def test_a_part_of_many_record_files_is_records_and_tells_the_tokens_of_all(
+    chats: tuple[DataConfig, Path], tmp_path: Path
+) -> None:
+    config, data = chats
+    total = sum(file.stat().st_size for file in corpus_files(config.source))
+    small = in_small(config, small_bytes=total - 1)
+    assert small.config.source == config.source.model_copy(update={"paths": small.config.source.paths})
+    assert len(small.config.source.paths) == 9
+    tokenize_corpus(small.config, tmp_path / "part")
+    whole, found = load_corpus(data).splits, expected_tokens(config, small, tmp_path / "part")
+    assert sum(found.values()) == pytest.approx(sum(split.tokens for split in whole.values()), rel=0.1)
+    assert found["train"] == pytest.approx(whole["train"].tokens, rel=0.1)
+
+
+def test_few_large_record_files_need_a_limit(tmp_path: Path) -> None:
+    rows = write_json_lines(tmp_path / "rows.jsonl", [{"text": "the moon met a fox", "note": n} for n in range(300)])
+    config = DataConfig.model_validate({"source": {"kind": "records", "paths": [str(rows)]}})
+    with pytest.raises(CorpusError, match=r"^record files \(1, .* set data.max_train_tokens, or run `tristill"):
+        in_small(config, small_bytes=1000)
+    limited = in_small(config.model_copy(update={"max_train_tokens": 5000}), small_bytes=1000)
+    assert (limited.config.source, limited.config.max_train_tokens) == (config.source, 5000)
+    assert limited.is_limited
