@@ -26,6 +26,31 @@ FORGETFUL_TEMPLATE = (
     "{% if message.role == 'assistant' and loop.last %}<think>{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LAST_ENDS_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REASONING_TEMPLATE = """
+{%- set ns = namespace(last_query=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set reasoning = message.content.split('</think>')[0].split('<think>')[-1] if '</think>' in message.content %}
+        {%- set answer = message.content.split('</think>')[-1].lstrip('\n') %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.last_query and (loop.last or reasoning) %}
+            {{- '<think>\n' + (reasoning or '').strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- answer + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""  # Qwen3's form: a block of reasoning, empty or not, in the last turn, none in those before it
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _WORDS = [
     "the",
