@@ -24,6 +24,7 @@ from chats import (
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from conftest import ROOT
 from stages.data.chat import ChatTemplate, assistant_tokens, special_ids
 from stages.data.config import DataConfig
 from stages.data.corpus import documents
@@ -109,15 +110,13 @@ def test_a_template_that_does_not_show_a_turn_is_refused_with_the_way_out(tmp_pa
         rendered.document(HELLO, "rows.jsonl, row 3")
 
 
-def test_the_marks_that_the_docs_show_make_such_a_template_plain(tmp_path: Path) -> None:
-    said = "{{ message.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}"
-    marked = LAST_ENDS_TEMPLATE.replace(
-        said,
-        "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}"
-        "{% else %}{{ message.content }}{% endif %}{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}",
-    )
-    pieces, _ = counted_pieces(tmp_path, marked, HELLO)
-    assert pieces == ["a caf\u00e9 \U0001f98a<|im_end|>", " river <|endoftext|>"]
+def test_the_marks_that_the_docs_show_make_every_turn_known(tmp_path: Path) -> None:
+    shown = (ROOT / "docs" / "methods.md").read_text().partition("```jinja\n")[2].partition("```")[0]
+    others = "{%- else -%}{{- message.content + ('<|endoftext|>' if loop.last else '<|im_end|>\n') -}}{%- endif -%}"
+    template = shown.replace("{%- endif -%}", others)
+    assert template != shown
+    pieces, _ = counted_pieces(tmp_path, f"{{% for message in messages %}}{template}{{% endfor %}}", HELLO)
+    assert pieces == ["a caf\u00e9 \U0001f98a<|im_end|>", " river <|im_end|>"]
 
 
 def test_what_a_template_refuses_is_said_with_the_roles(tmp_path: Path) -> None:
