@@ -26,11 +26,21 @@ FORGETFUL_TEMPLATE = (
     "{% if message.role == 'assistant' and loop.last %}<think>{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LAST_ENDS_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+_IF_LONG = "{{ 'L' if messages[1] and messages[1].content | length > 5 }}"
+UNKNOWN_TEMPLATES = {
+    "another token ends the last turn": FORGETFUL_TEMPLATE.replace(
+        "<|im_end|>", "{{ '<|endoftext|>' if message.role == 'assistant' and loop.last else '<|im_end|>' }}"
+    ),
+    "another generation prompt": PLAIN_TEMPLATE.replace("assistant\n", "model\n"),
+    "another, longer generation prompt": PLAIN_TEMPLATE.replace("assistant\n", "what the model says\n"),
+    "what is before depends on the turn": _IF_LONG + FORGETFUL_TEMPLATE,
+    "what is after depends on the turn": FORGETFUL_TEMPLATE + _IF_LONG,
+    "nothing is said": PLAIN_TEMPLATE.replace("{{ message.content }}", "{{ loop.length }}"),
+    "all is said twice": FORGETFUL_TEMPLATE.replace(
+        "{{ message.content }}", "{{ message.content }} {{ message.content }}"
+    )
+    + _IF_LONG,
+}
 REASONING_TEMPLATE = """
 {%- set ns = namespace(last_query=0) %}
 {%- for message in messages %}

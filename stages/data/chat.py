@@ -128,20 +128,12 @@ class ChatTemplate:
         """
         mark = next(chr(code) for code in _MARKS if chr(code) not in text)
         marked = [*messages[:turn], {**messages[turn], "content": mark}]
-        head, found, rest = self._rendered([*marked, *messages[turn + 1 :]], add_generation_prompt=False)[0].partition(
-            mark
-        )
+        head, _, rest = self._rendered([*marked, *messages[turn + 1 :]], add_generation_prompt=False)[0].partition(mark)
         ending = self._rendered(marked, add_generation_prompt=False)[0].rpartition(mark)[2]
         first, longer = sorted([head, before], key=len)
         start, stop = len(first), len(text) - len(rest) + len(ending)
         is_plain = (
-            found
-            and mark not in rest
-            and longer.startswith(first)
-            and text.startswith(first)
-            and text.endswith(rest)
-            and rest.startswith(ending)
-            and start <= stop
+            longer.startswith(first) and text.startswith(first) and text.endswith(rest) and rest.startswith(ending)
         )
         return (start, stop) if is_plain else None
 

@@ -11,10 +11,10 @@ import pytest
 from chats import (
     BARE_TEMPLATE,
     FORGETFUL_TEMPLATE,
-    LAST_ENDS_TEMPLATE,
     MARKED_TEMPLATE,
     PLAIN_TEMPLATE,
     REASONING_TEMPLATE,
+    UNKNOWN_TEMPLATES,
     Chat,
     chat_settings,
     make_tokenizer,
@@ -77,6 +77,11 @@ def test_a_chat_without_the_assistant_has_no_token_that_counts(tmp_path: Path) -
 
 def test_a_last_turn_that_is_rendered_otherwise_leaves_all_turns_known(tmp_path: Path) -> None:
     first, last = "a caf\u00e9 \U0001f98a<|im_end|>", " river <|im_end|>"
+    bare = BARE_TEMPLATE.replace(
+        "{{ message.content }}", "{{ '!' if message.role == 'assistant' and loop.last }}{{ message.content }}"
+    )
+    pieces, _ = counted_pieces(tmp_path / "bare", bare, HELLO)
+    assert pieces[0] == " a caf\u00e9 \U0001f98a\n", "with what ends it, though no special token does"
     pieces, num_bytes = counted_pieces(tmp_path / "forgetful", FORGETFUL_TEMPLATE, HELLO)
     assert pieces == [first, f"<think>{last}"]
     assert num_bytes == len("a caf\u00e9 \U0001f98a<think> river ".encode())
@@ -103,9 +108,9 @@ def test_turns_of_a_tool_call_are_known_where_the_last_one_is_rendered_otherwise
     assert pieces == ["a caf\u00e9 \U0001f98a<|im_end|>", "<think>\n\n</think>\n\n river <|im_end|>"]
 
 
-@pytest.mark.parametrize("template", [LAST_ENDS_TEMPLATE, PLAIN_TEMPLATE.replace("assistant\n", "model\n")])
-def test_a_template_that_does_not_show_a_turn_is_refused_with_the_way_out(tmp_path: Path, template: str) -> None:
-    rendered = ChatTemplate(make_tokenizer(tmp_path / "tok", template))
+@pytest.mark.parametrize("name", sorted(UNKNOWN_TEMPLATES))
+def test_a_template_that_does_not_show_a_turn_is_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
+    rendered = ChatTemplate(make_tokenizer(tmp_path / "tok", UNKNOWN_TEMPLATES[name]))
     with pytest.raises(CorpusError, match=r"rows\.jsonl, row 3: the chat template of .*tok does not render message 2 "):
         rendered.document(HELLO, "rows.jsonl, row 3")
 
