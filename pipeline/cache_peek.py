@@ -14,6 +14,8 @@ from pipeline.terminal import Colour, Span, cells, painted, wrapped
 
 _HEADER = ("position", "input", "label", "entropy, nats", "p(label)")
 _NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
+_NOT_COUNTED = "does not count"
+"""Of a position where no loss is, in place of what the teacher expected: the label is not the assistant's."""
 _BLACK = 16
 # From surprise to certainty, red over pale yellow to blue, which people who see no green tell apart too. Each with the
 # least probability that it stands for, as text and as a number.
@@ -97,7 +99,8 @@ def _table(cache: Cache, positions: Sequence[PeekedPosition], columns: int | Non
     lines = [list(_HEADER), *(_row(seen, texts) for seen in positions)]
     room = math.inf if columns is None else columns - cells(text_table(lines).partition("\n")[0]) - len("  |")
     entries = [[f"{texts[token_id]} {probability:.3f}" for token_id, probability in seen.top] for seen in positions]
-    lasts = [_title(cache.spec), *(_fitting(found, room) for found in entries)]
+    nothing = _NOT_COUNTED if cache.spec.is_masked else "-"
+    lasts = [_title(cache.spec), *(_fitting(found, room) or nothing for found in entries)]
     return text_table([[*line, last] for line, last in zip(lines, lasts, strict=True)])
 
 
@@ -114,11 +117,11 @@ def _row(seen: PeekedPosition, texts: dict[int, str]) -> list[str]:
 
 
 def _fitting(entries: Sequence[str], room: float) -> str:
-    """As many entries as `room` columns hold, but one at least."""
+    """As many entries as `room` columns hold, but one at least if there is one."""
     count = len(entries)
     while count > 1 and cells(", ".join(entries[:count])) > room:
         count -= 1
-    return ", ".join(entries[:count]) or "-"
+    return ", ".join(entries[:count])
 
 
 def _in_a_cell(text: str) -> str:

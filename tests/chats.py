@@ -26,6 +26,41 @@ FORGETFUL_TEMPLATE = (
     "{% if message.role == 'assistant' and loop.last %}<think>{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_IF_LONG = "{{ 'L' if messages[1] and messages[1].content | length > 5 }}"
+UNKNOWN_TEMPLATES = {
+    "another token ends the last turn": FORGETFUL_TEMPLATE.replace(
+        "<|im_end|>", "{{ '<|endoftext|>' if message.role == 'assistant' and loop.last else '<|im_end|>' }}"
+    ),
+    "another generation prompt": PLAIN_TEMPLATE.replace("assistant\n", "model\n"),
+    "another, longer generation prompt": PLAIN_TEMPLATE.replace("assistant\n", "what the model says\n"),
+    "what is before depends on the turn": _IF_LONG + FORGETFUL_TEMPLATE,
+    "what is after depends on the turn": FORGETFUL_TEMPLATE + _IF_LONG,
+    "nothing is said": PLAIN_TEMPLATE.replace("{{ message.content }}", "{{ loop.length }}"),
+    "all is said twice": FORGETFUL_TEMPLATE.replace(
+        "{{ message.content }}", "{{ message.content }} {{ message.content }}"
+    )
+    + _IF_LONG,
+}
+REASONING_TEMPLATE = """
+{%- set ns = namespace(last_query=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last_query = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set reasoning = message.content.split('</think>')[0].split('<think>')[-1] if '</think>' in message.content %}
+        {%- set answer = message.content.split('</think>')[-1].lstrip('\n') %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.last_query and (loop.last or reasoning) %}
+            {{- '<think>\n' + (reasoning or '').strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- answer + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""  # Qwen3's form: a block of reasoning, empty or not, in the last turn, none in those before it
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _WORDS = [
     "the",

@@ -3,9 +3,11 @@
 transformers renders them (extra `hf`); the tokens are those of the run's own tokenizer.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from stages.errors import CorpusError, TokenizerError
 Message = dict[str, Any]
 Span = tuple[int, int]
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS = range(0xE000, 0xF900)  # Unicode's area for private use
+TODAY = date(2024, 7, 26)
+"""What `strftime_now` of a template says today is, so that tokens do not change overnight: a date of Llama 3's."""
+_DIRECTIVES = [*"aAbBcdDeFGhHIjmMpSTuUVwWxXyY", *(f"-{of}" for of in "dHIjmMSy"), "%"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class ChatTemplate:
     """The chat template of a folder.
 
     What is the assistant's is what stands between its `{% generation %}` marks; without marks, what a turn of the
-    assistant adds to the chat before it with the generation prompt.
+    assistant adds to the chat before it with the generation prompt. Today is always TODAY.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +57,7 @@ class ChatTemplate:
         try:
             arguments = {"local_files_only": True, "trust_remote_code": False}
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), **arguments)
-            self._source: str = self._tokenizer.get_chat_template()
+            source: str = self._tokenizer.get_chat_template()
         except Exception as exc:  # the library raises many kinds
             first_line = (str(exc).splitlines() or [""])[0]
             raise TokenizerError(
@@ -60,49 +66,100 @@ class ChatTemplate:
             ) from exc
         self._folder = folder
         self._render: Any = render_jinja_template
-        self._is_marked = _GENERATION_MARK.search(self._source) is not None
+        self._source = _with_fixed_date(source) if "strftime_now" in source else source
+        self._is_marked = _GENERATION_MARK.search(source) is not None
 
     def document(self, messages: Sequence[Message], where: str) -> Document:
         """A chat as one document. Raises CorpusError, naming `where`, if the template does not take it."""
-        text, spans = self._rendered(messages, where, add_generation_prompt=False)
-        if not self._is_marked:
-            spans = self._spans_of_turns(messages, text, where)
-        return Document(text, tuple(spans))
-
-    def _rendered(
-        self, messages: Sequence[Message], where: str, *, add_generation_prompt: bool
-    ) -> tuple[str, list[Span]]:
-        """The text, and the spans of its generation marks."""
         try:
-            texts, spans = self._render(
-                conversations=[list(messages)],
-                chat_template=self._source,
-                return_assistant_tokens_mask=self._is_marked,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.special_tokens_map,
-            )
+            text, spans = self._rendered(messages, add_generation_prompt=False)
         except Exception as exc:  # whatever a template raises
             raise CorpusError(
-                f"{where}: the chat template of {self._folder} refuses this chat of roles "
-                f"{[message['role'] for message in messages]} ({exc}); correct the chat, or leave it out"
+                f"{where}: the chat template of {self._folder} refuses this chat of roles {_roles(messages)} ({exc}); "
+                "correct the chat, or leave it out"
             ) from exc
+        if not self._is_marked:
+            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+            spans = [self._span_of_turn(messages, turn, text, where) for turn in turns]
+        return Document(text, tuple(spans))
+
+    def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        """The text, and the spans of its generation marks. Raises whatever the template does."""
+        texts, spans = self._render(
+            conversations=[list(messages)],
+            chat_template=self._source,
+            return_assistant_tokens_mask=self._is_marked,
+            add_generation_prompt=add_generation_prompt,
+            **self._tokenizer.special_tokens_map,
+        )
         return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
-    def _spans_of_turns(self, messages: Sequence[Message], text: str, where: str) -> list[Span]:
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = self._rendered(messages[:turn], where, add_generation_prompt=True)
-            through, _ = self._rendered(messages[: turn + 1], where, add_generation_prompt=False)
-            if not (text.startswith(through) and through.startswith(before)):
-                raise CorpusError(
-                    f"{where}: the chat template of {self._folder} does not render message {turn + 1} of a chat alike "
-                    "whatever follows it, so that the assistant's part of the text is not known; put {% generation %} "
-                    "and {% endgeneration %} around what the assistant says in that template"
-                )
-            spans.append((len(before), len(through)))
-        return spans
+    def _span_of_turn(self, messages: Sequence[Message], turn: int, text: str, where: str) -> Span:
+        """Where a turn of the assistant is in `text`, the whole chat's; CorpusError if the template does not show it.
+
+        The chat before the turn and the chat that it ends are beginnings of the whole if the template renders every
+        turn alike whatever follows it.
+        """
+        try:
+            before, _ = self._rendered(messages[:turn], add_generation_prompt=True)
+            through, _ = self._rendered(messages[: turn + 1], add_generation_prompt=False)
+            if text.startswith(through) and through.startswith(before):
+                return len(before), len(through)
+            span = self._span_around_content(messages, turn, text, before)
+        except Exception as exc:  # whatever a template raises
+            raise CorpusError(
+                f"{where}: the chat template of {self._folder} takes this chat of roles {_roles(messages)}, but not "
+                f"its beginning up to message {turn + 1} ({exc}), so that the assistant's part of the text is not "
+                f"known; {_WAY_OUT}, or leave the chat out"
+            ) from exc
+        if span is None:
+            raise CorpusError(
+                f"{where}: the chat template of {self._folder} does not render message {turn + 1} of a chat alike "
+                f"whatever follows it, so that the assistant's part of the text is not known; {_WAY_OUT}"
+            )
+        return span
+
+    def _span_around_content(self, messages: Sequence[Message], turn: int, text: str, before: str) -> Span | None:
+        """The span of a turn that is rendered otherwise as the last one; None if it is not plain where it is.
+
+        What stands around the content is what stays when the content becomes a mark that occurs nowhere else. The turn
+        begins after the generation prompt, or, where the prompt has more than this turn (an open <think>), with the
+        content. It ends with what the template puts after the content of a last turn.
+        """
+        mark = next(chr(code) for code in _MARKS if chr(code) not in text)
+        marked = [*messages[:turn], {**messages[turn], "content": mark}]
+        head, _, rest = self._rendered([*marked, *messages[turn + 1 :]], add_generation_prompt=False)[0].partition(mark)
+        ending = self._rendered(marked, add_generation_prompt=False)[0].rpartition(mark)[2]
+        first, longer = sorted([head, before], key=len)
+        start, stop = len(first), len(text) - len(rest) + len(ending)
+        is_plain = (
+            longer.startswith(first) and text.startswith(first) and text.endswith(rest) and rest.startswith(ending)
+        )
+        return (start, stop) if is_plain else None
+
+
+_WAY_OUT = (
+    "put {% generation %} and {% endgeneration %} around what the assistant says in that template, as docs/methods.md "
+    "shows"
+)
+
+
+def _roles(messages: Sequence[Message]) -> list[str]:
+    return [message["role"] for message in messages]
+
+
+def _with_fixed_date(template: str) -> str:
+    """The template with a `strftime_now` of its own, for which it is always TODAY at midnight.
+
+    A macro, since transformers hands templates data but no functions. Its line is one that jinja renders as nothing.
+    """
+    texts = json.dumps({f"%{directive}": TODAY.strftime(f"%{directive}") for directive in _DIRECTIVES})
+    macro = (
+        "{% macro strftime_now(format) %}{% set today = namespace(text=format) %}"
+        f"{{% for directive, text in {texts}.items() %}}"
+        "{% set today.text = today.text.replace(directive, text) %}{% endfor %}{{ today.text }}{% endmacro %}"
+    )
+    return f"{macro}\n{template}"
 
 
 def assistant_tokens(

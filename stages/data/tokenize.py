@@ -63,7 +63,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
             progress.advance(writers["validation" if is_validation(tokens.text, config) else "train"].append(tokens))
             if all(found.is_full for found in writers.values()):
                 break
-        _refuse_short(writers, config)
+        _refuse_short(writers, config, left_out)
     if left_out:
         say(f"tokenize: left out {left_out:,} chats in which the assistant says nothing")
     corpus = TokenizedCorpus(
@@ -74,7 +74,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
         splits={split: writers[split].described(folder, split) for split in writers},
     )
     if corpus.is_masked:
-        _refuse_without_labels(folder, config)
+        _refuse_without_labels(corpus, folder)
     write_atomically(folder / "data.json", (corpus.model_dump_json(indent=2) + "\n").encode("utf-8"))
     return corpus
 
@@ -190,9 +190,10 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _refuse_short(writers: Mapping[SplitName, _SplitWriter], config: DataConfig) -> None:
+def _refuse_short(writers: Mapping[SplitName, _SplitWriter], config: DataConfig, left_out: int) -> None:
     if not any(writer.num_tokens for writer in writers.values()):
-        raise CorpusError(f"the corpus ({config.source.kind}) is empty: found no text in it")
+        found = f"the assistant says nothing in any of its {left_out:,} chats" if left_out else "found no text in it"
+        raise CorpusError(f"the corpus ({config.source.kind}) is empty: {found}")
     for split, writer in writers.items():
         if writer.num_tokens <= config.context_length:
             raise CorpusError(
@@ -202,12 +203,17 @@ def _refuse_short(writers: Mapping[SplitName, _SplitWriter], config: DataConfig)
             )
 
 
-def _refuse_without_labels(folder: Path, config: DataConfig) -> None:
-    for split in _SPLITS:
-        windows = TokenWindows(folder / f"{split}.npy", config.context_length, mask_path=folder / mask_name(split))
+def _refuse_without_labels(corpus: TokenizedCorpus, folder: Path) -> None:
+    for split, found in corpus.splits.items():
+        windows = TokenWindows(folder / f"{split}.npy", corpus.context_length, mask_path=folder / mask_name(split))
         if not windows.counts().any():
             raise CorpusError(
                 f"the {split} split: found nothing of the assistant's in its {windows.num_windows} windows, whose "
                 "losses would be of nothing; give more chats, or change data.context_length or "
                 "data.validation_fraction"
+            )
+        if not found.text_bytes:
+            raise CorpusError(
+                f"the {split} split: found no text in what the assistant says in its {found.documents:,} chats, only "
+                "the tokens that end its turns; give chats in which it says something"
             )

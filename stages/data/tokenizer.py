@@ -58,11 +58,14 @@ def tokenizer_place(config: ExistingTokenizer) -> Path:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`."""
+    """The tokenizer in a `tokenizer.json`, without the truncation and padding that may be stored there."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as exc:  # tokenizers raises bare Exception
         raise TokenizerError(f"{path}: cannot be read as a tokenizer.json ({exc})") from exc
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:

@@ -188,7 +188,7 @@ def split_specs(
     """Both splits of a dump. Raises CheckpointError if one has no position that counts."""
 
     def split_spec(split: SplitName, max_windows: int | None) -> SplitSpec:
-        all_windows = windows[split].num_windows
+        all_windows = (corpus.splits[split].tokens - 1) // corpus.context_length
         num_windows = min(all_windows, max_windows or all_windows)
         counted = int(windows[split].counts()[:num_windows].sum()) if corpus.is_masked else None
         if counted == 0:

@@ -1,10 +1,10 @@
 """Evaluates a model on the validation split of a source."""
 
 from collections.abc import Callable
-from itertools import islice
 
 import torch
 
+from stages.errors import CorpusError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import MetricSums, ValidationMetrics
 from stages.losses.chunked_head import chunks
@@ -24,7 +24,10 @@ def evaluate(model: LanguageModel, source: TargetSource, config: EvaluateConfig,
 
 
 def glance(model: LanguageModel, source: TargetSource, config: EvaluateConfig, num_windows: int) -> ValidationMetrics:
-    """As `evaluate`, over about the first `num_windows` validation windows, in whole batches, and quietly."""
+    """As `evaluate`, over about the first `num_windows` validation windows, in whole batches, and quietly.
+
+    Over more of them where no position of the first ones counts.
+    """
     return _measure(model, source, config, -(-num_windows // config.batch_windows), _unseen)
 
 
@@ -43,7 +46,7 @@ def _measure(
     model.eval()
     sums = MetricSums(config.calibration_bins, source.temperature)
     batches = source.batches("validation", config.batch_windows, Signals(targets=True), Epoch())
-    for batch in islice(batches, num_batches):
+    for number, batch in enumerate(batches, start=1):
         final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
         labels_N = batch.counted(batch.labels_BT)
         for rows in chunks(len(final_ND), model.vocab_size):
@@ -51,4 +54,11 @@ def _measure(
             target = None if batch.targets is None else batch.targets.chunk(rows)
             sums.add(logits_NV, labels_N[rows], target)
         advance(batch.labels_BT.numel())
+        if num_batches is not None and number >= num_batches and sums.positions:
+            break
+    if not sums.positions:
+        raise CorpusError(
+            "the validation split: found no position that counts, so that its metrics would be of nothing; give more "
+            "chats, or change data.validation_fraction, and run `tristill tokenize` again"
+        )
     return sums.metrics(source.bytes_per_token("validation"))

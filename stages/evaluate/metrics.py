@@ -53,11 +53,14 @@ class ValidationMetrics(BaseModel):
 
 
 class MetricSums:
-    """Adds positions chunk by chunk in float64; what comes out does not depend on how they were cut."""
+    """Adds positions chunk by chunk in float64; what comes out does not depend on how they were cut.
+
+    positions: how many so far.
+    """
 
     def __init__(self, calibration_bins: int, temperature: float) -> None:
         self._temperature = temperature
-        self._positions = 0
+        self.positions = 0
         self._teacher_positions = self._compared_positions = 0
         self._loss = self._kl = self._agreement = self._acceptance = 0.0
         self._bins = calibration_bins
@@ -65,7 +68,7 @@ class MetricSums:
 
     def add(self, logits_NV: Tensor, labels_N: Tensor, target: Target | None) -> None:
         """Count the positions of one chunk; logits in float32."""
-        self._positions += len(labels_N)
+        self.positions += len(labels_N)
         student = StudentChunk(logits_NV)
         self._loss += float(CrossEntropy().per_position(student, labels_N, None).double().sum())
         top_N = logits_NV.argmax(dim=-1)
@@ -82,13 +85,13 @@ class MetricSums:
                 self._acceptance += float(acceptance(logits_NV, target, self._temperature).double().sum())
 
     def metrics(self, bytes_per_token: float) -> ValidationMetrics:
-        """The means so far."""
-        loss_nats = self._loss / self._positions
+        """The means so far, of one position at least."""
+        loss_nats = self._loss / self.positions
         taught, compared = self._teacher_positions, self._compared_positions
         count_M, correct_M, confidence_M = self._calibration_3M
         calibration_error = float((correct_M - confidence_M).abs().sum() / count_M.sum())
         return ValidationMetrics(
-            positions=self._positions,
+            positions=self.positions,
             loss_nats=loss_nats,
             perplexity=math.exp(min(loss_nats, 700.0)),
             bits_per_byte=loss_nats / math.log(2) / bytes_per_token,

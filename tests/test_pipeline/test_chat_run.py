@@ -101,6 +101,15 @@ def test_the_cache_says_what_it_holds_and_is_repaired(run: Path) -> None:
     assert shard.read_bytes() == whole
     seen: Outcome = tristill("cache", "peek", *place(run))
     assert seen.code == 0, seen.stderr
+    seen = tristill("cache", "peek", "--positions", "16", "--windows", "20", *place(run))
+    rows = [
+        [cell.strip() for cell in line.split(" | ")]
+        for line in seen.stdout.splitlines()
+        if line[:3].strip("| ").isdigit()
+    ]
+    nothing = [row for row in rows if row[-1].startswith("does not count")]
+    assert 0 < len(nothing) < len(rows)
+    assert all((row[-3:-1] == ["-", "-"]) == (row in nothing) for row in rows)
 
 
 def test_forcing_another_corpus_leaves_no_mask_behind(run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from chats import (
     FORGETFUL_TEMPLATE,
     MARKED_TEMPLATE,
     PLAIN_TEMPLATE,
+    REASONING_TEMPLATE,
+    UNKNOWN_TEMPLATES,
     Chat,
     chat_settings,
     make_tokenizer,
@@ -22,6 +24,7 @@ from chats import (
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from conftest import ROOT
 from stages.data.chat import ChatTemplate, assistant_tokens, special_ids
 from stages.data.config import DataConfig
 from stages.data.corpus import documents
@@ -72,16 +75,84 @@ def test_a_chat_without_the_assistant_has_no_token_that_counts(tmp_path: Path) -
     assert counted_pieces(tmp_path, MARKED_TEMPLATE, HELLO[:1]) == ([], 0)
 
 
-def test_a_template_that_renders_turns_unlike_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    template = ChatTemplate(make_tokenizer(tmp_path / "tok", FORGETFUL_TEMPLATE))
+def test_a_last_turn_that_is_rendered_otherwise_leaves_all_turns_known(tmp_path: Path) -> None:
+    first, last = "a caf\u00e9 \U0001f98a<|im_end|>", " river <|im_end|>"
+    bare = BARE_TEMPLATE.replace(
+        "{{ message.content }}", "{{ '!' if message.role == 'assistant' and loop.last }}{{ message.content }}"
+    )
+    pieces, _ = counted_pieces(tmp_path / "bare", bare, HELLO)
+    assert pieces[0] == " a caf\u00e9 \U0001f98a\n", "with what ends it, though no special token does"
+    pieces, num_bytes = counted_pieces(tmp_path / "forgetful", FORGETFUL_TEMPLATE, HELLO)
+    assert pieces == [first, f"<think>{last}"]
+    assert num_bytes == len("a caf\u00e9 \U0001f98a<think> river ".encode())
+    pieces, _ = counted_pieces(tmp_path / "reasoning", REASONING_TEMPLATE, HELLO)
+    assert pieces == [first, f"<think>\n\n</think>\n\n{last}"]
+    thoughts = [{**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} for m in HELLO if m["role"] != "user"]
+    chat = [HELLO[0], thoughts[0], HELLO[2], thoughts[1]]
+    pieces, _ = counted_pieces(tmp_path / "reasoning", REASONING_TEMPLATE, chat)
+    assert pieces == [first, f"<think>\nhm\n</think>\n\n{last}"]
+    pieces, _ = counted_pieces(
+        tmp_path / "reasoning", REASONING_TEMPLATE, [*HELLO, HELLO[0], {**HELLO[1], "content": ""}]
+    )
+    assert pieces == [first, last, "<think>\n\n</think>\n\n<|im_end|>"]
+    # The generation prompt of templates for models that always reason: it opens what earlier turns do not have.
+    opened = REASONING_TEMPLATE.replace("assistant\n' }}{%- endif %}\n", "assistant\n<think>\n' }}{%- endif %}\n")
+    assert opened != REASONING_TEMPLATE
+    pieces, _ = counted_pieces(tmp_path / "opened", opened, HELLO)
+    assert pieces == [first, f"\n</think>\n\n{last}"]
+
+
+def test_turns_of_a_tool_call_are_known_where_the_last_one_is_rendered_otherwise(tmp_path: Path) -> None:
+    chat = [HELLO[0], HELLO[1], {"role": "tool", "content": "42"}, HELLO[3]]
+    pieces, _ = counted_pieces(tmp_path, REASONING_TEMPLATE, chat)
+    assert pieces == ["a caf\u00e9 \U0001f98a<|im_end|>", "<think>\n\n</think>\n\n river <|im_end|>"]
+
+
+@pytest.mark.parametrize("name", sorted(UNKNOWN_TEMPLATES))
+def test_a_template_that_does_not_show_a_turn_is_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
+    rendered = ChatTemplate(make_tokenizer(tmp_path / "tok", UNKNOWN_TEMPLATES[name]))
     with pytest.raises(CorpusError, match=r"rows\.jsonl, row 3: the chat template of .*tok does not render message 2 "):
-        template.document(HELLO, "rows.jsonl, row 3")
+        rendered.document(HELLO, "rows.jsonl, row 3")
+
+
+def test_the_marks_that_the_docs_show_make_every_turn_known(tmp_path: Path) -> None:
+    shown = (ROOT / "docs" / "methods.md").read_text().partition("```jinja\n")[2].partition("```")[0]
+    others = "{%- else -%}{{- message.content + ('<|endoftext|>' if loop.last else '<|im_end|>\n') -}}{%- endif -%}"
+    template = shown.replace("{%- endif -%}", others)
+    assert template != shown
+    pieces, _ = counted_pieces(tmp_path, f"{{% for message in messages %}}{template}{{% endfor %}}", HELLO)
+    assert pieces == ["a caf\u00e9 \U0001f98a<|im_end|>", " river <|im_end|>"]
 
 
 def test_what_a_template_refuses_is_said_with_the_roles(tmp_path: Path) -> None:
     template = ChatTemplate(make_tokenizer(tmp_path / "tok", "{{ raise_exception('no system here') }}"))
     with pytest.raises(CorpusError, match=r"refuses this chat of roles \['user', 'assistant'.*no system here"):
         template.document(HELLO, "x")
+    template = ChatTemplate(make_tokenizer(tmp_path / "first", "{{ messages[0].role }}" + PLAIN_TEMPLATE))
+    with pytest.raises(
+        CorpusError, match=r"takes this chat of roles \['assistant', 'user'\], but not its beginning up "
+    ):
+        template.document([HELLO[1], HELLO[0]], "x")
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE])
+def test_a_template_that_asks_for_the_date_always_gets_the_same(tmp_path: Path, template: str) -> None:
+    """Llama 3's form, and its fallback where no date is known; all else of the text stays."""
+    asks = (
+        "{%- if strftime_now is defined %}{%- set today = strftime_now('%d %b %Y, %-m/%-d, %A %H:%M') %}{%- endif %}\n"
+        "{{- 'Today: ' + today + '\\n' }}"
+    )
+    folder = make_tokenizer(tmp_path / "tok", f"{asks}{template}")
+    document = ChatTemplate(folder).document(HELLO, "x")
+    today = "Today: 26 Jul 2024, 7/26, Friday 00:00\n"
+    assert document.text.startswith(f"{today}<|im_start|>")
+    plain = ChatTemplate(make_tokenizer(tmp_path / "plain", template)).document(HELLO, "x")
+    assert document.text == today + plain.text
+    assert document.assistant is not None
+    assert plain.assistant is not None
+    assert document.assistant == tuple((first + len(today), end + len(today)) for first, end in plain.assistant)
+    folder = make_tokenizer(tmp_path / "spaced", f"\n  strftime_now\n{template}")
+    assert ChatTemplate(folder).document(HELLO, "x").text == f"\n  strftime_now\n{plain.text}", "white space stays"
 
 
 def write_rows(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
@@ -199,7 +270,13 @@ def test_a_split_in_which_the_assistant_says_nothing_is_refused(tmp_path: Path) 
     )
     config = DataConfig.model_validate(chat_settings(tmp_path / "rows.jsonl", tokenizer))
     chats = [[{"role": "user", "content": f"{n} " + "the fox " * 30}, HELLO[1]] for n in range(6)]
-    write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat[:1]} for chat in chats])
+    for silent in (chats[0][:1], [chats[0][0], {"role": "assistant", "content": ""}]):
+        write_json_lines(tmp_path / "rows.jsonl", [{"messages": silent}] * 3)
+        with pytest.raises(
+            CorpusError, match=r"\(records\) is empty: the assistant says nothing in any of its 3 chats"
+        ):
+            tokenize_corpus(config, tmp_path / "data")
+    write_json_lines(tmp_path / "rows.jsonl", [{"messages": []}])
     with pytest.raises(CorpusError, match=r"the corpus \(records\) is empty: found no text in it"):
         tokenize_corpus(config, tmp_path / "data")
     write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
@@ -207,6 +284,33 @@ def test_a_split_in_which_the_assistant_says_nothing_is_refused(tmp_path: Path) 
     with pytest.raises(CorpusError, match=r"the (train|validation) split"):
         tokenize_corpus(tokens, tmp_path / "data")
     assert not (tmp_path / "data" / "data.json").exists()
+
+
+def test_a_split_in_which_the_assistant_only_ends_its_turns_is_refused(tmp_path: Path) -> None:
+    """Its tokens count, but are of no bytes: there are no bits per byte."""
+    chats = [[{"role": "user", "content": f"{n} the fox"}, {"role": "assistant", "content": ""}] for n in range(40)]
+    path = write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
+    settings = chat_settings(path, make_tokenizer(tmp_path / "tokenizer"))
+    with pytest.raises(
+        CorpusError, match=r"the train split: found no text in what the assistant says in its \d+ chats"
+    ):
+        tokenize_corpus(DataConfig.model_validate(settings), tmp_path / "data")
+    assert not (tmp_path / "data" / "data.json").exists()
+
+
+def test_truncation_and_padding_in_a_tokenizer_do_not_touch_the_corpus(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in some_chats(40)])
+    plain = make_tokenizer(tmp_path / "plain")
+    limited = make_tokenizer(tmp_path / "limited")
+    tokenizer = Tokenizer.from_file(str(limited / "tokenizer.json"))
+    tokenizer.enable_truncation(20)
+    tokenizer.enable_padding(length=300)
+    tokenizer.save(str(limited / "tokenizer.json"))
+    for folder in (plain, limited):
+        tokenize_corpus(DataConfig.model_validate(chat_settings(path, folder)), folder / "data")
+        assert (folder / "data" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    for name in ("train.npy", "train-mask.npy", "validation.npy", "validation-mask.npy"):
+        assert (plain / "data" / name).read_bytes() == (limited / "data" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

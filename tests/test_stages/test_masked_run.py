@@ -1,6 +1,7 @@
 """A chat corpus through both stages: positions that do not count have no part in any loss, metric or byte."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from stages.distill.objective import Objective
 from stages.dump.dump import dump_logits
 from stages.dump.extract import target_arrays
 from stages.dump.forward import forward_windows
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, CorpusError
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
+from stages.evaluate.evaluate import evaluate, glance
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.hidden import HiddenLoss
@@ -89,6 +90,23 @@ def test_the_teacher_is_evaluated_where_positions_count(run: Path) -> None:
     assert summary["loss_nats"] == pytest.approx(float(losses.mean()), rel=1e-5)
     per_token = load_corpus(run / "data").splits["validation"].bytes_per_token
     assert summary["bits_per_byte"] == pytest.approx(float(losses.mean()) / np.log(2) / per_token, rel=1e-5)
+
+
+def test_a_glance_takes_windows_until_a_position_counts(run: Path, tmp_path: Path) -> None:
+    teacher, source = load_model(run / "teacher"), OnlineSource(run / "data", CPU)
+    counts = split_windows(run / "data", "validation").counts()
+    first = int(np.flatnonzero(counts)[0])
+    assert first > 0
+    found = glance(teacher, source, EvaluateConfig(batch_windows=1), 1)
+    assert found.positions == counts[first]
+    assert glance(teacher, source, EvaluateConfig(batch_windows=1), first + 1) == found
+    enough = 2 * (first // 2 + 5)
+    assert glance(teacher, source, EvaluateConfig(batch_windows=2), enough).positions == counts[:enough].sum()
+    assert counts[:enough].sum() > found.positions
+    shutil.copytree(run / "data", tmp_path / "data")
+    np.save(tmp_path / "data" / "validation-mask.npy", np.zeros_like(np.load(run / "data" / "validation-mask.npy")))
+    with pytest.raises(CorpusError, match="the validation split: found no position that counts"):
+        evaluate(teacher, OnlineSource(tmp_path / "data", CPU), EvaluateConfig(), "")
 
 
 def test_the_teacher_is_trained_where_positions_count(run: Path, tmp_path: Path) -> None:
@@ -190,7 +208,7 @@ def test_cached_at_full_fidelity_and_online_give_one_loss_trace(run: Path, tmp_p
         summary, log = student_of(run, tmp_path / "cache", tmp_path / targets, config, dump)
         assert summary.targets == targets
         traces[targets] = log
-        traces[f"{targets} validation"] = [summary.validation.model_dump()]
+        traces[f"{targets} validation"] = [summary.validation.model_dump(exclude={"calibration"})]
     for cached, online in zip(traces["cached"], traces["online"], strict=True):
         for key in ("loss", "terms", "grad_norm"):
             assert cached[key] == pytest.approx(online[key], rel=1e-2 if "hidden" in CONFIGS[name] else 3e-4), key
