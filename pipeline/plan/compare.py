@@ -68,7 +68,8 @@ def _rows(step: Step, predicted: StagePrediction) -> Iterator[Comparison]:
         yield Comparison(f"{step.label}: positions", "positions", predicted.positions, positions)
     record = step.provenance()
     if record is not None and record.elapsed_s is not None and record.peak_rss_mib is not None:
-        yield Comparison(f"{step.label}: time", "s", predicted.elapsed_s, record.elapsed_s)
+        known = ", at least" if record.is_resumed else ""
+        yield Comparison(f"{step.label}: time{known}", "s", predicted.elapsed_s, record.elapsed_s)
         yield Comparison(f"{step.label}: peak RSS", "MiB", predicted.peak_rss_mib, record.peak_rss_mib)
 
 

@@ -1,6 +1,7 @@
 """The ledger: what the run's steps took, and from how many students on the cache pays."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pipeline.errors import StaleError
 from pipeline.report.drawing import Line, bars, lines
@@ -20,8 +21,10 @@ def costs_section(run: Run) -> Section:
     blocks: list[Block] = _steps(run)
     for place, (name, results) in enumerate(read_sweeps(run).items(), start=1):
         if isinstance(results, SweepResults) and results.ledger is not None:
-            given = {"teacher_s": None} if _has_given_teacher(run) else {}
-            blocks += _ledger(results.ledger.model_copy(update=given), name, f"ledger-{place}")
+            ledger = results.ledger
+            if _has_given_teacher(run) and not ledger.is_teacher_given:  # of a sweep that did not know
+                ledger = ledger.model_copy(update={"teacher_s": None, "is_teacher_given": True})
+            blocks += _ledger(ledger, name, f"ledger-{place}")
         elif isinstance(results, SweepResults) and results.ledger_missing is not None:
             blocks.append(Missing(f"Sweep {name} has no ledger: {results.ledger_missing}."))
     if not blocks:
@@ -62,7 +65,7 @@ def _steps(run: Run) -> list[Block]:
                 unit,
                 "s3",
             ),
-            f"By the clock, with evaluation and saving; of a step that was resumed, since then.{left_out}",
+            f"By the clock, with evaluation and saving; at least that, where a process was killed.{left_out}",
         ),
         Table(("step", "time", "peak RSS, MiB"), rows, title="Time and memory"),
     ]
@@ -89,11 +92,8 @@ def _ledger(ledger: Ledger, name: str, key: str) -> list[Block]:
     mean_s, online_s = (total / max(1, ledger.num_students) for total in (ledger.students_s, ledger.online_total_s))
     median, least, most = ledger.online_over_cached
     rows = [
-        (
-            "teacher, paid either way",
-            "given, not trained here" if ledger.teacher_s is None else seconds_text(ledger.teacher_s),
-        ),
-        ("dump, once", f"{seconds_text(ledger.dump_s)}, {bytes_text(ledger.cache_bytes)}"),
+        ("teacher, paid either way", _teacher_text(ledger)),
+        ("dump, once", f"{_least(ledger, 'dump_s')}{seconds_text(ledger.dump_s)}, {bytes_text(ledger.cache_bytes)}"),
         (f"{ledger.num_students} students", seconds_text(ledger.students_s)),
         ("step from the cache", f"{1e3 * ledger.cached_step_s:.3g} ms"),
         ("step online", f"{1e3 * ledger.online_step_s:.3g} ms"),
@@ -111,6 +111,18 @@ def _ledger(ledger: Ledger, name: str, key: str) -> list[Block]:
         Table(("what", "cost"), rows, "Measured on the machine of the sweep.", title=f"Ledger of {name}"),
         _break_even(ledger.dump_s, mean_s, online_s, last, key, pays),
     ]
+
+
+def _teacher_text(ledger: Ledger) -> str:
+    others = f"; {ledger.num_other_teachers} others of the ensemble not counted" if ledger.num_other_teachers else ""
+    if ledger.teacher_s is None:
+        return ("given, not trained here" if ledger.is_teacher_given else "not known") + others
+    given = ", after a teacher that was given" if ledger.is_teacher_given else ""
+    return f"{_least(ledger, 'teacher_s')}{seconds_text(ledger.teacher_s)}{given}{others}"
+
+
+def _least(ledger: Ledger, what: Literal["teacher_s", "dump_s"]) -> str:
+    return "at least " if what in ledger.at_least else ""
 
 
 def _break_even(dump_s: float, cached_s: float, online_s: float, last: float, key: str, pays: str) -> Figure:

@@ -65,9 +65,9 @@ def _of_sweep(results: SweepResults, key: str) -> list[Block]:
     if len(scored) > 1 and names:
         blocks.append(_parallel(names[:_MOST_AXES], results.metric, scored, f"{key}-parallel"))
     blocks += _frontier(scored, f"{key}-frontier")
-    if groups := [group for group in results.groups if len(group.trials) > 1]:
+    if groups := [group for group in results.groups if (group.num_seeds or len(group.trials)) > 1]:
         rows = [
-            (in_words(group.parameters) or "no setting", str(len(group.trials)), f"{group.mean:.4g}",
+            (in_words(group.parameters) or "no setting", group.seeds_text, f"{group.mean:.4g}",
              cell(group.deviation, "{:.2g}"))
             for group in groups
         ]  # fmt: skip
