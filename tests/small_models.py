@@ -88,3 +88,13 @@ def describe(folder: Path, **changes: Any) -> None:
     """Change keys of the description in a model's folder."""
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def in_hub_cache(cache: Path, name: str) -> Path:
+    """The folder of `someone/NAME` in the hub's cache on a machine, where a download of its main branch would be."""
+    repository = cache / f"models--someone--{name}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    return snapshot

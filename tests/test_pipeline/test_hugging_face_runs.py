@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import KINDS, PADDED, VOCAB, write_corpus, write_model, write_tokenizer
+from small_models import KINDS, PADDED, VOCAB, in_hub_cache, write_corpus, write_model, write_tokenizer
 
 from cache import Cache, open_cache
 from conftest import tristill
@@ -301,10 +301,7 @@ def test_another_name_on_the_hub_is_another_teacher(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name, kind in (("one", "qwen3"), ("two", "llama")):
-        repository = tmp_path / "hub" / f"models--someone--{name}"
-        shutil.copytree(place / kind, repository / "snapshots" / ("0" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(place / kind, in_hub_cache(tmp_path / "hub", name), dirs_exist_ok=True)
     config = config_file(place, "qwen3", tmp_path / "config.toml", Path("someone/one"))
     tokenizer = 'data.tokenizer.path="' + str(place / "tokenizer.json") + '"'
     run_dir = tmp_path / "run"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import KINDS, PADDED, VOCAB, describe, write_model, write_tokenizer
+from small_models import KINDS, PADDED, VOCAB, describe, in_hub_cache, write_model, write_tokenizer
 
 from stages.data.config import ExistingTokenizer
 from stages.data.tokenizer import tokenizer_file
@@ -382,12 +382,10 @@ def test_a_model_of_the_hub_is_found_in_its_cache_on_this_machine(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    write_model(repository / "snapshots" / ("0" * 40), "llama", tokenizer_json)
+    snapshot = in_hub_cache(tmp_path, "tiny")
+    write_model(snapshot, "llama", tokenizer_json)
     found = find_model(Path("someone/tiny"), None, download=False)
-    assert found == repository / "snapshots" / ("0" * 40)
+    assert found == snapshot
     assert load(found).depth == 2
     assert find_model(Path("someone/else"), None, download=False) is None
     with pytest.raises(CheckpointError, match="someone/else: found no folder of that name here, and as a name on the"):
@@ -403,11 +401,7 @@ def test_a_tokenizer_of_the_hub_is_found_likewise(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
+    snapshot = in_hub_cache(tmp_path, "tiny")
     (snapshot / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
     assert tokenizer_file(ExistingTokenizer(kind="file", path="someone/tiny")) == snapshot / "tokenizer.json"
     with pytest.raises(CheckpointError, match="nobody/nothing: found no folder of that name here"):
