@@ -63,7 +63,7 @@ def shortened(output: str) -> str:
     lines = [line.rstrip() for line in output.splitlines() if not _WAIT.match(line)]
     labels = [found["label"] if (found := _PROGRESS.match(line)) else None for line in lines]
     kept = [
-        line for line, own, after in zip(lines, labels, [*labels[1:], None], strict=True) if own is None or own != after
+        line for line, own, after in zip(lines, labels, [*labels, None][1:], strict=True) if own is None or own != after
     ]
     return "".join(f"{line}\n" for line in kept)
 

@@ -17,7 +17,7 @@ from pipeline.step import Step, fingerprints, known
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.distill.watch import Watch
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
-from stages.models.hub import find_model
+from stages.models.hub import find_model, is_hub_name
 from stages.models.hugging_face_shape import Shape
 from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
 
@@ -104,8 +104,9 @@ class Teacher(Step):
         used = load_origin(self.folder)
         if given is None:
             is_used = used is not None and used.named == config.named
-            absent = {} if config.path is None or is_used else {"checkpoint": f"not on this machine: {config.named}"}
-            return super().inputs() | absent
+            if config.path is None or not is_hub_name(config.path) or is_used:
+                return super().inputs()
+            return {**super().inputs(), "checkpoint": f"not on this machine: {config.named}"}
         if used is not None and used.folder == given.absolute() and used.is_unchanged():
             return {**super().inputs(), "checkpoint": used.fingerprint}  # weights may take minutes to read
         return super().inputs() | known({"checkpoint": known_fingerprint(given, config.dtype)})

@@ -29,7 +29,7 @@ def on_a_terminal(command: list[str], columns: int = 100, environment: dict[str,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            env={"TERM": "xterm-256color", **ENVIRONMENT, **(environment or {})},
+            env={"TERM": "xterm-256color", **_without_size(ENVIRONMENT), **(environment or {})},
         )
         os.close(theirs)
         sent = b""
@@ -38,6 +38,11 @@ def on_a_terminal(command: list[str], columns: int = 100, environment: dict[str,
         return process.wait(60), sent.decode("utf-8").replace("\r\n", "\n")
     finally:
         os.close(ours)
+
+
+def _without_size(environment: dict[str, str]) -> dict[str, str]:
+    """The terminal has a size of its own, and what runs tests in parallel may have set another."""
+    return {name: value for name, value in environment.items() if name not in {"COLUMNS", "LINES"}}
 
 
 def _read(descriptor: int) -> bytes:

@@ -15,6 +15,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 STUDENT_TYPE = "tristill_ternary"
+_NEVER_OURS = ("rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "quantization_config")
+"""What no Llama of ours has, and would be left out of the computation if it were taken for one."""
 
 
 class Description(BaseModel):
@@ -65,7 +67,7 @@ def is_ours(config: dict[str, Any]) -> bool:
     """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
     kind = config.get("model_type")
     is_unsigned = kind == "llama" and "transformers_version" not in config and "rope_theta" in config
-    return kind == STUDENT_TYPE or (is_unsigned and llama_shape(config) is not None)
+    return kind == STUDENT_TYPE or (is_unsigned and not any(config.get(key) for key in _NEVER_OURS))
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_a_given_teacher_of_another_tokenizer_is_refused_with_the_way_out(
     [
         ("config.json", "config.json: found no model there; train it first, or give another folder"),
         ("model.safetensors", "model.safetensors: cannot be read as safetensors"),
-        ("tokenizer.json", "tokenizer.json: is missing; the ids that a teacher knows are those of its own tokenizer"),
+        ("tokenizer.json", "tokenizer.json: is missing; the ids that a model knows are those of its own tokenizer"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(given: tuple[str, ...], tmp_path: Path, lost: str, message: str) -> None:
