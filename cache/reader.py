@@ -17,6 +17,7 @@ from cache.order import Group, Pacing, WindowOrder
 from cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
 from cache.profiles.profile import Place
 from cache.shard import OpenShard, corrupt
+from cache.shard_files import LocalShardFiles, ShardFiles
 from cache.spec import CacheSpec, SplitName
 from cache.tables import load_tables
 from cache.verify import verify_cache
@@ -55,6 +56,7 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = load_manifest(folder)
+        self._files: ShardFiles = LocalShardFiles(folder)
         self._ranges = self.manifest.ranges
         self._first_range = {shard.split: i for i, shard in reversed(list(enumerate(self._ranges)))}
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
@@ -245,7 +247,7 @@ class Cache:
     def _shard(self, shard: ShardRange) -> OpenShard:
         with self._lock:
             if shard.name not in self._open:
-                self._open[shard.name] = OpenShard(self.folder / shard.name, self.spec, shard)
+                self._open[shard.name] = OpenShard(self._files.path(shard.name), self.spec, shard)
             self._open.move_to_end(shard.name)
             # A shard falls out of the table while a thread may still read it: its descriptor closes with the object.
             if len(self._open) > _MAX_OPEN_SHARDS:

@@ -1,0 +1,42 @@
+"""Processes that work together tell each other what they need to know."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ENVIRONMENT, ROOT
+from stages.ranks import ALONE, current_ranks, joined_ranks
+
+SAYS = """
+import json, sys
+from stages.ranks import current_ranks, joined_ranks
+with joined_ranks() as ranks:
+    ranks.wait_for_all()
+    found = ranks.gathered({"rank": ranks.rank, "of": [ranks.world_size], "text": "x" * ranks.rank})
+    word = ranks.from_first("first" if ranks.is_first else "not first")
+    print(json.dumps([ranks.rank, found, word, current_ranks() == ranks]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_learns_what_all_have_said_in_their_order(world_size: int, tmp_path: Path) -> None:
+    script = tmp_path / "says.py"
+    script.write_text(SAYS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    done = subprocess.run(
+        [*launch, str(script)], cwd=ROOT, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = sorted(json.loads(line) for line in done.stdout.splitlines())
+    all_found = [{"rank": rank, "of": [world_size], "text": "x" * rank} for rank in range(world_size)]
+    assert said == [[rank, all_found, "first", True] for rank in range(world_size)]
+
+
+def test_a_process_without_torchrun_is_alone() -> None:
+    with joined_ranks() as ranks:
+        assert ranks == ALONE == current_ranks()
+        assert ranks.gathered([1]) == [[1]]
+        assert ranks.from_first("word") == "word"
