@@ -1,4 +1,4 @@
-"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and the tables of README.md.
+"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and the marked tables of all.
 
     python -m pipeline.reference            (`make docs`)
 
@@ -40,11 +40,11 @@ _MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTAL
 
 def documents() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    readme = ROOT / "README.md"
+    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
     return {
+        **{page: with_tables(text) for page, text in pages.items() if _MARKED.search(text)},
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "config.md": config_reference(),
-        **{page: with_tables(page.read_text(encoding="utf-8")) for page in (readme, ROOT / "docs" / "methods.md")},
     }
 
 
@@ -146,8 +146,8 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(default)}`"
 
 
-def with_tables(readme: str) -> str:
-    """README with every marked table made anew from the measured JSON; it says so where nothing is measured yet."""
+def with_tables(page: str) -> str:
+    """A page with every marked table made anew from the measured JSON; it says so where nothing is measured yet."""
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
@@ -155,7 +155,7 @@ def with_tables(readme: str) -> str:
         text = json.loads(path.read_text())["markdown"] if path.is_file() else f"Not yet: see `benchmarks/{name}.py`."
         return f"<!-- table: {name} -->\n{text}\n<!-- end -->"
 
-    return _MARKED.sub(table, readme)
+    return _MARKED.sub(table, page)
 
 
 def _one_paragraph(text: str | None) -> str:
