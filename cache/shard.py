@@ -4,10 +4,8 @@ The library makes the image of a file in memory, which goes to `atomic_file`: a 
 shard is never half there. It reads nothing: see cache/hdf5. Chunks are read with `os.pread`.
 """
 
-import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from cache.hashing import canonical_json
 from cache.hdf5 import Hdf5Error, Hdf5File, StoredChunk
 from cache.layout import ShardRange
 from cache.parts import MASK_NAME
+from cache.regular_file import IrregularFileError, open_regular
 from cache.spec import CacheSpec, differences
 
 ZSTANDARD_FILTER = 32015
@@ -86,7 +85,7 @@ class OpenShard:
         self.path = path
         self._spec = spec
         self._datasets = {dataset.name: dataset for dataset in spec.datasets}
-        self.descriptor = _open_regular_file(path)
+        self.descriptor = _open_shard(path)
         try:
             self.file_bytes = os.fstat(self.descriptor).st_size
             self._chunks = _read_chunk_tables(path, self.descriptor, self.file_bytes, spec, shard)
@@ -174,7 +173,7 @@ def corrupt(where: str, what: str) -> CacheCorruptError:
 
 def spec_of_shard(path: Path) -> CacheSpec:
     """The spec that a shard carries, itself checked; whether the shard keeps to it is not known yet."""
-    descriptor = _open_regular_file(path)
+    descriptor = _open_shard(path)
     try:
         with _metadata(path, descriptor, os.fstat(descriptor).st_size) as file:
             return CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
@@ -182,19 +181,13 @@ def spec_of_shard(path: Path) -> CacheSpec:
         os.close(descriptor)
 
 
-def _open_regular_file(path: Path) -> int:
+def _open_shard(path: Path) -> int:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path)
     except FileNotFoundError as exc:
         raise corrupt(str(path), "the shard is missing") from exc
-    except OSError as exc:
-        if exc.errno != errno.ELOOP:
-            raise  # the system's trouble, not the shard's
-        raise corrupt(str(path), "is a link, not a regular file") from exc
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise corrupt(str(path), "is not a regular file")
-    return descriptor
+    except IrregularFileError as exc:
+        raise corrupt(str(path), str(exc)) from exc
 
 
 def _read_chunk_tables(

@@ -4,10 +4,7 @@ Its SHA-256 stands in the spec, hence in every shard. Beside the tables it holds
 chosen, and a fingerprint of what they were made from: a dump that is resumed goes on with them.
 """
 
-import errno
 import hashlib
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from cache.calibration import Calibration
 from cache.errors import CacheCorruptError, CacheMissingError
 from cache.hdf5 import Hdf5Error, Hdf5File
 from cache.layout import TABLES_NAME
+from cache.regular_file import IrregularFileError, read_regular
 from cache.spec import CacheSpec
 
 _CALIBRATION = "tristill_calibration"
@@ -88,18 +86,11 @@ def stored_calibration(folder: Path, spec: CacheSpec) -> Calibration | None:
 
 def _read(path: Path) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return read_regular(path, _LARGEST_FILE_BYTES)
     except FileNotFoundError as exc:
         raise CacheMissingError(f"{path}: is missing; run `tristill cache repair`") from exc
-    except OSError as exc:
-        if exc.errno != errno.ELOOP:
-            raise  # the system's trouble, not the file's
-        raise _corrupt(path, "is a link, not a regular file") from exc
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE_BYTES:
-            raise _corrupt(path, f"is not a regular file of at most {_LARGEST_FILE_BYTES} bytes")
-        return file.read(found.st_size)
+    except IrregularFileError as exc:
+        raise _corrupt(path, str(exc)) from exc
 
 
 def _tables_of(content: bytes, arrays: tuple[ArraySpec, ...], path: Path) -> dict[str, np.ndarray]:
