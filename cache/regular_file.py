@@ -34,7 +34,7 @@ def read_regular(path: Path, largest_bytes: int) -> bytes:
     with os.fdopen(open_regular(path), "rb") as file:
         if (found := os.fstat(file.fileno()).st_size) > largest_bytes:
             raise IrregularFileError(f"is of {found} bytes, expected at most {largest_bytes}")
-        return file.read(largest_bytes)
+        return file.read(found)
 
 
 def sha256_of_regular_file(path: Path) -> str:
@@ -49,9 +49,9 @@ def read_json_object(path: Path, largest_bytes: int = LARGEST_JSON_BYTES) -> dic
     Raises OSError if there is none to read, ValueError for all that is no JSON object of moderate size and depth.
     """
     with path.open("rb") as file:
-        content = file.read(largest_bytes + 1)
-    if len(content) > largest_bytes:
-        raise ValueError(f"found more than {largest_bytes} bytes")
+        if (found := os.fstat(file.fileno()).st_size) > largest_bytes:
+            raise ValueError(f"found {found} bytes, expected at most {largest_bytes}")
+        content = file.read(found)
     try:
         value = json.loads(content)
     except RecursionError as exc:
