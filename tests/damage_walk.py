@@ -64,7 +64,9 @@ def main() -> None:
         path = folder / order["file"]
         good = path.read_bytes()
         new = bytes.fromhex(order["bytes"]) if "bytes" in order else b""
-        changed = good[: order["size"]] if "size" in order else good[: order["at"]] + new + good[order["at"] + len(new) :]
+        changed = (
+            good[: order["size"]] if "size" in order else good[: order["at"]] + new + good[order["at"] + len(new) :]
+        )
         path.write_bytes(changed)
         result = outcome_of(folder, truth, manifest)
         path.write_bytes(good)

@@ -6,9 +6,8 @@ from enum import IntEnum
 
 UNDEFINED = 2**64 - 1
 CHECKSUM_BYTES = 4
-LARGEST_BLOCK_BYTES = 2**24
-"""A block of metadata: a checksum of a megabyte takes a fifth of a second here."""
-_MAX_CONTINUATIONS = 256
+LARGEST_HEADER_BYTES = 2**18
+"""Of one block of metadata, and of one object's header with all its parts: checksums of more take long here."""
 _WORD = 2**32 - 1
 
 
@@ -59,8 +58,8 @@ class Blocks:
 
     def at(self, offset: int, size: int) -> bytes:
         """Exactly so many bytes; all of them lie in the file."""
-        if size > LARGEST_BLOCK_BYTES or offset + size > self.file_bytes:
-            raise Hdf5Error(f"a block of {size} bytes at {offset} is too large, or not inside of {self.file_bytes}")
+        if offset + size > self.file_bytes:
+            raise Hdf5Error(f"{size} bytes at {offset} are not inside of the file's {self.file_bytes}")
         content = self.read(offset, size)
         if len(content) != size:
             raise Hdf5Error(f"the file ends at {offset + len(content)}, in a block of metadata")
@@ -68,8 +67,8 @@ class Blocks:
 
     def checked(self, offset: int, size: int, signature: bytes) -> Cursor:
         """A block of `size` bytes, checksum included, after its signature and without the checksum."""
-        if size < len(signature) + CHECKSUM_BYTES:
-            raise Hdf5Error(f"a block of {size} bytes is too small")
+        if not len(signature) + CHECKSUM_BYTES <= size <= LARGEST_HEADER_BYTES:
+            raise Hdf5Error(f"a block of metadata has {size} bytes, expected at most {LARGEST_HEADER_BYTES}")
         content = self.at(offset, size)
         body, stored = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
         cursor = Cursor(body)
@@ -115,15 +114,16 @@ def messages_at(blocks: Blocks, offset: int) -> list[Message]:
     cursor.take(before - 4)
     has_order = bool(flags & 0x04)
     messages = list(_messages(cursor, has_order=has_order))
-    num_continued = 0
+    num_bytes = 0
     for message in messages:  # grows as continuations are met
         if message.kind != MessageType.CONTINUATION:
             continue
-        num_continued += 1
-        if num_continued > _MAX_CONTINUATIONS:
-            raise Hdf5Error(f"an object's header has more than {_MAX_CONTINUATIONS} parts")
         place = Cursor(message.content)
-        continued = blocks.checked(place.number(8), place.number(8), b"OCHK")
+        start, size = place.number(8), place.number(8)
+        num_bytes += size
+        if num_bytes > LARGEST_HEADER_BYTES:
+            raise Hdf5Error(f"an object's header is longer than {LARGEST_HEADER_BYTES} bytes")
+        continued = blocks.checked(start, size, b"OCHK")
         messages.extend(_messages(continued, has_order=has_order))
     return messages
 
