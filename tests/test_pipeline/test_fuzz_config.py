@@ -167,7 +167,7 @@ def foreign_files(folder: Path) -> dict[str, tuple[dict[str, Any], Any]]:
 def test_files_of_a_folder_from_elsewhere_are_read_or_refused(tmp_path: Path, name: str, num_cases: int) -> None:
     """Changed fields, then any bytes. Models are made only of descriptions that the file of weights has room for."""
     original, read = foreign_files(model_folder(tmp_path / "model"))[name]
-    path, tally = tmp_path / "model" / name.split()[0], Counter[str]()
+    path, tally = tmp_path / "model" / name.split(maxsplit=1)[0], Counter[str]()
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
