@@ -63,6 +63,8 @@ class Cache:
         self._lock = threading.Lock()
         for record in self.manifest.shards:
             path = folder / record.name
+            if path.is_symlink():
+                raise corrupt(str(path), "is a link, not a regular file")
             found_bytes = path.lstat().st_size if path.exists() else None
             if found_bytes != record.file_bytes:
                 what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
