@@ -5,6 +5,7 @@ JSON, {"file", "at", "bytes"} to overwrite (hex) or {"file", "size"} to cut; eac
 process may take `EXTRA_BYTES` of address space more than it has when the intact cache has been read.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -16,6 +17,7 @@ from cache.manifest import load_manifest
 from cache.verify import verify_cache
 
 EXTRA_BYTES = 2**28
+_CASES_BETWEEN_COLLECTIONS = 20
 
 
 def everything(folder: Path) -> list[bytes]:
@@ -59,7 +61,9 @@ def main() -> None:
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + EXTRA_BYTES, held + EXTRA_BYTES))
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
+        if number % _CASES_BETWEEN_COLLECTIONS == 0:
+            gc.collect()  # errors that are kept with their tracebacks are cycles: what they hold is not one case's
         order = json.loads(line)
         path = folder / order["file"]
         good = path.read_bytes()
