@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+"""Never writes into what stands there: a link, put there by others, would have the bytes go elsewhere."""
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
@@ -26,7 +29,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, _NEW_FILE, 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from cache.calibration import Calibration
 from cache.errors import CacheCorruptError, CacheMissingError
 from cache.hashing import canonical_json, fingerprint_of
 from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
+from cache.regular_file import IrregularFileError, read_regular
 from cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
 _LARGEST_MANIFEST_BYTES = 256 * 2**20
@@ -103,8 +104,7 @@ def load_manifest(folder: Path) -> Manifest:
     """The checked manifest of a complete cache."""
     path = folder / MANIFEST_NAME
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_MANIFEST_BYTES + 1)
+        content = read_regular(path, _LARGEST_MANIFEST_BYTES)
     except FileNotFoundError as exc:
         num_shards = len([p for p in folder.glob("*.h5") if SHARD_NAME.match(p.name)]) if folder.is_dir() else 0
         found = f"an unfinished cache of {num_shards} shards" if num_shards else "no cache"
@@ -112,8 +112,10 @@ def load_manifest(folder: Path) -> Manifest:
         raise CacheMissingError(
             f"{folder}: found {found}; run `tristill dump-logits` to make or finish it{lost}"
         ) from exc
-    if len(content) > _LARGEST_MANIFEST_BYTES:
-        raise CacheCorruptError(f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; this is no cache manifest")
+    except IrregularFileError as exc:
+        raise CacheCorruptError(
+            f"{path}: {exc}; delete it, and run `tristill cache repair`, which makes it again from the shards"
+        ) from exc
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as exc:

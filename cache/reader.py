@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
-from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest, load_manifest
 from cache.order import Group, Pacing, WindowOrder
 from cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
 from cache.profiles.profile import Place
+from cache.regular_file import IrregularFileError, sha256_of_regular_file
 from cache.shard import OpenShard, corrupt
 from cache.shard_files import LocalShardFiles, ShardFiles
 from cache.spec import CacheSpec, SplitName
@@ -63,13 +63,18 @@ class Cache:
         self._lock = threading.Lock()
         for record in self.manifest.shards:
             path = folder / record.name
+            if path.is_symlink():
+                raise corrupt(str(path), "is a link, not a regular file")
             found_bytes = path.lstat().st_size if path.exists() else None
             if found_bytes != record.file_bytes:
                 what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
                 raise corrupt(str(path), f"{what}, expected {record.file_bytes} bytes")
-        if not self.tokenizer_path.is_file():
-            raise CacheCorruptError(f"{self.tokenizer_path}: is missing; run `tristill cache repair`")
-        found = sha256_of_file(self.tokenizer_path)
+        try:
+            found = sha256_of_regular_file(self.tokenizer_path)
+        except FileNotFoundError as exc:
+            raise CacheCorruptError(f"{self.tokenizer_path}: is missing; run `tristill cache repair`") from exc
+        except IrregularFileError as exc:
+            raise CacheCorruptError(f"{self.tokenizer_path}: {exc}; run `tristill cache repair`") from exc
         if found != self.spec.tokenizer_fingerprint:
             raise CacheMismatchError(
                 f"{self.tokenizer_path}: found a tokenizer with fingerprint {found}, expected "

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cache.atomic import sync_folder, write_atomically
 from cache.errors import CacheCorruptError, CacheError, CacheMissingError
-from cache.hashing import sha256_of_file
 from cache.layout import SHARD_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord
+from cache.regular_file import IrregularFileError, sha256_of_regular_file
 from cache.shard import spec_of_shard
 from cache.spec import CacheSpec
 from cache.tables import stored_calibration
@@ -103,6 +103,8 @@ def take_back(folder: Path, manifest: Manifest, damaged: Collection[str]) -> lis
     Does nothing where there is no scratch folder. What a killed repair left there is taken back likewise.
     """
     scratch = folder / SCRATCH_NAME
+    if scratch.is_symlink():
+        raise CacheCorruptError(f"{scratch}: is a link, and no repair makes one; delete it and run the command again")
     if not scratch.is_dir():
         return []
     expected = _expected_sha256(manifest)
@@ -121,4 +123,7 @@ def _expected_sha256(manifest: Manifest) -> dict[str, str]:
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:
-    return path.is_file() and not path.is_symlink() and sha256_of_file(path) == sha256
+    try:
+        return sha256_of_regular_file(path) == sha256
+    except (FileNotFoundError, IrregularFileError):
+        return False

@@ -1,18 +1,13 @@
 """One shard: HDF5 bytes made in memory, and the table of chunks of a shard on disk (docs/format.md, section 3).
 
-HDF5 never touches the disk when writing: the file image is made in memory and handed to `atomic_file`, so a full disk
-is an ordinary OSError and a shard is never half there. When reading, h5py is used once per shard, to find and check
-where the chunks lie; the chunks themselves are read with `os.pread`, outside h5py's global lock.
+The library makes the image of a file in memory, which goes to `atomic_file`: a full disk is an ordinary OSError and a
+shard is never half there. It reads nothing: see cache/hdf5. Chunks are read with `os.pread`.
 """
 
-import errno
 import hashlib
-import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -22,8 +17,10 @@ import zstandard
 from cache.arrays import Dataset
 from cache.errors import CacheCorruptError, CacheMismatchError
 from cache.hashing import canonical_json
+from cache.hdf5 import Hdf5Error, Hdf5File, StoredChunk
 from cache.layout import ShardRange
 from cache.parts import MASK_NAME
+from cache.regular_file import IrregularFileError, open_regular
 from cache.spec import CacheSpec, differences
 
 ZSTANDARD_FILTER = 32015
@@ -80,14 +77,6 @@ def _num_rows(spec: CacheSpec, shard: ShardRange, dataset: Dataset) -> int:
     return shard.num_chunks(spec) if dataset.per_chunk else shard.num_windows
 
 
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
-    """Where one frame lies in the file."""
-
-    offset: int
-    num_bytes: int
-
-
 class OpenShard:
     """A checked shard, ready for reads from any thread. Holds a file descriptor and the chunk tables, no data."""
 
@@ -96,10 +85,10 @@ class OpenShard:
         self.path = path
         self._spec = spec
         self._datasets = {dataset.name: dataset for dataset in spec.datasets}
-        self.descriptor = _open_regular_file(path)
+        self.descriptor = _open_shard(path)
         try:
             self.file_bytes = os.fstat(self.descriptor).st_size
-            self._chunks = _read_chunk_tables(path, self.file_bytes, spec, shard)
+            self._chunks = _read_chunk_tables(path, self.descriptor, self.file_bytes, spec, shard)
         except BaseException:
             self.close()
             raise
@@ -184,28 +173,27 @@ def corrupt(where: str, what: str) -> CacheCorruptError:
 
 def spec_of_shard(path: Path) -> CacheSpec:
     """The spec that a shard carries, itself checked; whether the shard keeps to it is not known yet."""
-    os.close(_open_regular_file(path))
-    with _hdf5(path) as file:
-        return CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
-
-
-def _open_regular_file(path: Path) -> int:
+    descriptor = _open_shard(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with _metadata(path, descriptor, os.fstat(descriptor).st_size) as file:
+            return CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
+    finally:
+        os.close(descriptor)
+
+
+def _open_shard(path: Path) -> int:
+    try:
+        return open_regular(path)
     except FileNotFoundError as exc:
         raise corrupt(str(path), "the shard is missing") from exc
-    except OSError as exc:
-        if exc.errno != errno.ELOOP:
-            raise  # the system's trouble, not the shard's
-        raise corrupt(str(path), "is a link, not a regular file") from exc
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise corrupt(str(path), "is not a regular file")
-    return descriptor
+    except IrregularFileError as exc:
+        raise corrupt(str(path), str(exc)) from exc
 
 
-def _read_chunk_tables(path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange) -> dict[str, list[StoredChunk]]:
-    with _hdf5(path) as file:
+def _read_chunk_tables(
+    path: Path, descriptor: int, file_bytes: int, spec: CacheSpec, shard: ShardRange
+) -> dict[str, list[StoredChunk]]:
+    with _metadata(path, descriptor, file_bytes) as file:
         found = CacheSpec.from_json(_read_attribute(file, SPEC_ATTRIBUTE, path), str(path))
         if found != spec:
             raise CacheMismatchError(
@@ -215,60 +203,42 @@ def _read_chunk_tables(path: Path, file_bytes: int, spec: CacheSpec, shard: Shar
         identity = _read_attribute(file, SHARD_ATTRIBUTE, path)
         if identity != shard_identity(shard):
             raise corrupt(str(path), f"it says it holds {identity}, expected {shard_identity(shard)}")
-        return {item.name: _chunk_table(file, path, file_bytes, spec, shard, item) for item in spec.datasets}
+    return {item.name: _chunk_table(file, path, spec, shard, item) for item in spec.datasets}
 
 
 @contextmanager
-def _hdf5(path: Path) -> Iterator[h5py.File]:
-    """A file to read with h5py; whatever the library finds wrong with its bytes is damage."""
+def _metadata(path: Path, descriptor: int, file_bytes: int) -> Iterator[Hdf5File]:
+    """What an open file's metadata says; whatever is wrong with it is damage."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as exc:
-        if isinstance(exc, OSError) and exc.errno:
-            raise  # the system's trouble, not the shard's
-        raise corrupt(str(path), f"is damaged or no HDF5 file ({exc})") from exc
+        yield Hdf5File(lambda offset, size: os.pread(descriptor, size, offset), file_bytes)
+    except Hdf5Error as exc:
+        raise corrupt(str(path), f"is damaged or no HDF5 file of this format ({exc})") from exc
 
 
-def _read_attribute(file: h5py.File, name: str, path: Path) -> str:
-    if name not in file.attrs:
+def _read_attribute(file: Hdf5File, name: str, path: Path) -> str:
+    text = file.text(name)
+    if text is None:
         raise corrupt(str(path), f"has no attribute {name}")
-    attribute = file.attrs.get_id(name)
-    is_text = attribute.dtype.kind == "S" and attribute.shape == ()
-    if not is_text or attribute.get_storage_size() > _LARGEST_ATTRIBUTE_BYTES:
+    if len(text) > _LARGEST_ATTRIBUTE_BYTES or not text.isascii():
         raise corrupt(str(path), f"attribute {name} is not a fixed-length string of moderate size")
-    text: str = bytes(file.attrs[name]).decode("ascii")
-    json.loads(text)
-    return text
+    return text.decode("ascii")
 
 
 def _chunk_table(
-    file: h5py.File, path: Path, file_bytes: int, spec: CacheSpec, shard: ShardRange, declared: Dataset
+    file: Hdf5File, path: Path, spec: CacheSpec, shard: ShardRange, declared: Dataset
 ) -> list[StoredChunk]:
     array, rows_per_chunk = declared.array, spec.rows_per_chunk(declared)
     where = f"{path}: dataset {array.name}"
-    if not isinstance(file.get(array.name, getlink=True), h5py.HardLink):
-        raise corrupt(where, "is missing or is a link")
-    dataset = file[array.name]
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise corrupt(where, "is not a plain dataset")
-    found = (dataset.dtype.str, dataset.shape, dataset.chunks)
-    expected = (array.dtype, (_num_rows(spec, shard, declared), *array.shape), (rows_per_chunk, *array.shape))
-    if found != expected:
-        raise corrupt(where, f"has type, shape and chunks {found}, expected {expected}")
-    properties = dataset.id.get_create_plist()
-    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
-    if filters != [ZSTANDARD_FILTER]:
-        raise corrupt(where, f"has filters {filters}, expected [{ZSTANDARD_FILTER}]")
-    table: list[StoredChunk | None] = [None] * shard.num_chunks(spec)
-
-    def note(info: h5py.h5d.StoreInfo) -> None:
-        inside = info.byte_offset >= 0 and info.byte_offset + info.size <= file_bytes
-        if inside and info.filter_mask == 0:
-            table[info.chunk_offset[0] // rows_per_chunk] = StoredChunk(info.byte_offset, info.size)
-
-    dataset.id.chunk_iter(note)
-    chunks = [chunk for chunk in table if chunk is not None]
-    if len(chunks) != len(table):
-        raise corrupt(where, f"has {len(chunks)} readable chunks, expected {len(table)}")
-    return chunks
+    try:
+        dataset = file.dataset(array.name)
+        if dataset is None:
+            raise corrupt(where, "is missing or is a link")
+        found = (dataset.dtype, dataset.shape, dataset.chunks)
+        expected = (array.dtype, (_num_rows(spec, shard, declared), *array.shape), (rows_per_chunk, *array.shape))
+        if found != expected:
+            raise corrupt(where, f"has type, shape and chunks {found}, expected {expected}")
+        if dataset.filters != (ZSTANDARD_FILTER,):
+            raise corrupt(where, f"has filters {[*dataset.filters]}, expected [{ZSTANDARD_FILTER}]")
+        return dataset.chunk_table(shard.num_chunks(spec))
+    except Hdf5Error as exc:
+        raise corrupt(where, str(exc)) from exc

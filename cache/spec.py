@@ -278,7 +278,7 @@ class CacheSpec(_Strict):
             return cls.model_validate_json(text)
         except ValidationError as exc:
             raise CacheCorruptError(f"{where}: the spec breaks the cache format:\n{describe(exc)}") from exc
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise CacheCorruptError(f"{where}: the spec is not a JSON object with a format version ({exc})") from exc
 
 

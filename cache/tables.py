@@ -4,11 +4,7 @@ Its SHA-256 stands in the spec, hence in every shard. Beside the tables it holds
 chosen, and a fingerprint of what they were made from: a dump that is resumed goes on with them.
 """
 
-import errno
 import hashlib
-import io
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +15,9 @@ import zstandard
 from cache.arrays import ArraySpec
 from cache.calibration import Calibration
 from cache.errors import CacheCorruptError, CacheMissingError
+from cache.hdf5 import Hdf5Error, Hdf5File
 from cache.layout import TABLES_NAME
+from cache.regular_file import IrregularFileError, read_regular
 from cache.spec import CacheSpec
 
 _CALIBRATION = "tristill_calibration"
@@ -73,13 +71,12 @@ def load_calibration(folder: Path) -> Calibration | None:
     except CacheMissingError:
         return None
     try:
-        with h5py.File(io.BytesIO(content), "r") as file:
-            dataset = _plain_dataset(file, _CALIBRATION, path)
-            if not 0 < dataset.size <= _LARGEST_CALIBRATION_BYTES or dataset.dtype != np.uint8:
-                raise _corrupt(path, "its calibration is no text of moderate size")
-            return Calibration.model_validate_json(dataset[...].tobytes())
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as exc:
-        raise _corrupt(path, f"is damaged or no HDF5 file ({exc})") from exc
+        dataset = Hdf5File.of(content).dataset(_CALIBRATION)
+        if dataset is None or dataset.dtype != "|u1":
+            raise _corrupt(path, f"has no text {_CALIBRATION}")
+        return Calibration.model_validate_json(dataset.whole(_LARGEST_CALIBRATION_BYTES))
+    except ValueError as exc:
+        raise _corrupt(path, f"is damaged or no HDF5 file of this format ({exc})") from exc
 
 
 def stored_calibration(folder: Path, spec: CacheSpec) -> Calibration | None:
@@ -89,46 +86,37 @@ def stored_calibration(folder: Path, spec: CacheSpec) -> Calibration | None:
 
 def _read(path: Path) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return read_regular(path, _LARGEST_FILE_BYTES)
     except FileNotFoundError as exc:
         raise CacheMissingError(f"{path}: is missing; run `tristill cache repair`") from exc
-    except OSError as exc:
-        if exc.errno != errno.ELOOP:
-            raise  # the system's trouble, not the file's
-        raise _corrupt(path, "is a link, not a regular file") from exc
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_FILE_BYTES:
-            raise _corrupt(path, f"is not a regular file of at most {_LARGEST_FILE_BYTES} bytes")
-        return file.read(found.st_size)
-
-
-def _plain_dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
-    is_hard_link = isinstance(file.get(name, getlink=True), h5py.HardLink)
-    dataset = file[name] if is_hard_link else None
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        raise _corrupt(path, f"has no plain dataset {name}")
-    return dataset
+    except IrregularFileError as exc:
+        raise _corrupt(path, str(exc)) from exc
 
 
 def _tables_of(content: bytes, arrays: tuple[ArraySpec, ...], path: Path) -> dict[str, np.ndarray]:
     tables = {}
     try:
-        with h5py.File(io.BytesIO(content), "r") as file:
-            for array in arrays:
-                dataset = _plain_dataset(file, array.name, path)
-                found = (dataset.dtype.str, dataset.shape, dataset.chunks)
-                expected = (array.dtype, array.shape, array.shape)
-                if found != expected:
-                    raise _corrupt(path, f"table {array.name} has type, shape and chunk {found}, expected {expected}")
-                _, frame = dataset.id.read_direct_chunk((0,) * len(array.shape))
-                declared = zstandard.get_frame_parameters(frame)
-                if declared.content_size != array.num_bytes or not declared.has_checksum:
-                    raise _corrupt(path, f"table {array.name} is not a frame of {array.num_bytes} bytes with checksum")
-                table = zstandard.ZstdDecompressor().decompress(frame, max_output_size=array.num_bytes)
-                tables[array.name] = np.frombuffer(table, array.dtype).reshape(array.shape)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, zstandard.ZstdError) as exc:
-        raise _corrupt(path, f"is damaged or no HDF5 file ({exc})") from exc
+        file = Hdf5File.of(content)
+        for array in arrays:
+            dataset = file.dataset(array.name)
+            found = dataset and (dataset.dtype, dataset.shape, dataset.chunks, dataset.filters)
+            expected = (array.dtype, array.shape, array.shape, (_FILTER,))
+            if dataset is None or found != expected:
+                raise _corrupt(
+                    path, f"table {array.name} has type, shape, chunk and filters {found}, expected {expected}"
+                )
+            (chunk,) = dataset.chunk_table(1)
+            frame = content[chunk.offset : chunk.offset + chunk.num_bytes]
+            declared = zstandard.get_frame_parameters(frame)
+            if declared.content_size != array.num_bytes or not declared.has_checksum:
+                raise _corrupt(path, f"table {array.name} is not a frame of {array.num_bytes} bytes with checksum")
+            table = zstandard.ZstdDecompressor().decompress(
+                frame, max_output_size=array.num_bytes, allow_extra_data=False
+            )
+            tables[array.name] = np.frombuffer(table, array.dtype).reshape(array.shape)
+    except (Hdf5Error, zstandard.ZstdError) as exc:
+        at = f"at table {arrays[len(tables)].name}"
+        raise _corrupt(path, f"is damaged or no HDF5 file of this format ({at}: {exc})") from exc
     return tables
 
 

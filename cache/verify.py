@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import CacheCorruptError, CacheError, CacheMismatchError
-from cache.hashing import sha256_of_file
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord, load_manifest
+from cache.regular_file import IrregularFileError, sha256_of_regular_file
 from cache.spec import CacheSpec
 from cache.tables import stored_calibration
 from cache.writer import verified_record
@@ -83,9 +83,12 @@ def tables_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
     path, expected = folder / TABLES_NAME, spec.tables_fingerprint
     if expected is None:
         return []
-    if not path.is_file():
+    try:
+        found = sha256_of_regular_file(path)
+    except FileNotFoundError:
         return [Damage(TABLES_NAME, f"{path}: is missing; the coded parts of every shard need it")]
-    found = sha256_of_file(path)
+    except IrregularFileError as exc:
+        return [Damage(TABLES_NAME, f"{path}: {exc}; the coded parts of every shard need it")]
     if found == expected:
         return []
     return [Damage(TABLES_NAME, f"{path}: found SHA-256 {found}, expected {expected}; its bytes are damaged")]
@@ -94,8 +97,13 @@ def tables_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
 def tokenizer_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
     """What is wrong with the tokenizer."""
     path = folder / TOKENIZER_NAME
-    if path.is_file() and sha256_of_file(path) == spec.tokenizer_fingerprint:
-        return []
+    try:
+        if sha256_of_regular_file(path) == spec.tokenizer_fingerprint:
+            return []
+    except IrregularFileError as exc:
+        return [Damage(TOKENIZER_NAME, f"{path}: {exc}")]
+    except FileNotFoundError:
+        pass
     return [Damage(TOKENIZER_NAME, f"{path}: is missing or is not the tokenizer that made this cache")]
 
 

@@ -25,6 +25,7 @@ from stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
 _SAYS_THE_SAME = {"losses": ("alpha", "temperature"), "alpha": ("losses",), "temperature": ("losses",)}
+_LONGEST_SHOWN = 300
 VARIANT_SECTIONS = {"student", "distill", "evaluate"}
 _STAGE_SECTIONS = VARIANT_SECTIONS | {"cache"}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -125,7 +126,9 @@ def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
         folder = "configs/sweeps" if path.parent.name == "sweeps" else "configs"
         shipped = ", ".join(sorted(str(p) for p in Path(folder).glob("*.toml"))) or "none here"
         raise ConfigError(f"{path}: found no config there; configs in this checkout: {shipped}") from exc
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+    except RecursionError as exc:
+        raise ConfigError(f"{path}: cannot be read as TOML: lists or tables are nested too deeply") from exc
+    except (OSError, ValueError) as exc:
         raise ConfigError(f"{path}: cannot be read as TOML: {exc}") from exc
     given: set[str] = set()
     for assignment in assignments:
@@ -172,7 +175,9 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
         raise ConfigError(f"--set {assignment}: expected dotted.key=value")
     try:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError as exc:
+        raise ConfigError(f"--set {key}: lists or tables are nested too deeply") from exc
+    except ValueError:
         return key.strip(), text.strip()
 
 
@@ -245,8 +250,17 @@ def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:
             else:
                 message = problem["msg"].removeprefix("Value error, ")
                 found = problem["input"]
-                suffix = "" if isinstance(found, dict | BaseModel) else f"; found {found!r}"
+                suffix = "" if isinstance(found, dict | BaseModel) else f"; found {_shown(found)}"
                 yield ": ".join([*([path] if path else []), message + suffix])  # of the whole config: says where itself
+
+
+def _shown(value: Any) -> str:
+    """A value as in Python, cut short; an integer of thousands of digits has no such text."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str], list[str]]:

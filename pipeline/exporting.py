@@ -15,6 +15,7 @@ from cache import open_cache
 from cache.atomic import sync_folder, write_atomically
 from cache.hashing import sha256_of_file
 from cache.layout import MANIFEST_NAME
+from cache.regular_file import read_json_object
 from pipeline.errors import MissingInputError, StaleError
 from pipeline.provenance import locked, new_provenance
 from pipeline.results import text_table
@@ -215,7 +216,7 @@ def _refuse_to_replace(one: Wanted) -> None:
     if not one.path.exists():
         return
     try:
-        is_ours = json.loads(one.record.read_bytes())["step"] == _RECORD_STEP
+        is_ours = read_json_object(one.record)["step"] == _RECORD_STEP
     except (OSError, ValueError, KeyError, TypeError):
         is_ours = False
     if not is_ours or one.path.is_dir() != (one.ternary_type is None):

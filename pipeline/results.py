@@ -1,11 +1,11 @@
 """Tables of what a run achieved, from the summaries on disk."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.regular_file import read_json_object
 from pipeline.errors import MissingInputError
 from pipeline.provenance import read_provenance
 from pipeline.terminal import cells
@@ -67,7 +67,7 @@ def has_summary(folder: Path) -> bool:
 def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of a finished model."""
     try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_bytes())
+        summary = read_json_object(folder / "summary.json")
     except (OSError, ValueError) as exc:
         raise MissingInputError(f"{folder / 'summary.json'}: cannot be read ({exc}); train the model first") from exc
     return summary

@@ -1,11 +1,11 @@
 """What the models are worth on held-out text."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from cache.regular_file import read_json_object
 from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
 from pipeline.report.run import Model, Run, mapping
 from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
@@ -135,7 +135,7 @@ def _deployment(run: Run) -> list[Block]:
 def _evaluation_file(run: Run) -> Mapping[str, Any]:
     """What `tristill evaluate` last wrote."""
     try:
-        return mapping(json.loads((run.workspace.run_dir / "evaluation.json").read_bytes()))
+        return read_json_object(run.workspace.run_dir / "evaluation.json")
     except (OSError, ValueError):
         return {}
 

@@ -1,6 +1,5 @@
 """A tokenized corpus as later steps find it: `data.json` and the windows of both splits."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,6 +14,7 @@ from pydantic import (
 )
 
 from cache.hashing import fingerprint_of
+from cache.regular_file import read_json_object
 from cache.spec import SplitName
 from stages.data.tokens import TokenWindows
 from stages.errors import CorpusError
@@ -99,7 +99,7 @@ def load_corpus(folder: Path) -> TokenizedCorpus:
     """The description of a finished tokenize step."""
     path = folder / "data.json"
     try:
-        return TokenizedCorpus.model_validate(json.loads(path.read_bytes()))
+        return TokenizedCorpus.model_validate(read_json_object(path))
     except (OSError, ValueError, ValidationError) as exc:
         raise CorpusError(f"{path}: cannot be read as a tokenized corpus ({exc}); run `tristill tokenize`") from exc
 

@@ -1,6 +1,5 @@
 """A `tokenizer.json` as llama.cpp reads one: byte-level BPE with a pre-tokenizer that llama.cpp knows by name."""
 
-import json
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -8,8 +7,10 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
+from cache.regular_file import read_json_object
 from stages.errors import ExportError, TokenizerError
 
+_LARGEST_TOKENIZER_BYTES = 2**28
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _LLAMA_3 = (
@@ -44,7 +45,7 @@ def gguf_tokenizer(path: Path, vocab_size: int) -> GgufTokenizer:
     Raises ExportError, with all reasons, for a tokenizer that llama.cpp would take for another one.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content = read_json_object(path, _LARGEST_TOKENIZER_BYTES)
         model: dict[str, Any] = content["model"]
         vocab: dict[str, int] = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
     except (OSError, ValueError, KeyError, TypeError) as exc:

@@ -1,11 +1,12 @@
 """What a model's folder says of the model, read without torch."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from cache.arrays import LARGEST_VOCAB_SIZE
+from cache.regular_file import read_json_object
 from stages.errors import CheckpointError
 from stages.models.config import ModelConfig
 from stages.models.hugging_face_shape import HuggingFaceShape, Shape, llama_shape
@@ -25,7 +26,7 @@ class Description(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     shape: Shape
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=LARGEST_VOCAB_SIZE)]
     quantize: QuantizeConfig | None
 
 
@@ -44,7 +45,7 @@ def read_description(folder: Path) -> Description:
         quantize = QuantizeConfig(**config["quantize"]) if config.get("quantize") else None
         shape = HuggingFaceShape.of(config["hugging_face"]) if "hugging_face" in config else own_shape(config)
         return Description(shape=shape, vocab_size=config["vocab_size"], quantize=quantize)
-    except (KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise CheckpointError(f"{path}: does not describe a model of ours ({exc})") from exc
 
 
@@ -73,7 +74,7 @@ def is_ours(config: dict[str, Any]) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """The description in a model folder, of ours or of transformers."""
     try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
+        config = read_json_object(path)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path}: found no model there; train it first, or give another folder") from exc
     except (OSError, ValueError) as exc:

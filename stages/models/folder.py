@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache.atomic import write_atomically
 from stages.errors import CheckpointError, StageError
+from stages.models.config import ModelConfig
 from stages.models.description import (
     CONFIG_NAME,
     STUDENT_TYPE,
@@ -74,10 +75,25 @@ def load_model(folder: Path) -> LanguageModel:
         if isinstance(description.shape, HuggingFaceShape):
             model = new_hugging_face(description.shape, description.vocab_size, description.quantize, seed=0)
         else:
+            _require_room_in_weights(folder, description.shape, description.vocab_size)
             model = Transformer(description.shape, description.vocab_size, description.quantize)
         load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         return model
     return load_hugging_face(origin or Origin(folder=folder), folder / TOKENIZER_NAME)
+
+
+def _require_room_in_weights(folder: Path, shape: ModelConfig, vocab_size: int) -> None:
+    """Refuses a description of more parameters than the file of weights has bytes, before they take any memory."""
+    path = folder / WEIGHTS_NAME
+    try:
+        found = path.stat().st_size
+    except OSError as exc:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
+    if shape.parameters(vocab_size) > found:
+        raise CheckpointError(
+            f"{path}: found {found} bytes, but {folder / CONFIG_NAME} describes {shape.parameters(vocab_size)} "
+            "parameters; put the file of weights there that belongs to it"
+        )
 
 
 def load_transformer(folder: Path) -> Transformer:

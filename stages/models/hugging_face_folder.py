@@ -10,7 +10,7 @@ from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, read_config
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_shape import HuggingFaceShape
-from stages.models.origin import Origin
+from stages.models.origin import Origin, model_files
 from stages.models.trust import is_trusted
 from stages.quantize.config import QuantizeConfig
 
@@ -31,6 +31,7 @@ def import_transformers(what: str) -> Any:
 def load_inner(origin: Origin) -> Any:
     """The causal language model itself, in evaluation mode, on the CPU; refuses a folder that lacks weights of it."""
     transformers = import_transformers(str(origin.folder))
+    model_files(origin.folder)  # refuses an index that names files elsewhere
     attention = {} if origin.attention is None else {"attn_implementation": origin.attention}
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache.atomic import write_atomically
 from cache.hashing import fingerprint_of, sha256_of_file
+from cache.regular_file import read_json_object
 from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, read_config
 
@@ -105,8 +106,24 @@ def model_files(folder: Path) -> tuple[OriginFile, ...]:
         )
     code = sorted(folder.glob("*.py")) if "auto_map" in read_config(folder / CONFIG_NAME) else []
     parts = sorted(folder.glob("*.safetensors.index.json"))
+    for part in parts:
+        _require_files_of_folder(part, {path.name for path in weights})
     states = [(path, path.stat()) for path in [folder / CONFIG_NAME, *weights, *parts, *code]]
     return tuple(OriginFile(name=p.name, num_bytes=s.st_size, modified_ns=s.st_mtime_ns) for p, s in states)
+
+
+def _require_files_of_folder(index: Path, names: set[str]) -> None:
+    """Refuses an index of weights in parts that names any other file than the weights of its own folder."""
+    try:
+        parts = read_json_object(index)["weight_map"]
+        named = {str(name) for name in parts.values()}
+    except (OSError, ValueError, KeyError, AttributeError) as exc:
+        raise CheckpointError(f"{index}: cannot be read as an index of weights in parts ({exc!r})") from exc
+    if others := sorted(named - names):
+        raise CheckpointError(
+            f"{index}: names {others[0]!r}, which is no *.safetensors of its own folder; expected some of "
+            f"{', '.join(sorted(names)[:3])}"
+        )
 
 
 def model_fingerprint(folder: Path) -> str:

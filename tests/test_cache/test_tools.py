@@ -280,7 +280,7 @@ def test_a_manifest_is_not_made_from_damaged_shards_or_tables_and_all_are_named(
 
 
 def set_spec(path: Path, text: str) -> None:
-    with h5py.File(path, "r+") as file:
+    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         file.attrs["tristill_spec"] = np.bytes_(text.encode())
 
 
