@@ -27,7 +27,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()
     try:
         run.main(["--standalone", "--nproc-per-node", ranks, "-m", "pipeline", *command])
     except ChildFailedError as exc:

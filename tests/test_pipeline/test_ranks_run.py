@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alone
 
 MANY_SHARDS = (
     "data.max_train_tokens=90_000",
-    "teacher.training.steps=2",
+    "teacher.training.steps=6",
     "cache.max_train_windows=2500",
     "cache.batch_windows=2",
 )
@@ -69,14 +69,6 @@ def test_a_cache_has_the_same_bytes_for_three_ranks_as_for_one(finished_run: Pat
     assert tristill("dump-logits", *of_run(before_dump)).stderr.startswith("dump-logits: up to date")
 
 
-def test_run_starts_heavy_steps_on_as_many_ranks_as_it_is_told(finished_run: Path, before_dump: Path) -> None:
-    done = tristill("run", "--until", "dump-logits", "--ranks", "2", *of_run(before_dump))
-    assert done.code == 0, done.stderr
-    assert done.stderr.count(f"{before_dump / 'cache'}\n") == 1
-    assert "OMP_NUM_THREADS" not in done.stderr
-    assert files(before_dump / "cache") == files(finished_run / "cache")
-
-
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 13))])
 def test_a_lost_rank_loses_its_unfinished_shard_alone(many_shards: Path, tmp_path: Path, seed: int) -> None:
     """Killed at a random moment, perhaps again, and finished by another number of ranks."""
@@ -98,9 +90,12 @@ def test_a_lost_rank_loses_its_unfinished_shard_alone(many_shards: Path, tmp_pat
         assert not (folder / "cache.json").exists()
         assert f"rank      : {victim} " in stderr.split("Root Cause")[1]
         assert all(path.stat().st_ino == inode for path, inode in kept.items()), "what was there is not dumped again"
-    in_the_end = 1 if seed == 1 else generator.randint(1, 3)
-    done = tristill(*arguments) if in_the_end == 1 else outcome(command(in_the_end, *arguments))
+    in_the_end = 2 if seed == 1 else generator.randint(1, 3)
+    run = ("run", "--until", "dump-logits", "--ranks", str(in_the_end), *arguments[1:])
+    done = tristill(*run) if seed % 2 else outcome(command(in_the_end, *arguments))
     assert done.code == 0, done.stderr
+    assert done.stdout.count(f"{folder}\n") + done.stderr.count(f"{folder}\n") == 1
+    assert "OMP_NUM_THREADS" not in done.stderr
     assert files(folder) == files(many_shards.parent / "cache")
 
 
@@ -175,6 +170,16 @@ def test_an_error_on_one_rank_alone_ends_all_and_is_told(many_shards: Path, tmp_
     assert failed.stderr.count("error:") == 1
     assert "train-00001.h5: could not be written (Is a directory)" in failed.stderr
     assert "interrupted" not in failed.stderr
+
+
+@pytest.mark.skip(reason="until trainings share their windows among ranks, each would train and write the whole")
+def test_a_whole_run_on_two_ranks_ends_as_one_does(tmp_path: Path) -> None:
+    arguments = of_run(tmp_path, "teacher.training.steps=6", "distill.training.steps=6")
+    done = tristill("run", "--ranks", "2", *arguments)
+    assert done.code == 0, done.stderr
+    assert done.stdout.startswith("| model ")
+    again = tristill("run", "--dry-run", *arguments)
+    assert again.stdout == "nothing to do\n"
 
 
 def test_no_ranks_are_refused(tmp_path: Path) -> None:
