@@ -210,7 +210,7 @@ def run_steps(steps: Sequence[Step], arguments: Sequence[str], ranks: int = 1) -
         command = [*step.label.split(), *arguments]
         say(f"$ tristill {' '.join(command)}")
         are_many = ranks > 1 and step.command in COMMANDS_ON_RANKS
-        program = ["pipeline.launcher", str(ranks)] if are_many else ["pipeline"]
+        program = [*(["stages.launcher", str(ranks)] if are_many else []), "pipeline"]
         # What a step prints is news here; the result of a run is printed by its caller. A launcher of ranks has a group
         # of its own, so that it sees one signal, from here, where a terminal sends one too.
         child = subprocess.Popen(  # noqa: S603 - ours

@@ -28,6 +28,7 @@ MANY_SHARDS = (
     "cache.max_train_windows=2500",
     "cache.batch_windows=2",
 )
+ON_TWO_RANKS = [sys.executable, "-m", "stages.launcher", "2", "pipeline"]
 
 
 def of_run(run_dir: Path, *changes: str) -> list[str]:
@@ -122,8 +123,7 @@ def test_ctrl_c_ends_all_ranks_with_one_message(many_shards: Path, tmp_path: Pat
 
 def test_what_is_wrong_is_told_once_for_all_ranks(finished_run: Path, before_dump: Path) -> None:
     """Before they join (a bad config), by the one that decides (a stale cache), and in torchrun's own report."""
-    launcher = [sys.executable, "-m", "pipeline.launcher", "2"]
-    refused = outcome([*launcher, "dump-logits", *of_run(before_dump, "cache.profil=1")])
+    refused = outcome([*ON_TWO_RANKS, "dump-logits", *of_run(before_dump, "cache.profil=1")])
     assert refused.code == 2
     assert refused.stderr == (
         "error: configs/test.toml: 1 problems:\n  cache.profil: unknown key; did you mean 'profile'?\n"
@@ -153,8 +153,7 @@ def test_what_is_wrong_is_told_once_for_all_ranks(finished_run: Path, before_dum
 def test_refusals_on_ranks_are_those_of_one_process(
     tmp_path: Path, arguments: tuple[str, ...], code: int, text: str
 ) -> None:
-    launcher = [sys.executable, "-m", "pipeline.launcher", "2"]
-    refused = outcome([*launcher, *arguments, *of_run(tmp_path)])
+    refused = outcome([*ON_TWO_RANKS, *arguments, *of_run(tmp_path)])
     assert refused.code == code
     assert refused.stderr.count("error:") == refused.stderr.count(text) == 1
 
@@ -164,8 +163,7 @@ def test_an_error_on_one_rank_alone_ends_all_and_is_told(many_shards: Path, tmp_
     """Rank 1 finds something in its way where its shard is to lie; the others find nothing wrong."""
     run_dir = Path(shutil.copytree(many_shards, tmp_path / "run"))
     (run_dir / "cache" / ".train-00001.h5.partial").mkdir(parents=True)
-    launcher = [sys.executable, "-m", "pipeline.launcher", "2"]
-    failed = outcome([*launcher, "dump-logits", *of_run(run_dir, *MANY_SHARDS)])
+    failed = outcome([*ON_TWO_RANKS, "dump-logits", *of_run(run_dir, *MANY_SHARDS)])
     assert failed.code == 1
     assert failed.stderr.count("error:") == 1
     assert "train-00001.h5: could not be written (Is a directory)" in failed.stderr

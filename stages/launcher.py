@@ -1,4 +1,4 @@
-"""Starts a command on several processes of this machine: `python -m pipeline.launcher NUMBER COMMAND ...`.
+"""Starts a module on several processes of this machine: `python -m stages.launcher NUMBER MODULE ARGUMENT ...`.
 
 It is `torchrun --standalone` without its own report of a failure, since the ranks say themselves what is wrong; it ends
 with the exit code of the rank that did.
@@ -17,8 +17,8 @@ _TIME_TO_SAVE_S = 300
 
 
 def main() -> None:
-    """Run the command on as many ranks as the first argument says; each gets its share of the cores."""
-    ranks, *command = sys.argv[1:]
+    """Run the module on as many ranks as the first argument says; each gets its share of the cores."""
+    ranks, *module = sys.argv[1:]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // int(ranks))))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_TIME_TO_SAVE_S))
     for signum in (signal.SIGINT, signal.SIGTERM):  # until torchrun is there to pass them on
@@ -29,7 +29,7 @@ def main() -> None:
 
     logging.disable()
     try:
-        run.main(["--standalone", "--nproc-per-node", ranks, "-m", "pipeline", *command])
+        run.main(["--standalone", "--nproc-per-node", ranks, "-m", *module])
     except ChildFailedError as exc:
         rank, failure = exc.get_first_failure()
         if failure.exitcode < 0:
