@@ -17,7 +17,9 @@ from torchrun import command, outcome, ranks_of, start
 from conftest import tristill
 from pipeline.config import load_config
 from pipeline.errors import BusyError
-from pipeline.provenance import held_with_others, locked
+from pipeline.provenance import held_with_others, locked, new_provenance, write_provenance
+from pipeline.steps import DumpLogits
+from pipeline.workspace import Workspace
 from stages.dump.dump import dump_logits
 
 pytestmark = pytest.mark.alone
@@ -162,7 +164,9 @@ def test_refusals_on_ranks_are_those_of_one_process(
 def test_an_error_on_one_rank_alone_ends_all_and_is_told(many_shards: Path, tmp_path: Path) -> None:
     """Rank 1 finds something in its way where its shard is to lie; the others find nothing wrong."""
     run_dir = Path(shutil.copytree(many_shards, tmp_path / "run"))
-    (run_dir / "cache" / ".train-00001.h5.partial").mkdir(parents=True)
+    step = DumpLogits(Workspace(load_config(Path("configs/test.toml"), MANY_SHARDS), run_dir))
+    (step.folder / ".train-00001.h5.partial").mkdir(parents=True)
+    write_provenance(step.folder, new_provenance(step.label, step.settings(), step.inputs()))
     failed = outcome([*ON_TWO_RANKS, "dump-logits", *of_run(run_dir, *MANY_SHARDS)])
     assert failed.code == 1
     assert failed.stderr.count("error:") == 1
