@@ -25,7 +25,7 @@ from pipeline.results import text_table
 from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
 from stages.dump.config import DumpConfig, ProfileSettings
-from stages.dump.dump import write_missing_shards
+from stages.dump.dump import write_shards
 from stages.dump.prepare import Prepared, prepare
 from stages.losses.chunked_head import chunks
 from stages.models.folder import load_model
@@ -94,7 +94,8 @@ def main() -> None:
                     settings, made = prepared[name]
                     writer = CacheWriter(Path(folder), made.spec, tokenizer, made.tables_image)
                     with Progress("dump", positions, "positions") as progress:
-                        write_missing_shards(writer, teacher, {"train": windows}, settings, progress)
+                        missing = writer.missing_shards()
+                        write_shards(writer, missing, teacher, {"train": windows}, settings, progress.advance)
                     writer.finish()
                 else:
                     bare_forward(teacher, windows, batches, workers="worker" in name)

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,43 +25,45 @@ _OF_ALL_POSITIONS = {"windows", MASK_NAME}
 class CacheWriter:
     """One dump. Shards found on disk are verified and kept, so a killed dump goes on where it was.
 
-    One process at a time may write a folder; the caller sees to that.
+    One process at a time may write a folder, or several that write different shards: one of them writes tokenizer and
+    tables before the others open theirs, takes their records in the end and finishes. The caller sees to that.
     """
 
     def __init__(
         self,
         folder: Path,
         spec: CacheSpec,
-        tokenizer_json: bytes,
+        tokenizer_json: bytes | None,
         tables_image: bytes | None = None,
         compression_level: int = 3,
+        found: Iterable[ShardRecord] | None = None,
     ) -> None:
         """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache.
 
-        `tables_image` are the bytes of `tables.h5`, for a spec that has tables.
+        `tables_image` are the bytes of `tables.h5`, for a spec that has tables; without it, and without
+        `tokenizer_json`, these files are there already. `found` are the shards on disk where they were verified
+        before; without it all are verified here.
         """
         self.folder = folder
         self.spec = spec
         self._compression_level = compression_level
         folder.mkdir(parents=True, exist_ok=True)
         self._records: dict[str, ShardRecord] = {}
-        for shard in shard_ranges(spec):
-            if record := self._found_on_disk(shard):
-                self._records[shard.name] = record
-        self._write(folder / TOKENIZER_NAME, tokenizer_json)
+        self.take(found_shards(folder, spec, shard_ranges(spec)) if found is None else found)
+        if tokenizer_json is not None:
+            self._write(folder / TOKENIZER_NAME, tokenizer_json)
         if tables_image is not None:
             self._write(folder / TABLES_NAME, tables_image)
         self.tables = load_tables(folder, spec)
         self._coders = part_coders(spec, self.tables)
 
-    def _found_on_disk(self, shard: ShardRange) -> ShardRecord | None:
-        path = self.folder / shard.name
-        if not os.path.lexists(path):
-            return None
-        try:
-            return verified_record(path, self.spec, shard)
-        except CacheCorruptError:
-            return None  # counts as missing, and is replaced when its windows are written again
+    def take(self, records: Iterable[ShardRecord]) -> None:
+        """Shards that are on disk, verified or written by whom the caller trusts: they are not missing any more."""
+        self._records |= {record.name: record for record in records}
+
+    def records(self, shards: Iterable[ShardRange]) -> list[ShardRecord]:
+        """Those of shards that are written."""
+        return [self._records[shard.name] for shard in shards]
 
     def missing_shards(self) -> list[ShardRange]:
         """Shards still to be written; the others were found on disk and verified, or written since."""
@@ -192,6 +195,20 @@ class ShardWriter:
             self._frames[part.name].append(self._compressor.compress(payload.ljust(dataset.array.num_bytes, b"\0")))
         self._first_in_chunk += self._num_buffered
         self._num_buffered = 0
+
+
+def found_shards(folder: Path, spec: CacheSpec, shards: Iterable[ShardRange]) -> list[ShardRecord]:
+    """The records of those shards that are in the folder and whole.
+
+    Damaged ones count as missing, and are replaced when their windows are written again. Raises CacheMismatchError if
+    one is of another cache.
+    """
+    records = []
+    for shard in shards:
+        if os.path.lexists(folder / shard.name):
+            with suppress(CacheCorruptError):
+                records.append(verified_record(folder / shard.name, spec, shard))
+    return records
 
 
 def verified_record(path: Path, spec: CacheSpec, shard: ShardRange) -> ShardRecord:

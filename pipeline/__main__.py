@@ -7,6 +7,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+from pipeline.rank_failure import another_has_told, raise_once, tell, was_ended
+from stages.ranks import announced_ranks, exit_code_of
+
 _INTERRUPTED = 130
 
 
@@ -19,6 +22,9 @@ def main() -> None:
     except KeyboardInterrupt:
         interrupts.are_over = True
         _end_interrupted()
+    if code and announced_ranks().are_many:  # torchrun ends the others, and sends a signal to this one too
+        interrupts.are_over = True
+        _end(code)
     sys.exit(code)
 
 
@@ -51,10 +57,16 @@ def _end_interrupted() -> NoReturn:
     down under threads that are inside of torch, and C++ then aborts the process.
     """
     with suppress(OSError):  # nobody may be left to read
-        sys.stderr.write("interrupted; run the same command again to go on\n")
+        if announced_ranks().is_first and not another_has_told():
+            sys.stderr.write("interrupted; run the same command again to go on\n")
+    _end(_INTERRUPTED)
+
+
+def _end(code: int) -> NoReturn:
+    with suppress(OSError):
         sys.stderr.flush()
         sys.stdout.flush()
-    os._exit(_INTERRUPTED)
+    os._exit(code)
 
 
 def _run() -> int:
@@ -64,24 +76,36 @@ def _run() -> int:
     from cache import CacheError
     from pipeline.cli import cli
     from pipeline.errors import PipelineError
-    from stages.errors import StageError
+    from stages.errors import LostRankError, OtherRankError, StageError
     from stages.progress import say
 
+    show = tell if announced_ranks().are_many else say
     try:
-        return int(cli.main(standalone_mode=False) or 0)
+        try:
+            return int(cli.main(standalone_mode=False) or 0)
+        except click.exceptions.Abort:
+            raise KeyboardInterrupt from None
+        except Exception as exc:  # noqa: BLE001 - raised, or told by another
+            raise_once(exc)
     except click.ClickException as exc:
-        exc.show()
+        if announced_ranks().are_many:
+            tell(f"error: {exc.format_message()}")
+        else:
+            exc.show()
         return exc.exit_code
-    except click.exceptions.Abort:
-        raise KeyboardInterrupt from None
-    except PipelineError as exc:
-        say(f"error: {exc}")
+    except OtherRankError as exc:
+        was_ended()
         return exc.exit_code
-    except (CacheError, StageError) as exc:
-        say(f"error: {exc}")
+    except LostRankError as exc:
+        if not was_ended():
+            tell(f"error: {exc}")
+        return 1
+    except (PipelineError, CacheError, StageError) as exc:
+        show(f"error: {exc}")
+        return exit_code_of(exc)
     except OSError as exc:
-        say(f"error: {exc.filename or 'system'}: {exc.strerror or exc}; mend that and run the same command again")
-    return 1
+        show(f"error: {exc.filename or 'system'}: {exc.strerror or exc}; mend that and run the same command again")
+        return 1
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from pipeline.plan.command import plan
 from pipeline.report_command import report
 from pipeline.runner import execute, run_steps
 from pipeline.runner import plan as steps_to_run
-from pipeline.step import Step
+from pipeline.step import COMMANDS_ON_RANKS, Step
 from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize
 from pipeline.sweep_command import sweep
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say
+from stages.ranks import announced_ranks
 
 _STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -38,6 +39,18 @@ class Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Names as they were added."""
         return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is called. Torchrun may start those of the heavy steps alone."""
+        name, command, rest = super().resolve_command(ctx, args)
+        num_ranks = announced_ranks().world_size
+        if num_ranks > 1 and name not in COMMANDS_ON_RANKS:
+            raise click.UsageError(
+                f"{name} works in one process, and WORLD_SIZE announces {num_ranks}; start it without torchrun"
+            )
+        return name, command, rest
 
 
 force_option = click.option("--force", is_flag=True, help="Remove what an earlier run left and build anew.")
@@ -58,13 +71,23 @@ def cli() -> None:
 @cli.command()
 @click.option("--until", type=click.Choice(_STEPS), default="distill", show_default=True, help="The last step to run.")
 @click.option("--dry-run", is_flag=True, help="Only say which steps would run.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes of this machine that share each heavy step: one per GPU, or per group of cores.",
+)
 @run_options
-def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+def run(
+    until: str, dry_run: bool, ranks: int, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
+) -> None:
     """Run all steps that are needed, in order; skip what is up to date, go on with what is partly done.
 
     \b
-    Example:
+    Examples:
         tristill run --until distill --config configs/test.toml
+        tristill run --ranks 8
     """
     workspace = workspace_of(config_path, assignments, run_dir)
     steps = steps_to_run(workspace, "distill" if until == "evaluate" else until)
@@ -72,7 +95,7 @@ def run(until: str, dry_run: bool, config_path: Path, assignments: tuple[str, ..
         click.echo("\n".join(step.label for step in steps) or "nothing to do")
         return
     changes = [part for assignment in assignments for part in ("--set", assignment)]
-    run_steps(steps, ["--config", str(config_path), *changes, "--run-dir", str(workspace.run_dir)])
+    run_steps(steps, ["--config", str(config_path), *changes, "--run-dir", str(workspace.run_dir)], ranks)
     if until == "evaluate":
         print_evaluation(workspace, (), as_json=False)
     elif until == "distill":
@@ -336,7 +359,8 @@ def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
 
 def _run_step(step: Step, force: bool) -> None:
     execute(step, force=force)
-    click.echo(str(step.folder))
+    if announced_ranks().is_first:
+        click.echo(str(step.folder))
 
 
 def _print_results(workspace: Workspace) -> None:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -88,23 +89,54 @@ def differences(recorded: Provenance, settings: dict[str, Any], inputs: Mapping[
     return lines
 
 
+@dataclass(frozen=True)
+class Hold:
+    """A folder that this process holds."""
+
+    folder: Path
+    descriptor: int
+
+    def share(self) -> None:
+        """Let other ranks hold the folder too (`held_with_others`); still nobody can lock it who works on his own."""
+        with _told_if_busy(self.folder):
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 @contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[Hold]:
     """Hold the folder for this process; freed by the system when the process ends, however it ends.
 
     Raises BusyError if another holds it, unless it is to `wait` for that one.
     """
+    with _opened(folder) as descriptor:
+        with _told_if_busy(folder):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield Hold(folder, descriptor)
+
+
+@contextmanager
+def held_with_others(folder: Path) -> Iterator[None]:
+    """Hold a folder that the first rank shares: it stays held until the last of them has ended."""
+    with _opened(folder) as descriptor:
+        Hold(folder, descriptor).share()
+        yield
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as exc:
-            raise BusyError(
-                f"{folder}: another process is working on it; wait for it, or use another --run-dir"
-            ) from exc
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _told_if_busy(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError as exc:
+        raise BusyError(f"{folder}: another process is working on it; wait for it, or use another --run-dir") from exc
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -7,40 +7,68 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ChildError, MissingInputError, StaleError
 from pipeline.provenance import (
     PROVENANCE_NAME,
     Provenance,
     differences,
+    held_with_others,
     locked,
     new_provenance,
     write_provenance,
 )
-from pipeline.step import Step
+from pipeline.step import COMMANDS_ON_RANKS, Step
 from pipeline.steps import all_steps
 from pipeline.workspace import Workspace
 from stages.progress import say
+from stages.ranks import Ranks, joined_ranks
 from stages.resources import peak_rss_mib
 
 _INTERRUPTED = 130
 
 
 def execute(step: Step, *, force: bool = False) -> None:
-    """Build one step's artefact in this process: skip it if up to date, go on if partly done, refuse if stale."""
+    """Build one step's artefact: skip it if up to date, go on if partly done, refuse if stale.
+
+    In this process, or in all that torchrun started: then the first rank decides and keeps the records, all build, and
+    what one refuses is told once.
+    """
+    with joined_ranks() as ranks, ExitStack() as held:
+        with ranks.agreeing():
+            pass  # all have come this far
+        record: _Record | None = None
+        with ranks.agreeing():
+            if ranks.is_first:
+                record = _begun(step, held, force=force, ranks=ranks)
+        if not ranks.from_first(record is not None):
+            return
+        with ranks.agreeing():
+            if not ranks.is_first:
+                held.enter_context(held_with_others(step.folder))
+        _build(step, record)
+        ranks.wait_for_all()  # what is in the folder is whole on every machine
+
+
+def _begun(step: Step, held: ExitStack, *, force: bool, ranks: Ranks) -> "_Record | None":
+    """The record of a build that begins now, in a folder that is held; None if there is nothing to build."""
     if force or not step.is_complete():
         _require_inputs(step)
     step.folder.mkdir(parents=True, exist_ok=True)
-    with locked(step.folder):
-        if force:
-            _clear(step)
-        if step.is_complete():
-            refuse_if_stale(step)
-            say(f"{step.label}: up to date in {step.folder}")
-        else:
-            build_held(step)
+    hold = held.enter_context(locked(step.folder))
+    if force:
+        _clear(step)
+    refuse_if_stale(step)
+    if step.is_complete():
+        say(f"{step.label}: up to date in {step.folder}")
+        return None
+    record = _Record(step)
+    if ranks.are_many:
+        hold.share()
+    return record
 
 
 def build_held(step: Step, kept_s: float = 0.0) -> None:
@@ -49,34 +77,61 @@ def build_held(step: Step, kept_s: float = 0.0) -> None:
     kept_s: seconds that lie in what is gone on from, whatever the record knows of them.
     """
     refuse_if_stale(step)
-    if step.is_complete():
-        return
-    started = time.monotonic()
-    recorded = step.provenance()
-    goes_on = recorded is not None and bool(_found(step, step.resumable))
-    earlier_s, is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
-    earlier_s = max(earlier_s, kept_s)
-    provenance = new_provenance(step.label, step.settings(), step.inputs())
-    step.save_config()
-    # As it is to be read if this process is killed: its own seconds are then unknown.
-    building = {"earlier_s": earlier_s, "is_resumed": True} if goes_on else {}
-    write_provenance(step.folder, provenance.model_copy(update=building))
+    if not step.is_complete():
+        _build(step, _Record(step, kept_s))
+
+
+def _build(step: Step, record: "_Record | None") -> None:
     try:
         fingerprint = step.build()
     except BaseException:
-        stopped = {"earlier_s": earlier_s + time.monotonic() - started, "is_resumed": not is_known}
-        with suppress(OSError):  # of a full disk, which is told already
-            write_provenance(step.folder, provenance.model_copy(update=stopped))
+        if record is not None:
+            record.stop()
         raise
-    done = {
-        "status": "complete",
-        "fingerprint": fingerprint,
-        "inputs": provenance.inputs | step.inputs(),  # what was fetched is known now
-        "elapsed_s": earlier_s + time.monotonic() - started,
-        "peak_rss_mib": peak_rss_mib(),
-        "is_resumed": not is_known,
-    }
-    write_provenance(step.folder, provenance.model_copy(update=done))
+    if record is not None:
+        record.finish(fingerprint)
+
+
+class _Record:
+    """The record of provenance of a build, from its beginning to its end."""
+
+    def __init__(self, step: Step, kept_s: float = 0.0) -> None:
+        self._step = step
+        self._started_s = time.monotonic()
+        recorded = step.provenance()
+        goes_on = recorded is not None and bool(_found(step, step.resumable))
+        told_s, self._is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
+        self._earlier_s = max(told_s, kept_s)
+        self._provenance = new_provenance(step.label, step.settings(), step.inputs())
+        step.save_config()
+        # As it is to be read if this process is killed: its own seconds are then unknown.
+        self._write({"earlier_s": self._earlier_s, "is_resumed": True} if goes_on else {})
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._earlier_s + time.monotonic() - self._started_s
+
+    def stop(self) -> None:
+        """The build was interrupted, or has failed."""
+        with suppress(OSError):  # of a full disk, which is told already
+            self._write({"earlier_s": self._elapsed_s, "is_resumed": not self._is_known})
+
+    def finish(self, fingerprint: str) -> None:
+        """The artefact is there."""
+        inputs = self._provenance.inputs | self._step.inputs()  # what was fetched is known now
+        self._write(
+            {
+                "status": "complete",
+                "fingerprint": fingerprint,
+                "inputs": inputs,
+                "elapsed_s": self._elapsed_s,
+                "peak_rss_mib": peak_rss_mib(),
+                "is_resumed": not self._is_known,
+            }
+        )
+
+    def _write(self, update: dict[str, Any]) -> None:
+        write_provenance(self._step.folder, self._provenance.model_copy(update=update))
 
 
 def _seconds_of(recorded: Provenance) -> tuple[float, bool]:
@@ -146,13 +201,22 @@ def plan(workspace: Workspace, until: str) -> list[Step]:
     return [step for step in chain if step.folder in wanted]
 
 
-def run_steps(steps: Sequence[Step], arguments: Sequence[str]) -> None:
-    """Run each step in a process of its own, so that none holds memory of another's, and each could run alone."""
+def run_steps(steps: Sequence[Step], arguments: Sequence[str], ranks: int = 1) -> None:
+    """Run each step in a process of its own, so that none holds memory of another's, and each could run alone.
+
+    ranks: processes that work together on each of the heavy steps.
+    """
     for step in steps:
         command = [*step.label.split(), *arguments]
         say(f"$ tristill {' '.join(command)}")
-        # What a step prints is news here; the result of a run is printed by its caller.
-        code = _wait(subprocess.Popen([sys.executable, "-m", "pipeline", *command], stdout=2))  # noqa: S603 - ours
+        are_many = ranks > 1 and step.command in COMMANDS_ON_RANKS
+        program = [*(["stages.launcher", str(ranks)] if are_many else []), "pipeline"]
+        # What a step prints is news here; the result of a run is printed by its caller. A launcher of ranks has a group
+        # of its own, so that it sees one signal, from here, where a terminal sends one too.
+        child = subprocess.Popen(  # noqa: S603 - ours
+            [sys.executable, "-m", *program, *command], stdout=2, process_group=0 if are_many else None
+        )
+        code = _wait(child)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
         if code:

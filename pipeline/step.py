@@ -9,6 +9,9 @@ from pipeline.config import save_config
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 
+COMMANDS_ON_RANKS = ("teacher", "dump-logits", "distill")
+"""Commands of the heavy steps, which many processes can work on together."""
+
 
 class Step(ABC):
     """One artefact and how it is made."""

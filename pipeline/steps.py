@@ -194,16 +194,13 @@ class DumpLogits(Step):
 
     def build(self) -> str:
         """Forward the teacher over the windows that are missing."""
-        self.dump_into(self.folder)
-        fingerprint = self.fingerprint()
-        assert fingerprint is not None, "the manifest was just written"
-        return fingerprint
+        return self.dump_into(self.folder)
 
-    def dump_into(self, folder: Path) -> None:
-        """Write the cache, or what is missing of it, into any folder."""
+    def dump_into(self, folder: Path) -> str:
+        """Write the cache, or what is missing of it, into any folder; its fingerprint."""
         from stages.dump.dump import dump_logits
 
-        dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, folder)
+        return dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, folder)
 
 
 class Distill(Step):

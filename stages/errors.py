@@ -8,6 +8,9 @@ StageError
     TargetsError        the signals that the losses need are not to be had
     PromptError         a prompt, or a length of text, that a model has no room for
     ExportError         a model that a format cannot hold, or an export that does not compute what its model does
+    RanksError          the processes that torchrun announces cannot be joined
+    LostRankError       another of them has ended without a word
+    OtherRankError      another of them has failed and has said why; carries its exit code
 """
 
 
@@ -41,3 +44,19 @@ class PromptError(StageError):
 
 class ExportError(StageError):
     """A format cannot hold the model, or what was written does not compute what the model does."""
+
+
+class RanksError(StageError):
+    """This process cannot join those that work on a step together."""
+
+
+class LostRankError(StageError):
+    """A process that works on the same step has ended in the middle of it."""
+
+
+class OtherRankError(StageError):
+    """A process that works on the same step has failed, and has said why itself."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code

@@ -5,12 +5,17 @@ What ranks tell each other goes as JSON through tensors, so nothing is unpickled
 
 import json
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
+from stages.errors import LostRankError, OtherRankError, RanksError
+
+_Item = TypeVar("_Item")
+LOST = "another rank has ended; run the same command again to go on"
 _PATIENCE = timedelta(hours=24)
 """How long a rank waits for the others: a step of the first one alone may take long; torchrun ends all if one dies."""
 
@@ -42,11 +47,16 @@ class Ranks:
 
         own = torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(own)]))
-        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-        padded[: len(own)] = own
-        found = [torch.zeros_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(found, padded)
+        try:
+            dist.all_gather(sizes, torch.tensor([len(own)]))
+            padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+            padded[: len(own)] = own
+            found = [torch.zeros_like(padded) for _ in range(self.world_size)]
+            dist.all_gather(found, padded)
+        except RuntimeError as exc:
+            if is_loss_of_ranks(exc):
+                raise LostRankError(LOST) from exc
+            raise
         pairs = zip(found, sizes, strict=True)
         return [json.loads(bytes(content[: int(size)].numpy())) for content, size in pairs]
 
@@ -58,8 +68,53 @@ class Ranks:
         """Return once every rank is here."""
         self.gathered(None)
 
+    def share_of(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """Those that are this rank's: dealt like cards, so that each has some of every part, or none is left for it."""
+        return items[self.rank :: self.world_size]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """All ranks get past this block, or none does. All ranks must enter it.
+
+        Where it fails, the lowest rank that failed raises its own error, which says what is wrong; all others raise
+        OtherRankError, so that one thing that is wrong everywhere is told once.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as exc:
+            if not self.are_many or isinstance(exc, LostRankError):
+                raise
+            failure = exc
+        codes = self.gathered(None if failure is None else exit_code_of(failure))
+        first = next((rank for rank, code in enumerate(codes) if code is not None), None)
+        if first == self.rank and failure is not None:
+            raise failure
+        if first is not None:
+            raise OtherRankError(f"rank {first} has failed, and says why", codes[first]) from failure
+
 
 ALONE = Ranks()
+
+
+def announced_ranks() -> Ranks:
+    """This process among those that torchrun says it started, whether they have joined yet or not."""
+    if not _many_are_announced():
+        return ALONE
+    rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Ranks(rank, world_size, local_rank)
+
+
+def exit_code_of(error: Exception) -> int:
+    """What a process that ends of it says to its parent."""
+    return int(getattr(error, "exit_code", 1))
+
+
+def is_loss_of_ranks(error: Exception) -> bool:
+    """Whether torch.distributed says with it that another rank is gone: gloo does so in words alone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def current_ranks() -> Ranks:
@@ -87,11 +142,38 @@ def joined_ranks() -> Iterator[Ranks]:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
-        yield current_ranks()
+        with _ended_by_signals():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as exc:
+        raise RanksError(
+            f"could not join the {os.environ['WORLD_SIZE']} processes that WORLD_SIZE announces "
+            f"({str(exc).splitlines()[0]}); start them with torchrun, or unset WORLD_SIZE to work with one"
+        ) from exc
+    _joined.append(current_ranks())
+    yield current_ranks()
+    dist.destroy_process_group()  # not where one has failed: it would wait for what others still do
+
+
+def has_joined() -> bool:
+    """Whether this process was ever among others that it joined; it can be so once."""
+    return bool(_joined)
+
+
+_joined: list[Ranks] = []
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Signals end the process at once: while it waits for those who never come, Python has no turn to handle any."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in before:
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
     finally:
-        dist.destroy_process_group()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _many_are_announced() -> bool:

@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 SHAPE = ModelConfig(width=16, layers=2, heads=2, mlp_width=24)
 
 
-def make_run(folder: Path) -> Path:
+def make_run(folder: Path, num_files: int = 60) -> Path:
     """A folder with tokens and a teacher that has learned something."""
     (folder / "corpus").mkdir()
     generator = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "of", "and"]
-    for n in range(60):
+    for n in range(num_files):
         (folder / "corpus" / f"{n}.txt").write_text(" ".join(generator.choice(words, 150)))
     data = DataConfig.model_validate(
         {

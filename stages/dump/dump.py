@@ -1,8 +1,9 @@
 """Streams windows through the teacher and writes the cache; compression overlaps the teacher's forward pass."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 
 from cache import CacheSpec, CacheWriter, SplitName
 from cache.hashing import sha256_of_file
-from cache.layout import TOKENIZER_NAME, ShardRange
-from cache.manifest import Manifest
+from cache.layout import TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.manifest import ShardRecord
 from cache.parts import MASK_NAME
-from cache.writer import ShardWriter
-from stages.data.tokenized import load_corpus, split_windows
+from cache.writer import ShardWriter, found_shards
+from stages.data.tokenized import TokenizedCorpus, load_corpus, split_windows
 from stages.data.tokens import TokenWindows
 from stages.dump.calibrate import as_stored
 from stages.dump.config import DumpConfig
@@ -25,11 +26,13 @@ from stages.dump.extract import target_arrays
 from stages.dump.forward import forward_windows
 from stages.dump.hidden import hidden_arrays
 from stages.dump.prepare import prepare
+from stages.dump.progress import shown_progress
 from stages.errors import CheckpointError
 from stages.models.folder import load_model, pick_device
 from stages.models.language_model import LanguageModel, State
 from stages.models.origin import model_fingerprint
-from stages.progress import Progress, waiting
+from stages.progress import waiting
+from stages.ranks import Ranks, current_ranks
 from stages.targets.hidden import HiddenTransforms
 from stages.threads import torch_threads
 
@@ -37,11 +40,59 @@ _BATCHES_AHEAD = 2
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
-def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, folder: Path) -> Manifest:
-    """Write the cache, or what is missing of it; its manifest.
+def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, folder: Path) -> str:
+    """Write the cache, or what is missing of it; its fingerprint.
 
-    Every shard is dumped on its own, so its bytes do not depend on what was there before.
+    Every shard is dumped on its own, so its bytes do not depend on what was there before, nor on who dumps it: of many
+    ranks, which all see the folder, each takes a share of the missing shards. The first one prepares what all need, and
+    writes the manifest; in between nobody waits for anybody. What a lost rank has finished is kept.
     """
+    ranks = current_ranks()
+    with ranks.agreeing():
+        given = _load(config, data_folder, teacher_folder)
+    with ranks.agreeing(), _said(ranks, "calibration"):
+        prepared = None
+        if ranks.is_first:
+            fingerprint = config.teacher_fingerprint(model_fingerprint(teacher_folder))
+            assert fingerprint is not None, "all teachers were just loaded"
+            prepared = prepare(config, given.corpus, given.teacher, fingerprint, given.windows, folder, given.ensemble)
+    spec = CacheSpec.model_validate_json(ranks.from_first(prepared and prepared.spec.to_json()))
+    with ranks.agreeing(), _said(ranks, "looking at shards that are there"):
+        found = found_shards(folder, spec, ranks.share_of(list(shard_ranges(spec))))
+    records = _of_all(ranks, found)
+    writer: CacheWriter | None = None
+    with ranks.agreeing():  # tables are there before others read them
+        if prepared is not None:
+            tokenizer_json = (data_folder / TOKENIZER_NAME).read_bytes()
+            writer = CacheWriter(folder, spec, tokenizer_json, prepared.tables_image, config.compression_level, records)
+    with ranks.agreeing():
+        writer = writer or CacheWriter(folder, spec, None, None, config.compression_level, records)
+    own = ranks.share_of(writer.missing_shards())
+    sizes = _positions(writer.missing_shards(), given.windows)
+    others = {name: sizes[name] for name in sizes.keys() - {shard.name for shard in own}}
+    total = sum(spec.num_positions(split) for split in spec.splits)
+    with shown_progress(ranks, folder, total, sum(sizes.values()), others) as advance:
+        write_shards(writer, own, given.teacher, given.windows, config, advance, ensemble=given.ensemble)
+        records = _of_all(ranks, writer.records(own))
+    finished = ""
+    with ranks.agreeing():
+        if ranks.is_first:
+            writer.take(records)
+            finished = writer.finish().fingerprint
+    return str(ranks.from_first(finished))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a dump reads. windows: of both splits."""
+
+    corpus: TokenizedCorpus
+    windows: Mapping[SplitName, TokenWindows]
+    teacher: LanguageModel
+    ensemble: Ensemble
+
+
+def _load(config: DumpConfig, data_folder: Path, teacher_folder: Path) -> _Given:
     device = pick_device(config.device)
     teacher = load_model(teacher_folder).to(device).eval()
     corpus = load_corpus(data_folder)
@@ -51,38 +102,41 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
             "`tristill teacher --force`"
         )
     windows = {split: split_windows(data_folder, split) for split in _SPLITS}
-    ensemble = load_ensemble(config, data_folder, corpus, device)
-    fingerprint = config.teacher_fingerprint(model_fingerprint(teacher_folder))
-    assert fingerprint is not None, "all teachers were just loaded"
-    with waiting("calibration"):
-        prepared = prepare(config, corpus, teacher, fingerprint, windows, folder, ensemble)
-    spec = prepared.spec
-    tokenizer_json = (data_folder / TOKENIZER_NAME).read_bytes()
-    writer = CacheWriter(folder, spec, tokenizer_json, prepared.tables_image, config.compression_level)
-    total = sum(spec.num_positions(split) for split in spec.splits)
+    return _Given(corpus, windows, teacher, load_ensemble(config, data_folder, corpus, device))
+
+
+def _said(ranks: Ranks, label: str) -> AbstractContextManager[None]:
+    return waiting(label) if ranks.is_first else nullcontext()
+
+
+def _positions(shards: Sequence[ShardRange], windows: Mapping[SplitName, TokenWindows]) -> dict[str, int]:
+    """Those that count of each shard, by its name."""
     counts = {split: found.counts() for split, found in windows.items()}
-    missing = sum(
-        int(counts[shard.split][shard.first_window : shard.first_window + shard.num_windows].sum())
-        for shard in writer.missing_shards()
-    )
-    with Progress("dump-logits", total, "positions", total - missing) as progress:
-        write_missing_shards(writer, teacher, windows, config, progress, ensemble=ensemble)
-    return writer.finish()
+    ends = {shard.name: shard.first_window + shard.num_windows for shard in shards}
+    return {shard.name: int(counts[shard.split][shard.first_window : ends[shard.name]].sum()) for shard in shards}
 
 
-def write_missing_shards(
+def _of_all(ranks: Ranks, records: Sequence[ShardRecord]) -> list[ShardRecord]:
+    """Those that any rank has."""
+    told = ranks.gathered([record.model_dump(mode="json") for record in records])
+    return [ShardRecord.model_validate(record) for of_rank in told for record in of_rank]
+
+
+def write_shards(
     writer: CacheWriter,
+    shards: Sequence[ShardRange],
     teacher: LanguageModel,
     windows: Mapping[SplitName, TokenWindows],
     config: DumpConfig,
-    progress: Progress,
+    advance: Callable[[int], object],
     num_workers: int | None = None,
     ensemble: Ensemble = ALONE,
 ) -> None:
     """Forward the teacher in worker threads; compress and write in this one, a few batches behind them.
 
-    On a CPU each of `num_workers` (one per core if None) forwards batches of its own with one thread of torch: no
-    barriers between cores, and bytes that do not depend on the number of cores. On an accelerator there is one worker.
+    On a CPU each of `num_workers` (one per thread that torch takes, if None) forwards batches of its own with one
+    thread of torch: no barriers between cores, and bytes that do not depend on the number of cores. On an accelerator
+    there is one worker. `advance` is told how many positions were done.
     """
     device = teacher.head_weight.device
     on_cpu = device.type == "cpu"
@@ -97,12 +151,16 @@ def write_missing_shards(
         return window_arrays(teacher, windows[split], split, rows, spec, tables, config.precision, ensemble)
 
     with torch_threads(1 if on_cpu else torch.get_num_threads()) as set_threads:
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="teacher", initializer=set_threads)
+
+        def begin() -> None:
+            set_threads()
+            if device.type == "cuda":  # each thread has a current device of its own
+                torch.cuda.set_device(device)
+
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="teacher", initializer=begin)
         try:
             in_flight: deque[tuple[ShardRange, Future[dict[str, np.ndarray]]]] = deque()
-            todo = (
-                (shard, rows) for shard in writer.missing_shards() for rows in batches_of(shard, config.batch_windows)
-            )
+            todo = ((shard, rows) for shard in shards for rows in batches_of(shard, config.batch_windows))
             shard_writer: ShardWriter | None = None
             while True:
                 for shard, rows in islice(todo, workers + _BATCHES_AHEAD - len(in_flight)):
@@ -116,7 +174,7 @@ def write_missing_shards(
                     shard_writer.commit()
                     shard_writer = None
                 found = arrays.result()
-                progress.advance(int(found[MASK_NAME].sum()) if spec.is_masked else found["input_ids"][:, 1:].size)
+                advance(int(found[MASK_NAME].sum()) if spec.is_masked else found["input_ids"][:, 1:].size)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -14,7 +14,7 @@ from stages.data.tokenized import load_corpus, split_windows
 from stages.distill.choose import Places, choose_source
 from stages.distill.config import StudentConfig
 from stages.distill.distill import model_size
-from stages.dump.dump import dump_logits, write_missing_shards
+from stages.dump.dump import dump_logits, write_shards
 from stages.dump.prepare import cache_spec, split_specs
 from stages.errors import CheckpointError, TargetsError
 from stages.evaluate.config import EvaluateConfig
@@ -74,7 +74,7 @@ def test_bytes_do_not_depend_on_workers_or_on_what_was_there_before(run: Path, t
     tokenizer = (run / "data" / "tokenizer.json").read_bytes()
     writer = CacheWriter(tmp_path / "other", spec, tokenizer)
     with Progress("dump", None, "positions") as progress:
-        write_missing_shards(writer, teacher, windows, config, progress, num_workers=5)
+        write_shards(writer, writer.missing_shards(), teacher, windows, config, progress.advance, num_workers=5)
     writer.finish()
     (tmp_path / "other" / "train-00001.h5").unlink()
     (tmp_path / "other" / "cache.json").unlink()

@@ -145,9 +145,9 @@ def test_draws_are_those_of_their_places_whatever_else_counts(run: Path) -> None
 def test_every_profile_is_dumped_where_positions_count(run: Path, tmp_path: Path, profile: str) -> None:
     """The same for one forward pass of all windows as for batches; and calibrated on positions that count alone."""
     dump = dump_config(profile=PROFILES[profile], hidden_layers=[1, 2], hidden={"stride": 2}, calibration_windows=64)
-    manifest = dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
+    dump_logits(dump, run / "data", run / "teacher", tmp_path / "cache")
     cache = open_cache(tmp_path / "cache")
-    assert manifest.spec.format_version == 3
+    assert cache.spec.format_version == 3
     windows = split_windows(run / "data", "train")
     num_windows = cache.num_windows("train")
     assert cache.spec.num_positions("train") == windows.counts()[:num_windows].sum()

@@ -12,12 +12,24 @@ from stages.ranks import ALONE, current_ranks, joined_ranks
 
 SAYS = """
 import json, sys
+from stages.errors import OtherRankError, StageError
 from stages.ranks import current_ranks, joined_ranks
 with joined_ranks() as ranks:
     ranks.wait_for_all()
     found = ranks.gathered({"rank": ranks.rank, "of": [ranks.world_size], "text": "x" * ranks.rank})
     word = ranks.from_first("first" if ranks.is_first else "not first")
-    print(json.dumps([ranks.rank, found, word, current_ranks() == ranks]), flush=True)
+    with ranks.agreeing():
+        pass
+    try:
+        with ranks.agreeing():
+            if ranks.rank > 0:
+                error = StageError(f"on rank {ranks.rank}")
+                error.exit_code = 2 + ranks.rank
+                raise error
+        end = None
+    except StageError as exc:
+        end = [type(exc).__name__, str(exc), exc.exit_code]
+    print(json.dumps([ranks.rank, found, word, current_ranks() == ranks, end]), flush=True)
 """
 
 
@@ -37,7 +49,9 @@ def test_every_rank_learns_what_all_have_said_in_their_order(world_size: int, tm
     assert done.returncode == 0, done.stderr
     said = sorted(json.loads(line) for line in done.stdout.splitlines())
     all_found = [{"rank": rank, "of": [world_size], "text": "x" * rank} for rank in range(world_size)]
-    assert said == [[rank, all_found, "first", True] for rank in range(world_size)]
+    told = ["OtherRankError", "rank 1 has failed, and says why", 3]
+    ends = [["StageError", "on rank 1", 3] if rank == 1 else told for rank in range(world_size)]
+    assert said == [[rank, all_found, "first", True, ends[rank]] for rank in range(world_size)]
 
 
 def test_a_process_without_torchrun_is_alone() -> None:
@@ -45,3 +59,21 @@ def test_a_process_without_torchrun_is_alone() -> None:
         assert ranks == ALONE == current_ranks()
         assert ranks.gathered([1]) == [[1]]
         assert ranks.from_first("word") == "word"
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"RANK": "0", "MASTER_ADDR": "localhost"}], ids=["nothing else", "no port"]
+)
+def test_a_world_size_without_torchrun_is_an_error_that_says_so(environment: dict[str, str]) -> None:
+    code = "from stages.ranks import joined_ranks\nwith joined_ranks(): pass"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "WORLD_SIZE": "2", **environment},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("stages.errors.RanksError: could not join the 2 processes that WORLD_SIZE announces (")
+    assert last.endswith("start them with torchrun, or unset WORLD_SIZE to work with one")
