@@ -5,12 +5,23 @@ are permuted again (docs/format.md, section 10). Only one permutation of blocks 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 BLOCKS_PER_GROUP = 64
+
+
+def share_of(windows: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The windows of a batch that a rank takes: all, as they are, if it is alone; else the rank-th part of all, sorted.
+
+    Parts are of one size, but for those of a batch that cannot be cut so, of which the last ones may be empty.
+    """
+    if world_size == 1:
+        return list(windows)
+    size = -(-len(windows) // world_size)
+    return sorted(windows)[rank * size : (rank + 1) * size]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar on a terminal, plain lines otherwise."""
+"""Progress of long work on stderr: a bar on a terminal, plain lines otherwise. Of many ranks the first alone speaks."""
 
 import sys
 import threading
@@ -10,12 +10,16 @@ from typing import Self
 
 from tqdm import tqdm
 
+from stages.ranks import current_ranks
+
 _PLAIN_LINE_EVERY_S = 5.0
 _TICK_S = 0.5
 
 
 def say(text: str) -> None:
     """One line for the user that is not the result; above a bar, if there is one."""
+    if not current_ranks().is_first:
+        return
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
@@ -66,7 +70,7 @@ class Progress:
         self._note = ""
         self._bar = (
             tqdm(total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True, dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and current_ranks().is_first
             else None
         )
 

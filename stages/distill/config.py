@@ -99,6 +99,14 @@ class DistillConfig(LossConfig):
         return self
 
     @model_validator(mode="after")
+    def _moving_teachers_are_whole(self) -> Self:
+        if self.online is not None and self.training.parallel == "fsdp":
+            raise ValueError(
+                "a teacher that moves with the student is not shared out among ranks: set training.parallel = 'ddp'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _caches_are_read(self) -> Self:
         if self.caches and self.targets == "online":
             raise ValueError(

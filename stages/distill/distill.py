@@ -13,6 +13,7 @@ from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
 from stages.distill.start import start
 from stages.distill.watch import Watch
+from stages.errors import StageError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate, glance
 from stages.evaluate.metrics import ValidationMetrics
@@ -21,6 +22,7 @@ from stages.models.folder import new_model, save_model
 from stages.models.hugging_face_shape import HuggingFaceShape, Shape
 from stages.models.language_model import LanguageModel
 from stages.models.origin import model_fingerprint
+from stages.ranks import current_ranks
 from stages.targets.source import TargetSource, endless_batches
 from stages.training.loop import Training, TrainingSummary
 
@@ -66,31 +68,38 @@ def distill(
     teacher_shape: Shape | None = None,
     watch: Watch | None = None,
 ) -> StudentSummary:
-    """Train, save, evaluate; resumes from the last checkpoint in `folder`.
+    """Train, save, evaluate; resumes from the last checkpoint in `folder`. All ranks must call it.
 
     `teacher_folder` is opened only for `init = "teacher"`. `inputs` are fingerprints to repeat in the summary.
     `teacher_shape`: of a teacher that is trained beside the student; None for the student's. It is saved in a folder
     of the student's, as it gave the targets at the end. `watch`: what looks at the student while it trains.
     """
+    ranks = current_ranks()
+    if watch is not None and ranks.are_many:
+        raise StageError(
+            f"found {ranks.world_size} ranks for a student that is looked at while it trains, expected one process; "
+            "run the sweep without torchrun"
+        )
     torch.manual_seed(config.training.seed)
     if isinstance(shape, HuggingFaceShape) and student_config.init == "random":
         shape = shape.of_vocabulary(source.vocab_size)  # others keep the padding that their weights have
     student = new_model(shape, source.vocab_size, student_config.quantize, config.training.seed).to(device)
     start(student, student_config, teacher_folder, source)
+    size = model_size(student)  # while its tensors are whole
     if config.training.compile:
         compile_model(student)
     learner: Objective | CoTraining
     if config.online is None:
-        learner = Objective(student, config, source).to(device)
+        learner = Objective(student, config, source, ranks).to(device)
     else:
-        learner = CoTraining.of(student, config, source, teacher_shape or shape, device)
+        learner = CoTraining.of(student, config, source, teacher_shape or shape, device, ranks)
         source = learner.source
     pacing = pacing_of(config.curriculum, config.training, source) if config.curriculum else None
     training = Training(
         folder.name,
         learner,
         learner.forward,
-        endless_batches(source, config.training.batch_windows, learner.signals, config.training.seed, pacing),
+        endless_batches(source, config.training.batch_windows, learner.signals, config.training.seed, pacing, ranks),
         config.training.batch_windows * source.context_length,
         config.training,
         folder,
@@ -98,20 +107,26 @@ def distill(
         after_step=learner.after_step,
         clipped_apart=learner.clipped_apart,
         watch=_looks(watch, learner, student, source, evaluation, config.training.steps),
+        ranks=ranks,
+        blocks=student.blocks,
+        may_idle=learner.may_idle,
     )
     trained = training.run()
     if isinstance(learner, CoTraining):
         end_of_text_id, teacher = source.end_of_text_id, learner.moving.teacher
-        save_model(folder / CO_TEACHER, teacher, source.tokenizer_path, source.context_length, end_of_text_id)
-    save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id)
+        save_model(folder / CO_TEACHER, teacher, source.tokenizer_path, source.context_length, end_of_text_id, ranks)
+    save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks)
+    with training.weights_outside_blocks():
+        validation = evaluate(student, source, evaluation, folder.name, ranks)
     summary = StudentSummary(
-        validation=evaluate(student, source, evaluation, folder.name),
+        validation=validation,
         train=trained,
         targets=source.kind,
-        model=model_size(student),
+        model=size,
         fingerprints={**inputs, "student": model_fingerprint(folder)},
     )
-    write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
+    if ranks.is_first:
+        write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
     training.clear_checkpoints()
     return summary
 

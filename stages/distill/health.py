@@ -1,10 +1,15 @@
 """What becomes of the trits of a ternary student while it trains, layer by layer."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor, nn
 
 from stages.models.language_model import LanguageModel
+from stages.models.linear import QuantizedLinear
 from stages.progress import say
+from stages.quantize.ternary import TernaryWeight
+from stages.training.parallel import made_whole
 
 _LOGS_UNTIL_FROZEN = 5
 
@@ -18,6 +23,7 @@ class TernaryHealth(nn.Module):
     def __init__(self, student: LanguageModel) -> None:
         super().__init__()
         self._layers = {name: layer for name, layer in student.quantized_linears().items() if layer.quantize.is_ternary}
+        self._block_of = {id(layer): block for block in student.blocks for layer in block.modules()}
         for number, layer in enumerate(self._layers.values()):
             self.register_buffer(f"trits_{number}", torch.zeros_like(layer.weight, dtype=torch.int8))
         self._dead: set[str] = set()
@@ -38,22 +44,26 @@ class TernaryHealth(nn.Module):
             return self._last
         num_logs, num_still = self.get_buffer("num_logs"), self.get_buffer("num_still")
         found: dict[str, dict[str, float]] = {"zeros": {}, "flips": {}, "to_boundary": {}, "scale": {}}
-        for number, (name, layer) in enumerate(self._layers.items()):
-            ternary, last_OI = layer.ternary(), self.get_buffer(f"trits_{number}")
-            zeros = _share(ternary.trits_OI == 0)
-            flips = _share(ternary.trits_OI != last_OI) if int(num_logs) else 0.0
-            last_OI.copy_(ternary.trits_OI)
-            num_still[number] = num_still[number] + 1 if int(num_logs) and flips == 0 else 0
-            weight_OGC = layer.weight.abs().reshape(len(layer.weight), ternary.scale_RG.shape[1], -1)
-            away_OGC = (weight_OGC - ternary.threshold[..., None]).abs_().div_(ternary.scale_RG[..., None])
-            found["zeros"][name] = zeros
-            found["flips"][name] = flips
-            found["to_boundary"][name] = float(away_OGC.mean())
-            found["scale"][name] = float(ternary.scale_RG.mean())
-            self._warn(name, zeros, int(num_still[number]))
+        for block, layers in groupby(enumerate(self._layers.items()), self._block):
+            with made_whole(*([] if block is None else [block])):
+                for number, (name, layer) in layers:
+                    ternary, last_OI = layer.ternary(), self.get_buffer(f"trits_{number}")
+                    zeros = _share(ternary.trits_OI == 0)
+                    flips = _share(ternary.trits_OI != last_OI) if int(num_logs) else 0.0
+                    last_OI.copy_(ternary.trits_OI)
+                    num_still[number] = num_still[number] + 1 if int(num_logs) and flips == 0 else 0
+                    found["zeros"][name] = zeros
+                    found["flips"][name] = flips
+                    found["to_boundary"][name] = _mean_to_boundary(layer.weight, ternary)
+                    found["scale"][name] = float(ternary.scale_RG.mean())
+                    self._warn(name, zeros, int(num_still[number]))
         num_logs += 1
         self._last_step, self._last = step, found if self._layers else {}
         return self._last
+
+    def _block(self, place: tuple[int, tuple[str, QuantizedLinear]]) -> nn.Module | None:
+        _, (_, layer) = place
+        return self._block_of.get(id(layer))
 
     def _warn(self, name: str, zeros: float, num_still: int) -> None:
         if zeros == 1 and name not in self._dead:
@@ -64,6 +74,11 @@ class TernaryHealth(nn.Module):
                 f"warning: {name} is frozen, none of its trits changed in {_LOGS_UNTIL_FROZEN} logs; raise the "
                 "learning rate, or end the training if it is at its end"
             )
+
+
+def _mean_to_boundary(weight_OI: Tensor, ternary: TernaryWeight) -> float:
+    weight_OGC = weight_OI.abs().reshape(len(weight_OI), ternary.scale_RG.shape[1], -1)
+    return float((weight_OGC - ternary.threshold[..., None]).abs_().div_(ternary.scale_RG[..., None]).mean())
 
 
 def _share(is_so: Tensor) -> float:

@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from stages.collectives import means_of
 from stages.distill.config import DistillConfig
 from stages.distill.objective import Objective
 from stages.losses.chunked_head import chunked_head_loss
@@ -14,10 +15,12 @@ from stages.losses.term import LossValues, WeightedTerm
 from stages.models.folder import new_model
 from stages.models.hugging_face_shape import Shape
 from stages.models.language_model import LanguageModel
+from stages.models.transformer import Transformer
 from stages.progress import say
 from stages.quantize.warmup import quantization_strength
+from stages.ranks import ALONE, Ranks
 from stages.targets.online import OnlineSource
-from stages.targets.source import Signals, TargetBatch, TargetSource
+from stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
 from stages.training.loop import StepInfo
 
 
@@ -74,7 +77,12 @@ class CoTraining(nn.Module):
     """The student's objective on targets of a moving teacher, and the teacher's own loss."""
 
     def __init__(
-        self, objective: Objective, moving: MovingTeacher, source: OnlineSource, learning_rate: float | None
+        self,
+        objective: Objective,
+        moving: MovingTeacher,
+        source: OnlineSource,
+        learning_rate: float | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`learning_rate`: peak of the teacher that is trained; None for the student's."""
         super().__init__()
@@ -82,6 +90,7 @@ class CoTraining(nn.Module):
         self.moving = moving
         self.source = source
         self._learning_rate = learning_rate
+        self._ranks = ranks
 
     @classmethod
     def of(
@@ -91,6 +100,7 @@ class CoTraining(nn.Module):
         source: TargetSource,
         teacher_shape: Shape,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> "CoTraining":
         """What config.online asks for; a teacher that is trained starts from random weights of the student's seed."""
         assert config.online is not None, "called only then"
@@ -100,7 +110,8 @@ class CoTraining(nn.Module):
             trained = new_model(teacher_shape, source.vocab_size, None, config.training.seed)
         moving = MovingTeacher(config.online, student, trained).to(device)
         own = source.taught_by(moving.teacher)
-        return cls(Objective(student, config, own).to(device), moving, own, config.online.learning_rate)
+        objective = Objective(student, config, own, ranks).to(device)
+        return cls(objective, moving, own, config.online.learning_rate, ranks)
 
     @property
     def signals(self) -> Signals:
@@ -117,6 +128,11 @@ class CoTraining(nn.Module):
     def clipped_apart(self) -> list[nn.Module]:
         """What has a gradient norm of its own, the student first."""
         return [self.objective, *([self.moving.trained] if self.moving.trained else [])]
+
+    @property
+    def may_idle(self) -> bool:
+        """See Objective; a teacher of transformers, too, may have weights that are not in use."""
+        return self.objective.may_idle or not isinstance(self.moving.teacher, Transformer)
 
     def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
         """The student's total plus the cross-entropy of the teacher that is trained; neither moves the other.
@@ -140,11 +156,12 @@ class CoTraining(nn.Module):
             return values
         final_ND = batch.counted(features.final_BTD)
         terms = [WeightedTerm(1.0, CrossEntropy(), "teacher_cross_entropy")]
-        own = chunked_head_loss(final_ND, trained.head_weight, batch.counted(batch.labels_BT), None, terms)
+        labels_N, divisor = batch.counted(batch.labels_BT), counted_by_all(batch, self._ranks) / self._ranks.world_size
+        own = chunked_head_loss(final_ND, trained.head_weight, labels_N, None, terms, num_positions=divisor)
         telemetry = {what: dict(found) for what, found in values.telemetry.items()}
         if telemetry:
             telemetry["weights"]["teacher_cross_entropy"] = 1.0
-            telemetry["weighted"]["teacher_cross_entropy"] = float(own.total.detach())
+            telemetry["weighted"] |= means_of(own.terms, self._ranks)
         return LossValues(values.total + own.total, {**values.terms, **own.terms}, telemetry)
 
     def after_step(self, values: LossValues) -> None:

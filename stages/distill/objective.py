@@ -4,12 +4,14 @@ Shapes: B batch, T positions, N = B T, D width.
 """
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
+from stages.collectives import means_of, summed
 from stages.distill.balance import Balance, FaintTerms
 from stages.distill.config import DistillConfig
 from stages.distill.health import TernaryHealth
@@ -18,27 +20,35 @@ from stages.errors import TargetsError
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.hidden import HiddenLoss
 from stages.losses.hidden_config import LayerMap, resolved_layers
-from stages.losses.mining import hardest
+from stages.losses.mining import hardest, num_hardest
 from stages.losses.relations import RelationLoss, Widths
+from stages.losses.schedule import values_of
 from stages.losses.target import SelectedTargets, Targets
 from stages.losses.term import LossValues, WeightedTerm
 from stages.models.language_model import LanguageModel, State
+from stages.models.transformer import Transformer
 from stages.quantize.warmup import quantization_strength
-from stages.targets.source import Signals, TargetBatch, TargetSource
+from stages.ranks import ALONE, Ranks
+from stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
 from stages.training.loop import StepInfo
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a batch that count, and by how much in terms that need the teacher (None: all alike)."""
+    """The positions of a batch that count, and by how much in terms that need the teacher (None: all alike).
+
+    divisor: of sums over them, for means: their number, or, of many ranks, the mean of the numbers of all, so that the
+    mean over ranks is that of all positions.
+    """
 
     final_ND: Tensor
     head_VD: Tensor
     labels_N: Tensor
     targets: Targets | None
     weights_N: Tensor | None
+    divisor: float
 
-    def kept(self, kept_M: Tensor) -> "Positions":
+    def kept(self, kept_M: Tensor, divisor: float) -> "Positions":
         """Some of them."""
         return Positions(
             self.final_ND[kept_M],
@@ -46,15 +56,23 @@ class Positions:
             self.labels_N[kept_M],
             None if self.targets is None else SelectedTargets(self.targets, kept_M),
             None if self.weights_N is None else self.weights_N[kept_M],
+            divisor,
         )
 
 
 class Objective(nn.Module):
-    """Holds the student and what is trained or remembered beside it: projections, adaptive temperatures, balance."""
+    """Holds the student and what is trained or remembered beside it: projections, adaptive temperatures, balance.
 
-    def __init__(self, student: LanguageModel, config: DistillConfig, source: TargetSource) -> None:
+    Of many ranks each has one, whose total and terms are such that their means over ranks are those of the whole batch.
+    What is remembered follows from numbers of all ranks, and is the same on each.
+    """
+
+    def __init__(
+        self, student: LanguageModel, config: DistillConfig, source: TargetSource, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
         self.student = student
+        self._ranks = ranks
         self._config = config
         self._mining_temperature = source.temperature
         self.terms = ScheduledTerms(config, config.training.steps, source.temperature)
@@ -104,6 +122,16 @@ class Objective(nn.Module):
         """What has a gradient norm of its own: all in one."""
         return [self]
 
+    @property
+    def may_idle(self) -> bool:
+        """Whether a step may leave parameters without gradient: all terms may end before the losses on states do.
+
+        Models of transformers may have such parameters at any time.
+        """
+        terms = self._config.losses
+        may_end = terms is not None and all(min(values_of(term.weight)) == 0 for term in terms)
+        return may_end or not isinstance(self.student, Transformer)
+
     def forward(self, batch: TargetBatch, info: StepInfo) -> LossValues:
         """The weighted total and every term of a batch."""
         warmup = self.student.quantize.warmup if self.student.quantize else None
@@ -117,7 +145,7 @@ class Objective(nn.Module):
         values = _head_loss(positions, weighted)
         total, found = values.total, dict(values.terms)
         for loss, weight in self._state_losses:
-            value = loss(features.hidden, batch.hidden, batch.hidden_stride, batch.counts_BT)
+            value = self._state_loss(loss, features.hidden, batch)
             total = total + weight * self._factor(loss.name) * value
             found[loss.name] = value.detach()
         is_due = self.balance is not None and self.training and self.balance.is_due(info.step)
@@ -151,32 +179,52 @@ class Objective(nn.Module):
         labels_N, weights_N = batch.counted(batch.labels_BT), None
         if self._config.entropy_weights is not None and batch.entropy_BT is not None:
             weights_N = (1 + batch.counted(batch.entropy_BT)) ** self._config.entropy_weights.power
-        positions = Positions(final_ND, self.student.head_weight, labels_N, batch.targets, weights_N)
+        num_positions = counted_by_all(batch, self._ranks)
+        divisor = num_positions / self._ranks.world_size
+        positions = Positions(final_ND, self.student.head_weight, labels_N, batch.targets, weights_N, divisor)
         mining = self._config.mining
-        if mining is not None and len(labels_N):
-            tau = self._mining_temperature
-            kept_M = hardest(final_ND, self.student.head_weight, labels_N, batch.targets, mining, tau)
-            positions = positions.kept(kept_M)
+        if mining is not None and num_positions:
+            tau, slots = self._mining_temperature, batch.labels_BT.numel()
+            head_VD = self.student.head_weight
+            kept_M = hardest(final_ND, head_VD, labels_N, batch.targets, mining, tau, self._ranks, slots)
+            positions = positions.kept(kept_M, num_hardest(mining, num_positions) / self._ranks.world_size)
         weights_N = positions.weights_N
-        return positions if weights_N is None else replace(positions, weights_N=weights_N / weights_N.mean())
+        if weights_N is None:
+            return positions
+        mean = summed(weights_N.sum(), self._ranks) / (positions.divisor * self._ranks.world_size)
+        return replace(positions, weights_N=weights_N / mean)
+
+    def _state_loss(
+        self, loss: HiddenLoss | RelationLoss, hidden: Mapping[State, Tensor], batch: TargetBatch
+    ) -> Tensor:
+        """A mean over positions that count, times what makes its mean over ranks that of the whole batch."""
+        value: Tensor = loss(hidden, batch.hidden, batch.hidden_stride, batch.counts_BT)
+        if not self._ranks.are_many or batch.counts_BT is None:
+            return value
+        own = batch.counts_BT[:, :: batch.hidden_stride].sum().float()
+        return value * (own * self._ranks.world_size / summed(own, self._ranks).clamp(min=1))
 
     def _gradient_norms(
         self, positions: Positions, terms: list[WeightedTerm], hidden: dict[State, Tensor], batch: TargetBatch
     ) -> dict[str, float]:
         """Norm of every term's gradient at weight one: at the output head's input, or in the states it compares."""
-        norms = {}
+        norms: dict[str, Tensor] = {}
         with torch.enable_grad():
             for term in terms:
                 final_ND = positions.final_ND.detach().requires_grad_()
                 apart = replace(positions, final_ND=final_ND, head_VD=positions.head_VD.detach())
                 alone = _head_loss(apart, [WeightedTerm(1.0, term.term)])
-                norms[term.name] = float(torch.autograd.grad(alone.total, final_ND)[0].norm())
+                norms[term.name] = torch.autograd.grad(alone.total, final_ND)[0].norm()
             for loss, _ in self._state_losses:
                 states = {state: hidden[state].detach().requires_grad_() for state in loss.pairs}
-                value = loss(states, batch.hidden, batch.hidden_stride, batch.counts_BT)
+                value = self._state_loss(loss, states, batch)
                 gradients = torch.autograd.grad(value, list(states.values()))
-                norms[loss.name] = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
-        return norms
+                norms[loss.name] = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        if not self._ranks.are_many or not norms:
+            return {label: float(norm) for label, norm in norms.items()}
+        squares = summed(torch.stack(list(norms.values())).float().square(), self._ranks)
+        found = squares.sqrt() / self._ranks.world_size  # of the mean over ranks, in which each has its own positions
+        return dict(zip(norms, found.tolist(), strict=True))
 
     def _telemetry(
         self, info: StepInfo, values: dict[str, Tensor], weights: dict[str, float], norms: dict[str, float]
@@ -186,9 +234,10 @@ class Objective(nn.Module):
         weighted_norms = {label: weights[label] * norm for label, norm in norms.items()}
         self._faint.look(weighted_norms)
         total = sum(weighted_norms.values())
+        shown = means_of({label: values[label] for label in weights}, self._ranks)
         return {
             "weights": weights,
-            "weighted": {label: weights[label] * float(values[label]) for label in weights},
+            "weighted": {label: weights[label] * value for label, value in shown.items()},
             "gradient_share": {label: norm / total if total else 0.0 for label, norm in weighted_norms.items()},
             "temperatures": self.terms.temperatures(info.step),
         }
@@ -214,5 +263,11 @@ def _layers(
 
 def _head_loss(positions: Positions, terms: list[WeightedTerm]) -> LossValues:
     return chunked_head_loss(
-        positions.final_ND, positions.head_VD, positions.labels_N, positions.targets, terms, positions.weights_N
+        positions.final_ND,
+        positions.head_VD,
+        positions.labels_N,
+        positions.targets,
+        terms,
+        positions.weights_N,
+        positions.divisor,
     )

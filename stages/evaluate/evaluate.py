@@ -10,17 +10,21 @@ from stages.evaluate.metrics import MetricSums, ValidationMetrics
 from stages.losses.chunked_head import chunks
 from stages.models.language_model import LanguageModel
 from stages.progress import Progress
+from stages.ranks import ALONE, Ranks
 from stages.targets.source import Epoch, Signals, TargetSource
 
 
-def evaluate(model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str) -> ValidationMetrics:
+def evaluate(
+    model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str, ranks: Ranks = ALONE
+) -> ValidationMetrics:
     """Metrics of `model` over every validation window, computed in float32; against the teacher if the source has one.
 
-    Of positions that count. The model stays on its device and is left in evaluation mode.
+    Of positions that count. The model stays on its device and is left in evaluation mode. Ranks share the windows, and
+    all have the metrics of all.
     """
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
-        return _measure(model, source, config, None, progress.advance)
+        return _measure(model, source, config, None, progress.advance, ranks)
 
 
 def glance(model: LanguageModel, source: TargetSource, config: EvaluateConfig, num_windows: int) -> ValidationMetrics:
@@ -28,7 +32,7 @@ def glance(model: LanguageModel, source: TargetSource, config: EvaluateConfig, n
 
     Over more of them where no position of the first ones counts.
     """
-    return _measure(model, source, config, -(-num_windows // config.batch_windows), _unseen)
+    return _measure(model, source, config, -(-num_windows // config.batch_windows), _unseen, ALONE)
 
 
 def _unseen(num_positions: int) -> None:
@@ -42,20 +46,28 @@ def _measure(
     config: EvaluateConfig,
     num_batches: int | None,
     advance: Callable[[int], None],
+    ranks: Ranks,
 ) -> ValidationMetrics:
     model.eval()
     sums = MetricSums(config.calibration_bins, source.temperature)
-    batches = source.batches("validation", config.batch_windows, Signals(targets=True), Epoch())
-    for number, batch in enumerate(batches, start=1):
+    num_windows, batch_windows = source.num_windows("validation"), config.batch_windows * ranks.world_size
+    batches = source.batches("validation", batch_windows, Signals(targets=True), Epoch(ranks=ranks))
+    for first in range(0, num_windows, batch_windows):
+        batch = next(batches, None)
+        if batch is None:  # the others may need this rank's part of the weights for the last windows
+            device = model.embedding_weight.device
+            model(torch.zeros(1, source.context_length, dtype=torch.int64, device=device))
+            break
         final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
         labels_N = batch.counted(batch.labels_BT)
         for rows in chunks(len(final_ND), model.vocab_size):
             logits_NV = model.logits_of(final_ND[rows])
             target = None if batch.targets is None else batch.targets.chunk(rows)
             sums.add(logits_NV, labels_N[rows], target)
-        advance(batch.labels_BT.numel())
-        if num_batches is not None and number >= num_batches and sums.positions:
+        advance(min(batch_windows, num_windows - first) * source.context_length)
+        if num_batches is not None and first + batch_windows >= num_batches * batch_windows and sums.positions:
             break
+    sums = sums.summed(ranks)
     if not sums.positions:
         raise CorpusError(
             "the validation split: found no position that counts, so that its metrics would be of nothing; give more "

@@ -9,11 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from stages.collectives import summed
 from stages.losses.cells import AnyHeadTarget
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.forward_kl import ForwardKL
 from stages.losses.student import StudentChunk
 from stages.losses.target import DrawnTarget, FullTarget, Target
+from stages.ranks import Ranks
 
 
 class CalibrationBin(BaseModel):
@@ -83,6 +85,17 @@ class MetricSums:
                 self._compared_positions += len(labels_N)
                 self._agreement += float((top_N == target.top1()).sum())
                 self._acceptance += float(acceptance(logits_NV, target, self._temperature).double().sum())
+
+    def summed(self, ranks: Ranks) -> "MetricSums":
+        """The sums of all ranks, on each of them."""
+        counts = (self.positions, self._teacher_positions, self._compared_positions)
+        own = torch.tensor([*counts, self._loss, self._kl, self._agreement, self._acceptance], dtype=torch.float64)
+        total = summed(torch.cat([own, self._calibration_3M.flatten()]), ranks)
+        found = MetricSums(self._bins, self._temperature)
+        found.positions, found._teacher_positions, found._compared_positions = (int(n) for n in total[:3])
+        found._loss, found._kl, found._agreement, found._acceptance = total[3:7].tolist()
+        found._calibration_3M = total[7:].view(3, self._bins)
+        return found
 
     def metrics(self, bytes_per_token: float) -> ValidationMetrics:
         """The means so far, of one position at least."""

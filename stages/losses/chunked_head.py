@@ -30,32 +30,34 @@ def chunked_head_loss(
     targets: Targets | None,
     terms: Sequence[WeightedTerm],
     position_weights_N: Tensor | None = None,
+    num_positions: float | None = None,
 ) -> LossValues:
     """Sum of weight_j * mean over positions of term_j, zero without terms; and each mean.
 
     Differentiable in `final_ND` and `head_VD`.
 
-    position_weights_N: by which positions count in the terms that need the teacher; None if all count alike. Logits
-    are final @ head^T in the autocast type if autocast is on, else in their own; so are the products that rebuild the
+    position_weights_N: by which positions count in the terms that need the teacher; None if all count alike.
+    num_positions: what sums over positions are divided by; None for N, which makes them means. Logits are
+    final @ head^T in the autocast type if autocast is on, else in their own; so are the products that rebuild the
     teacher's. Terms are computed in float32.
     """
     if not terms:  # schedules may bring all weights to zero
         return LossValues(final_ND.sum() * 0.0, {})
     needs_teacher = any(weighted.term.needs_teacher for weighted in terms)
-    num_positions = len(labels_N)
+    divisor = len(labels_N) if num_positions is None else num_positions
 
     def means_of_chunk(student: StudentChunk, rows: slice, dtype: torch.dtype) -> Tensor:
         target = targets.chunk(rows, dtype) if targets is not None and needs_teacher else None
         weights_N1 = None if position_weights_N is None else position_weights_N[rows, None]
         sums = []
         for weighted in terms:
-            each = weighted.weight / num_positions
+            each = weighted.weight / divisor
             if weights_N1 is None or not weighted.term.needs_teacher:
                 sums.append(weighted.term.per_position(student, labels_N[rows], target, each).sum())
             else:
                 value_N = weighted.term.per_position(student, labels_N[rows], target, each * weights_N1)
                 sums.append((value_N * weights_N1[:, 0]).sum())
-        return torch.stack(sums) / num_positions
+        return torch.stack(sums) / divisor
 
     weights_J = torch.tensor([weighted.weight for weighted in terms], device=final_ND.device)
     total, means_J = _ChunkedHead.apply(final_ND, head_VD, weights_J, means_of_chunk)  # type: ignore[no-untyped-call]

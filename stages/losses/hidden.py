@@ -54,7 +54,8 @@ class HiddenLoss(nn.Module):
         """
         kept_BT = None if counts_BT is None else counts_BT[:, ::stride]
         if kept_BT is not None and not kept_BT.any():
-            return torch.stack([student[own].sum() for own in self.pairs]).sum() * 0.0
+            parts = [*(student[own] for own in self.pairs), *self.projections.values()]
+            return torch.stack([part.sum() for part in parts]).sum() * 0.0
         distances = []
         for own, theirs in self.pairs.items():
             with torch.autocast(student[own].device.type, enabled=False):

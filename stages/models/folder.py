@@ -29,6 +29,7 @@ from stages.models.language_model import LanguageModel
 from stages.models.origin import Origin, checked_origin
 from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
+from stages.ranks import ALONE, Ranks, current_ranks
 
 __all__ = [
     "CONFIG_NAME",
@@ -47,20 +48,54 @@ __all__ = [
 
 
 def save_model(
-    folder: Path, model: LanguageModel, tokenizer_json: Path, context_length: int, end_of_text_id: int
+    folder: Path,
+    model: LanguageModel,
+    tokenizer_json: Path,
+    context_length: int,
+    end_of_text_id: int,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the folder. Our own transformer in full precision loads in transformers as `LlamaForCausalLM`.
 
     A quantised model is saved with its latent full-precision weights, and its learned steps, under a model type of our
-    own, so that no other program takes those for the weights to run; so is a model of another architecture.
+    own, so that no other program takes those for the weights to run; so is a model of another architecture. All ranks
+    must call it: each may have parts of the tensors; the first writes, and all return when it is done.
     """
+    tensors = _whole_tensors(model, ranks)
+    if ranks.is_first:
+        _write_model(folder, model, tensors, tokenizer_json, context_length, end_of_text_id)
+    ranks.wait_for_all()
+
+
+def _whole_tensors(model: LanguageModel, ranks: Ranks) -> dict[str, Tensor]:
+    """All that is saved, on the first rank; one tensor at a time is whole on the others."""
+    if not ranks.are_many:
+        return saved_tensors(model)
+    from torch.distributed.tensor import DTensor  # takes half a second, which other commands do not have
+
+    found = {}
+    for name, tensor in saved_tensors(model).items():
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if ranks.is_first:
+            found[name] = whole
+    return found
+
+
+def _write_model(
+    folder: Path,
+    model: LanguageModel,
+    tensors: dict[str, Tensor],
+    tokenizer_json: Path,
+    context_length: int,
+    end_of_text_id: int,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_json.resolve() != (folder / TOKENIZER_NAME).resolve():
         shutil.copyfile(tokenizer_json, folder / TOKENIZER_NAME)
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     _write_json(folder / CONFIG_NAME, _description(model, context_length, end_of_text_id))
-    write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(saved_tensors(model), metadata={"format": "pt"}))
+    write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def load_model(folder: Path) -> LanguageModel:
@@ -148,9 +183,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device; CUDA if there is one, else the CPU, when none is named."""
+    """The named device; CUDA if there is one, else the CPU, when none is named.
+
+    Of many ranks on a machine each takes a CUDA device of its own.
+    """
+    ranks = current_ranks()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if ranks.are_many and device.type == "cuda":
+            if device.index is not None:
+                raise StageError(f"device {name!r}: is one, and there are {ranks.world_size} ranks; set it to cuda")
+            device = torch.device("cuda", ranks.local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:  # torch says it either way
         raise StageError(f"device {name!r}: cannot be used here ({str(exc).splitlines()[0]}); try cpu or cuda") from exc

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D width, V vocabulary, F features of the output he
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -79,6 +79,11 @@ class HuggingFaceModel(LanguageModel):
     def depth(self) -> int:
         """Number of blocks."""
         return self.shape.layers
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its blocks, in order; none if its modules do not show them."""
+        return self._blocks
 
     @property
     def widths(self) -> StateWidths:

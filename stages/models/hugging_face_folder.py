@@ -121,10 +121,11 @@ def tensors_of(model: HuggingFaceModel) -> dict[str, torch.Tensor]:
     """Latent weights by the names of transformers, none twice; linear layers as (out, in)."""
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.inner.state_dict().items():
-        if tensor.data_ptr() not in seen or not tensor.numel():
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
+    for name, tensor in model.inner.state_dict(keep_vars=True).items():
+        place = tensor.data_ptr() or id(tensor)  # without an address: empty, or ranks have parts of it
+        if place not in seen:
+            seen.add(place)
+            tensors[name] = tensor.detach().contiguous()
     return tensors
 
 

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -64,6 +64,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def depth(self) -> int:
         """Number of blocks."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its blocks, in order; none if its modules do not show them."""
 
     @property
     @abstractmethod

@@ -158,9 +158,13 @@ class QuantizedLinear(nn.Linear):
             values_OI = self._quantize_to_bits() if ternary is None else ternary.dequantized()
             self._quantized = _Quantized(made_of, values_OI, ternary)
 
+    def forget(self) -> None:
+        """Quantise the weights again at the next use: for changes that torch does not count as a write."""
+        self._quantized = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As of every module: a move to another device or dtype, which torch does not count as a write."""
-        self._quantized = None
+        self.forget()
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 

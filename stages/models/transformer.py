@@ -48,6 +48,11 @@ class Transformer(LanguageModel):
         return self.config.layers
 
     @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Its blocks, in order."""
+        return list(self.model.layers)
+
+    @property
     def widths(self) -> StateWidths:
         """Of its hidden states."""
         return StateWidths(self.config.width, self.config.width, self.config.num_kv_heads * self.config.head_width)

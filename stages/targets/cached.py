@@ -90,6 +90,8 @@ class CachedSource:
             epoch=epoch.number,
             first_batch=epoch.first_batch,
             pacing=epoch.pacing,
+            rank=epoch.ranks.rank,
+            world_size=epoch.ranks.world_size,
             drop_last=epoch.seed is not None,
             targets=signals.targets,
             hidden_layers=hidden.layers_to_read(layers) if hidden else layers,

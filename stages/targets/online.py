@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache.hidden import HiddenOutput
 from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
-from cache.order import WindowOrder
+from cache.order import WindowOrder, share_of
 from cache.parts import SIGNAL_STEP_NATS
 from cache.spec import SplitName
 from stages.data.tokenized import load_corpus, split_windows
@@ -90,8 +90,9 @@ class OnlineSource:
         """See TargetSource."""
         windows = self.order(split, epoch).windows(epoch.first_batch * batch_windows)
         while batch := list(islice(windows, batch_windows)):
-            if epoch.seed is None or len(batch) == batch_windows:
-                yield self._batch(split, batch, signals)
+            own = share_of(batch, epoch.ranks.rank, epoch.ranks.world_size)
+            if own and (epoch.seed is None or len(batch) == batch_windows):
+                yield self._batch(split, own, signals)
 
     def _batch(self, split: SplitName, windows: list[int], signals: Signals) -> TargetBatch:
         ids_BT1 = torch.from_numpy(self._windows[split].read(windows)).to(self._device, torch.int64)

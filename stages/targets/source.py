@@ -14,9 +14,11 @@ from cache.hidden import HiddenOutput
 from cache.order import Pacing, WindowOrder
 from cache.profiles.profile import TailTreatment
 from cache.spec import SplitName
-from stages.errors import CorpusError
+from stages.collectives import sum_of
+from stages.errors import CorpusError, StageError
 from stages.losses.target import Targets
 from stages.models.language_model import State
+from stages.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,15 @@ class Epoch:
     """One pass over a split, from `first_batch` on.
 
     With a seed, whole batches in an order that is a function of (seed, number); without, all windows as stored. pacing:
-    which windows are seen when; None for all.
+    which windows are seen when; None for all. ranks: each gets its share of every batch, whose windows are counted over
+    all ranks; a rank whose share of a last, short batch is empty does not get that one.
     """
 
     seed: int | None = None
     number: int = 0
     first_batch: int = 0
     pacing: Pacing | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ class TargetBatch:
     def counted(self, values_BT: Tensor) -> Tensor:
         """Values (B, T, ..) at the positions that count, (N, ..)."""
         return values_BT.flatten(0, 1) if self.counts_BT is None else values_BT[self.counts_BT]
+
+
+def counted_by_all(batch: TargetBatch, ranks: Ranks) -> int:
+    """Positions that count in the batch of all ranks."""
+    if batch.counts_BT is None:
+        return batch.labels_BT.numel() * ranks.world_size
+    return round(sum_of(int(batch.counts_BT.sum()), ranks))
 
 
 class TargetSource(Protocol):
@@ -114,9 +125,22 @@ class TargetSource(Protocol):
 
 
 def endless_batches(
-    source: TargetSource, batch_windows: int, signals: Signals, seed: int, pacing: Pacing | None = None
+    source: TargetSource,
+    batch_windows: int,
+    signals: Signals,
+    seed: int,
+    pacing: Pacing | None = None,
+    ranks: Ranks = ALONE,
 ) -> Callable[[int], Iterator[TargetBatch]]:
-    """The endless sequence of training batches, epoch after epoch, as a function of the number of its first batch."""
+    """The endless sequence of training batches, epoch after epoch, as a function of the number of its first batch.
+
+    `batch_windows` are those of all ranks, of which each gets its equal share.
+    """
+    if batch_windows % ranks.world_size:
+        raise StageError(
+            f"training.batch_windows: found {batch_windows}, expected a multiple of the {ranks.world_size} ranks, "
+            "which share every batch equally; change it, or the number of ranks"
+        )
     num_windows = source.num_windows("train")
     batches_per_epoch = num_windows // batch_windows
     if batches_per_epoch == 0:
@@ -132,14 +156,16 @@ def endless_batches(
             paced = replace(pacing, batches_before=before)
             in_epoch = source.order("train", Epoch(seed, number, pacing=paced)).num_windows // batch_windows
             if first < before + in_epoch:
-                yield from source.batches("train", batch_windows, signals, Epoch(seed, number, first - before, paced))
+                yield from source.batches(
+                    "train", batch_windows, signals, Epoch(seed, number, first - before, paced, ranks)
+                )
                 first = before + in_epoch
             number, before = number + 1, before + in_epoch
 
     def batches_from(first: int) -> Iterator[TargetBatch]:
         number, first_batch = divmod(first, batches_per_epoch)
         while True:
-            yield from source.batches("train", batch_windows, signals, Epoch(seed, number, first_batch))
+            yield from source.batches("train", batch_windows, signals, Epoch(seed, number, first_batch, ranks=ranks))
             number, first_batch = number + 1, 0
 
     return batches_from if pacing is None else paced_batches_from

@@ -13,15 +13,17 @@ from stages.models.compiled import compile_model
 from stages.models.folder import pick_device, save_model
 from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
+from stages.ranks import current_ranks
 from stages.targets.online import OnlineSource
-from stages.targets.source import Signals, TargetBatch, endless_batches
+from stages.targets.source import Signals, TargetBatch, counted_by_all, endless_batches
 from stages.teacher.config import TeacherConfig
 from stages.teacher.summary import TeacherSummary
 from stages.training.loop import StepInfo, Training
 
 
 def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evaluation: EvaluateConfig) -> TeacherSummary:
-    """Train, save, evaluate; resumes from the last checkpoint in `folder`."""
+    """Train, save, evaluate; resumes from the last checkpoint in `folder`. All ranks must call it."""
+    ranks = current_ranks()
     shape, settings = config.model, config.training
     assert shape is not None, "a teacher that is given is not trained"
     assert settings is not None, "a teacher that is given is not trained"
@@ -36,25 +38,31 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
 
     def compute_loss(batch: TargetBatch, info: StepInfo) -> LossValues:  # noqa: ARG001
         final_ND, labels_N = batch.counted(model(batch.input_ids_BT).final_BTD), batch.counted(batch.labels_BT)
-        return chunked_head_loss(final_ND, model.head_weight, labels_N, None, terms)
+        divisor = counted_by_all(batch, ranks) / ranks.world_size
+        return chunked_head_loss(final_ND, model.head_weight, labels_N, None, terms, num_positions=divisor)
 
     training = Training(
         "teacher",
         model,
         compute_loss,
-        endless_batches(source, settings.batch_windows, Signals(), settings.seed),
+        endless_batches(source, settings.batch_windows, Signals(), settings.seed, ranks=ranks),
         settings.batch_windows * source.context_length,
         settings,
         folder,
+        ranks=ranks,
+        blocks=model.blocks,
     )
     trained = training.run()
-    save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id)
+    save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks)
+    with training.weights_outside_blocks():
+        validation = evaluate(model, source, evaluation, "teacher", ranks)
     summary = TeacherSummary(
-        validation=evaluate(model, source, evaluation, "teacher"),
+        validation=validation,
         train=trained,
         parameters=shape.parameters(source.vocab_size),
         fingerprint=model_fingerprint(folder),
     )
-    summary.save(folder)
+    if ranks.is_first:
+        summary.save(folder)
     training.clear_checkpoints()
     return summary

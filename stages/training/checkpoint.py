@@ -1,79 +1,121 @@
-"""Checkpoints to resume from: safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints to resume from: safetensors and JSON in a folder that appears whole or not at all.
+
+A training alone, or of copies that are alike (DDP), writes one part. Where ranks share the tensors (FSDP) each writes
+a part with its own rows: a tensor is then the rows of all parts in a row, and what is not shared is in the first. So
+any number of ranks resumes from any number of parts.
+"""
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cache.atomic import sync_folder
 from stages.errors import CheckpointError
-from stages.models.folder import read_tensors
+from stages.ranks import ALONE, Ranks
+from stages.training.parallel import first_own_row
 
 _RNG = "rng_state"
 
 
 class TrainingState(BaseModel):
-    """How far a training is: steps done, seconds spent, and the terms of the last loss that was logged."""
+    """How far a training is: steps done, seconds spent, and the terms of the last loss that was logged.
+
+    parts: how many files of each kind there are.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int = 0
     elapsed_s: float = 0.0
     loss_terms: dict[str, float] = {}
+    parts: int = 1
 
 
-def save_checkpoint(folder: Path, progress: TrainingState, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path,
+    progress: TrainingState,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks = ALONE,
+) -> None:
     """Commit the state after `progress.step` steps as `folder/step-XXXXXXXX`, then remove the checkpoint before it.
 
-    Schedule and data position are pure functions of the step.
+    Schedule and data position are pure functions of the step. All ranks must call it; it returns when all are done.
     """
     path = folder / f"step-{progress.step:08d}"
     partial = folder / f".step-{progress.step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if ranks.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.wait_for_all()
+    tensors = _own_tensors(module)
     parameters = {id(parameter): name for name, parameter in module.named_parameters()}
     state = {
-        f"{parameters[id(parameter)]}/{key}": value.contiguous()
+        f"{parameters[id(parameter)]}/{key}": value
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    _write(partial / "module.safetensors", safetensors.torch.save(_own_tensors(module)))
-    _write(partial / "optimizer.safetensors", safetensors.torch.save({**state, _RNG: torch.get_rng_state()}))
-    _write(partial / "state.json", progress.model_dump_json().encode())
-    sync_folder(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-    sync_folder(folder)
-    for other in folder.glob("step-*"):  # also one that a kill has left half removed
-        if other != path:
-            shutil.rmtree(other)
+    parts = ranks.world_size if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1
+    if ranks.rank < parts:
+        _write_part(partial, "module", tensors, ranks)
+        _write_part(partial, "optimizer", {**state, _RNG: torch.get_rng_state()}, ranks)
+    ranks.wait_for_all()
+    if ranks.is_first:
+        _write(partial / "state.json", progress.model_copy(update={"parts": parts}).model_dump_json().encode())
+        sync_folder(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        sync_folder(folder)
+        for other in folder.glob("step-*"):  # also one that a kill has left half removed
+            if other != path:
+                shutil.rmtree(other)
+    ranks.wait_for_all()
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restore the last checkpoint; how far the training was, or its start where there is none."""
+def load_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE
+) -> TrainingState:
+    """Restore the last checkpoint; how far the training was, or its start where there is none.
+
+    All ranks must call it, and take the one that the first of them finds.
+    """
     found = _checkpoints(folder)
-    if not found:
+    name = ranks.from_first(found[-1].name if found else None)
+    if name is None:
         return TrainingState()
-    path = found[-1]
+    path = folder / name
     try:
         state = TrainingState.model_validate_json((path / "state.json").read_bytes())
-        tensors = read_tensors(path / "module.safetensors")
-        if tensors.keys() != _own_tensors(module).keys():
-            raise ValueError("its tensors are not those of the model")  # noqa: TRY301 - one message for all
-        module.load_state_dict(tensors, strict=False)  # tied weights are there under one of their names
-        optimizer_state = read_tensors(path / "optimizer.safetensors")
-        torch.set_rng_state(optimizer_state.pop(_RNG))
-        parameters = dict(module.named_parameters())
-        for name, value in optimizer_state.items():
-            parameter_name, key = name.rsplit("/", 1)
-            parameter = parameters[parameter_name]
-            optimizer.state[parameter][key] = value.to(parameter.device)
+        own = _own_tensors(module)
+        with _opened(path, "module", state.parts) as tensors:
+            if tensors.names != own.keys():
+                raise ValueError("its tensors are not those of the model")  # noqa: TRY301 - one message for all
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    _overwrite(tensor, tensors.rows(name, *_rows(tensor, ranks)), name)
+        with _opened(path, "optimizer", state.parts) as tensors:
+            torch.set_rng_state(tensors.rows(_RNG))
+            parameters = dict(module.named_parameters())
+            for name in sorted(tensors.names - {_RNG}):
+                parameter_name, key = name.rsplit("/", 1)
+                parameter = parameters[parameter_name]
+                if isinstance(parameter, DTensor) and tensors.shape(name) == tuple(parameter.shape):
+                    rows = tensors.rows(name, *_rows(parameter, ranks)).to(parameter.device)
+                    optimizer.state[parameter][key] = _as_shared(rows, parameter)
+                else:  # the number of its steps, too, is whole
+                    optimizer.state[parameter][key] = tensors.rows(name).to(parameter.device)
         return state  # noqa: TRY300
-    except (OSError, ValueError, KeyError, RuntimeError, CheckpointError) as exc:
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError, CheckpointError) as exc:
         raise CheckpointError(f"{path}: cannot be resumed from ({exc}); delete it to train from the start") from exc
 
 
@@ -101,7 +143,80 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter once, tied ones under their first name; and every buffer."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _rows(tensor: Tensor, ranks: Ranks) -> tuple[int, int] | tuple[()]:
+    """First and end of this rank's rows of a tensor that is shared out; nothing for one that is whole."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    first = first_own_row(tensor, ranks)
+    return first, first + len(tensor.to_local())
+
+
+def _overwrite(tensor: Tensor, value: Tensor, name: str) -> None:
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if own.shape != value.shape:
+        raise ValueError(f"{name}: found shape {tuple(value.shape)}, expected {tuple(own.shape)}")
+    own.copy_(value)
+
+
+def _as_shared(own_rows: Tensor, like: DTensor) -> DTensor:
+    return DTensor.from_local(
+        own_rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+class _Parts:
+    """Tensors in several files, of which a tensor's rows are those of each file in their order."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self._files = files
+        self.names = set(files[0].keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        shapes = [piece.get_shape() for piece in self._pieces(name)]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+    def rows(self, name: str, first: int = 0, end: int | None = None) -> Tensor:
+        """Rows from `first` to before `end`, or to the last; all that there is of a scalar."""
+        pieces = self._pieces(name)
+        if len(pieces) == 1 and end is None:
+            whole: Tensor = self._files[0].get_tensor(name)
+            return whole
+        found, start = [], 0
+        for piece in pieces:
+            rows = piece.get_shape()[0]
+            begin, stop = max(first - start, 0), rows if end is None else min(end - start, rows)
+            if begin < stop:
+                found.append(piece[begin:stop])
+            start += rows
+        return torch.cat(found) if found else self._files[0].get_tensor(name)[:0]
+
+    def _pieces(self, name: str) -> list[Any]:
+        return [file.get_slice(name) for file in self._files if name in file.keys()]  # noqa: SIM118 - no mapping
+
+
+@contextmanager
+def _opened(path: Path, kind: str, parts: int) -> Iterator[_Parts]:
+    with ExitStack() as stack:
+        names = [path / _part_name(kind, part) for part in range(parts)]
+        yield _Parts([stack.enter_context(safetensors.safe_open(name, "pt")) for name in names])
+
+
+def _part_name(kind: str, part: int) -> str:
+    return f"{kind}-{part}.safetensors" if part else f"{kind}.safetensors"
+
+
+def _write_part(folder: Path, kind: str, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Own rows of tensors that are shared out, and the others if this is the first part."""
+    own = {
+        name: tensor.to_local().contiguous() if isinstance(tensor, DTensor) else tensor.contiguous()
+        for name, tensor in tensors.items()
+        if ranks.is_first or isinstance(tensor, DTensor)
+    }
+    _write(folder / _part_name(kind, ranks.rank), safetensors.torch.save(own))
 
 
 def _write(path: Path, content: bytes) -> None:

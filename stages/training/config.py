@@ -23,7 +23,7 @@ class TrainingConfig(Section):
     newer = ("second_phase", "weight_decay_until", "compile")
 
     steps: Annotated[int, Field(ge=1, description="optimizer steps")]
-    batch_windows: Annotated[int, Field(ge=1, description="windows per forward pass")] = 32
+    batch_windows: Annotated[int, Field(ge=1, description="windows per forward pass, of all ranks together")] = 32
     accumulation: Annotated[int, Field(ge=1, description="forward passes per step")] = 1
     learning_rate: Annotated[float, Field(gt=0, description="peak")]
     schedule: Annotated[
@@ -55,6 +55,13 @@ class TrainingConfig(Section):
         bool,
         Field(description="torch.compile of all but the head: slow at first, then fused; a CPU needs a C++ compiler"),
     ] = False
+    parallel: Annotated[
+        Literal["ddp", "fsdp"],
+        neutral(
+            "how many ranks train one model: ddp, each with a copy; fsdp, each with its share of every tensor, its "
+            "gradient and its moments. All give the same to rounding, and one goes on where another was stopped"
+        ),
+    ] = "ddp"
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
     log_every: Annotated[int, neutral("steps between lines of metrics.jsonl", ge=1)] = 10
@@ -77,6 +84,12 @@ class TrainingConfig(Section):
                 f"second_phase: start = {self.second_phase.start} is step {self.second_phase_step} of {self.steps}; "
                 f"expected one after the warm-up ({self.warmup_steps} steps) and before the end"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_are_of_whole_tensors(self) -> Self:
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile: is for whole tensors, and parallel = 'fsdp' shares them out; set one of both")
         return self
 
     @property

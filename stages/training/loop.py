@@ -1,8 +1,12 @@
-"""The one training loop: teacher and student differ in the module, the loss and where batches come from."""
+"""The one training loop: teacher and student differ in the module, the loss and where batches come from.
+
+Of many ranks each runs it on its share of every batch; what it decides by is the same on all of them.
+"""
 
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,15 +16,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from stages.collectives import sum_of, summed
 from stages.errors import DivergedError
 from stages.losses.term import LossValues
 from stages.progress import Progress
+from stages.ranks import ALONE, Ranks
 from stages.resources import keep_freed_memory, peak_rss_mib
 from stages.training.checkpoint import TrainingState, clear_checkpoints, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.interrupt import deferred_interrupt
 from stages.training.metrics import MetricsLog
 from stages.training.optimizer import make_optimizer
+from stages.training.parallel import StepLoss, made_whole, replicated, require_alike, shard, whole, without_exchange
 from stages.training.schedule import learning_rate, weight_decay
 
 Batch = TypeVar("Batch")
@@ -43,7 +50,10 @@ def _unwatched(steps_done: int) -> None:
 
 
 class TrainingSummary(BaseModel):
-    """What a finished training cost and where its loss ended; speeds count training steps only."""
+    """What a finished training cost and where its loss ended; speeds count training steps only.
+
+    Positions are those of all ranks; peak_rss_mib is that of the largest of them.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,6 +81,9 @@ class Training(Generic[Batch]):
         after_step: Callable[[LossValues], None] = _nothing,
         clipped_apart: Sequence[nn.Module] = (),
         watch: Callable[[int], None] = _unwatched,
+        ranks: Ranks = ALONE,
+        blocks: Sequence[nn.Module] = (),
+        may_idle: bool = False,
     ) -> None:
         """`batches(n)` yields the endless sequence of batches from its n-th on, a pure function of n and the config.
 
@@ -79,10 +92,13 @@ class Training(Generic[Batch]):
         the module whose gradients are clipped by norms of their own; the norm that is logged is that of the first.
         watch: called with the number of steps done once each is logged and saved; it may look at the module, which must
         be as it was when it returns, and may raise to end the training. Its seconds are not counted.
+
+        ranks: those that train the module together; all have it with the same first weights. The loss of each is such
+        that the mean over ranks is that of the whole batch, and so are its values; `positions_per_batch` is of all.
+        blocks: parts that are whole one at a time where tensors are shared out. may_idle: see `replicated`.
         """
         self._label = label
         self._module = module
-        self._compute_loss = compute_loss
         self._batches = batches
         self._positions_per_step = positions_per_batch * config.accumulation
         self._config = config
@@ -91,6 +107,12 @@ class Training(Generic[Batch]):
         self._after_step = after_step
         self._clipped = clipped_apart or [module]
         self._watch = watch
+        self._ranks = ranks
+        self._may_idle = may_idle
+        self._loss = StepLoss(module, compute_loss)
+        self._parallel = config.parallel if ranks.are_many else None
+        if self._parallel == "fsdp":
+            shard(self._loss, blocks, ranks)
         self._device_type = next(module.parameters()).device.type
 
     def run(self) -> TrainingSummary:
@@ -103,34 +125,38 @@ class Training(Generic[Batch]):
         optimizer = make_optimizer(self._module, config, self._learning_rates)
         self._folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self._folder / "checkpoints"
-        start = load_checkpoint(checkpoints, self._module, optimizer)
+        start = load_checkpoint(checkpoints, self._module, optimizer, self._ranks)
+        loss = replicated(self._loss, may_idle=self._may_idle) if self._parallel == "ddp" else self._loss
         batches = self._batches(start.step * config.accumulation)
         total = config.steps * self._positions_per_step
         done = start.step * self._positions_per_step
         terms = start.loss_terms
         self._module.train()
         with (
-            MetricsLog(self._folder, start.step, tensorboard=config.tensorboard) as log,
+            self._log(start.step) as log,
             Progress(self._label, total, "positions", done) as progress,
             deferred_interrupt() as interrupt,
         ):
             for step in range(start.step, config.steps):
                 is_last = step + 1 == config.steps
                 is_logged = (step + 1) % config.log_every == 0 or step == 0 or is_last
-                values, grad_norm = self._step(optimizer, batches, StepInfo(step, is_logged))
-                is_stopped = interrupt.is_set  # read once: it may change while we save
+                values, grad_norm = self._step(loss, optimizer, batches, StepInfo(step, is_logged))
+                is_stopped = sum_of(interrupt.is_set, self._ranks) > 0  # read once: it may change while we save
                 is_saved = is_stopped or ((step + 1) % config.checkpoint_every == 0 and not is_last)
                 if is_logged or is_saved:
                     self._require_finite(step + 1, float(values.total), float(grad_norm))
                 if is_logged:
                     terms = {name: float(value) for name, value in values.terms.items()}
-                    log.append(self._record(step + 1, values, terms, float(grad_norm), progress))
+                    if log is not None:
+                        log.append(self._record(step + 1, values, terms, float(grad_norm), progress))
                 progress.advance(self._positions_per_step, ", ".join(f"{k} {v:.3f}" for k, v in terms.items()))
+                if is_saved or is_last:
+                    require_alike(self._module, self._ranks, f"{self._label}: after step {step + 1}")
                 if is_saved:
                     state = TrainingState(
                         step=step + 1, elapsed_s=start.elapsed_s + progress.elapsed_s, loss_terms=terms
                     )
-                    save_checkpoint(checkpoints, state, self._module, optimizer)
+                    save_checkpoint(checkpoints, state, self._module, optimizer, self._ranks)
                 if is_stopped:
                     raise KeyboardInterrupt
                 with progress.paused():
@@ -141,16 +167,26 @@ class Training(Generic[Batch]):
             positions=total,
             elapsed_s=elapsed_s,
             positions_per_s=total / elapsed_s,
-            peak_rss_mib=peak_rss_mib(),
+            peak_rss_mib=max(self._ranks.gathered(peak_rss_mib())),
             loss_terms=terms,
         )
 
     def clear_checkpoints(self) -> None:
         """Remove what `run` would resume from; to be called once its result is safe on disk."""
-        clear_checkpoints(self._folder / "checkpoints")
+        if self._ranks.is_first:
+            clear_checkpoints(self._folder / "checkpoints")
+
+    def weights_outside_blocks(self) -> AbstractContextManager[None]:
+        """Within, the module can be forwarded apart from its loss, by all ranks at once, if tensors are shared out."""
+        return made_whole(self._loss)
+
+    def _log(self, steps_done: int) -> AbstractContextManager[MetricsLog | None]:
+        if not self._ranks.is_first:
+            return nullcontext()
+        return MetricsLog(self._folder, steps_done, tensorboard=self._config.tensorboard)
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], info: StepInfo
+        self, loss: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], info: StepInfo
     ) -> tuple[LossValues, torch.Tensor]:
         """One optimizer step; the values are means over its batches, which are all of one size."""
         config = self._config
@@ -158,17 +194,19 @@ class Training(Generic[Batch]):
             group["lr"] = learning_rate(config, info.step) * group["peak_ratio"]
             group["weight_decay"] = weight_decay(config, info.step) if group["decays"] else 0.0
         parts = []
-        for _ in range(config.accumulation):
+        for number in range(config.accumulation):
             batch = next(batches)  # outside autocast: an online teacher keeps its own precision
-            with torch.autocast(self._device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                values = self._compute_loss(batch, info)
-            (values.total / config.accumulation).backward()  # type: ignore[no-untyped-call]
-            parts.append(LossValues(values.total.detach(), values.terms, values.telemetry))
+            is_last = number + 1 == config.accumulation
+            with nullcontext() if is_last else without_exchange(loss):
+                with torch.autocast(self._device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    total, terms, telemetry = loss(batch, info)
+                (total / config.accumulation).backward()
+            parts.append(LossValues(total.detach(), terms, telemetry))
         limit = math.inf if config.grad_clip is None else config.grad_clip
-        grad_norm, *_ = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in self._clipped]
+        grad_norm, *_ = [whole(nn.utils.clip_grad_norm_(part.parameters(), limit)) for part in self._clipped]
         optimizer.step()
         optimizer.zero_grad()
-        mean = _mean(parts)
+        mean = _over_ranks(_mean(parts), self._ranks)
         self._after_step(mean)
         return mean, grad_norm
 
@@ -193,6 +231,15 @@ class Training(Generic[Batch]):
             "grad_norm": grad_norm,
             "positions_per_s": progress.units_per_s,
         }
+
+
+def _over_ranks(values: LossValues, ranks: Ranks) -> LossValues:
+    """Means over ranks; telemetry is of all of them already."""
+    if not ranks.are_many:
+        return values
+    own = torch.stack([values.total.float(), *(value.float() for value in values.terms.values())])
+    total, *terms = summed(own, ranks) / ranks.world_size
+    return LossValues(total, dict(zip(values.terms, terms, strict=True)), values.telemetry)
 
 
 def _mean(parts: list[LossValues]) -> LossValues:
