@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from cache.coding.integers import num_tokens, unzigzag, zigzag
-from cache.coding.streams import Sink, Source
+from cache.coding.streams import Reading, Request, Sink
 from cache.errors import CacheCorruptError, CacheRequestError
 from cache.profiles.profile import Place
 
@@ -51,13 +51,14 @@ class HiddenCoder:
         for r in range(self._rank):
             sink.write("coefficient", zigzag(coefficients_RN[r]), activity_N + self._num_activities * r)
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """See Coder."""
         count = place.num_positions
-        activity_N = source.read("activity", count)
+        activity_N = yield Request("activity", count)
         coefficients_RN = np.empty((self._rank, count), np.int16)
         for r in range(self._rank):
-            coefficients_RN[r] = unzigzag(source.read("coefficient", count, activity_N + self._num_activities * r))
+            coefficients_RN[r] = yield Request("coefficient", count, activity_N + self._num_activities * r)
+        coefficients_RN = unzigzag(coefficients_RN)
         if np.abs(coefficients_RN).max() > LARGEST_COEFFICIENT:
             raise CacheCorruptError(f"holds a coefficient beyond {LARGEST_COEFFICIENT} steps")
         return {self._name: np.ascontiguousarray(coefficients_RN.T)}

@@ -25,6 +25,9 @@ from cache.verify import verify_cache
 
 _MAX_OPEN_SHARDS = 64
 _MAX_GROUPS_AHEAD = 64
+_BLOCKS_IN_STEP = 8
+_DAMAGE = (CacheCorruptError, ValueError, IndexError)
+Arrays = dict[str, np.ndarray]
 _SIGNAL_SIGNS = {"teacher_entropy": SIGNAL_STEP_NATS, "label_log_prob": -SIGNAL_STEP_NATS}
 
 
@@ -48,12 +51,22 @@ class WindowBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class _StoredBlock:
+    """A chunk of every dataset that is asked for, decompressed, and which windows these are."""
+
+    shard: OpenShard
+    chunk: int
+    place: Place
+    arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True)
 class _Coming:
     """Batches (M, share) that a rank will give next, and the blocks that hold them, as far as they were asked for."""
 
     windows_MB: np.ndarray
     block_numbers: list[int]
-    blocks: dict[int, Future[dict[str, np.ndarray]]] = field(default_factory=dict)
+    blocks: dict[int, Future[dict[int, Arrays]]] = field(default_factory=dict)
 
 
 def open_cache(folder: Path | str) -> "Cache":
@@ -88,6 +101,7 @@ class Cache:
             )
         self.tables = load_tables(folder, self.spec)
         self._coders = part_coders(self.spec, self.tables)
+        self._target_names = [array.name for array in self.spec.target_part.arrays]
 
     @property
     def spec(self) -> CacheSpec:
@@ -207,7 +221,7 @@ class Cache:
             for coming in self._prefetched(pool, batches, split, parts):
                 for windows in coming.windows_MB:
                     blocks, rows = np.divmod(windows, self.spec.windows_per_chunk)
-                    found = {block: coming.blocks[block].result() for block in np.unique(blocks).tolist()}
+                    found = {block: coming.blocks[block].result()[block] for block in np.unique(blocks).tolist()}
                     if len(windows):
                         yield self._gather(found, blocks, rows, targets, hidden_layers)
         finally:
@@ -232,39 +246,60 @@ class Cache:
             while announced and sum(len(coming.blocks) for coming in list(asked)[1:]) < BLOCKS_PER_GROUP:
                 before = asked[-1] if asked else given
                 coming = announced.popleft()
-                for block in coming.block_numbers:  # the last batch of a group may want blocks of the one before
-                    known = before.blocks.get(block) if before else None
-                    coming.blocks[block] = known or pool.submit(self._read_block, split, block, parts)
+                if before:  # the last batch of a group may want blocks of the one before
+                    coming.blocks.update((b, before.blocks[b]) for b in coming.block_numbers if b in before.blocks)
+                new = [block for block in coming.block_numbers if block not in coming.blocks]
+                for start in range(0, len(new), _BLOCKS_IN_STEP):
+                    some = new[start : start + _BLOCKS_IN_STEP]
+                    coming.blocks.update(dict.fromkeys(some, pool.submit(self._read_blocks, split, some, parts)))
                 asked.append(coming)
             if not asked:
                 return
             given = asked.popleft()
             yield given
 
-    def _read_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> dict[str, np.ndarray]:
+    def _read_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> Arrays:
+        return self._read_blocks(split, [block], parts)[block]
+
+    def _read_blocks(self, split: SplitName, blocks: list[int], parts: tuple[Part, ...]) -> dict[int, Arrays]:
+        stored = [self._stored_block(split, block, parts) for block in blocks]
+        for part in parts:
+            if part.is_coded:
+                coder, payloads = self._coders[part.name], [block.arrays.pop(part.name)[0] for block in stored]
+                try:
+                    decoded = coder.decode_together(payloads, [block.place for block in stored])
+                except _DAMAGE:
+                    decoded = [self._decoded(part, *pair) for pair in zip(payloads, stored, strict=True)]
+                for block, arrays in zip(stored, decoded, strict=True):
+                    block.arrays.update(arrays)
+        return {number: block.arrays for number, block in zip(blocks, stored, strict=True)}
+
+    def _decoded(self, part: Part, payload: np.ndarray, block: _StoredBlock) -> Arrays:
+        """One block by itself, for an error that names it."""
+        try:
+            return self._coders[part.name].decode(payload, block.place)
+        except _DAMAGE as exc:
+            raise corrupt(f"{block.shard.path}: dataset {part.name}, chunk {block.chunk}", str(exc)) from exc
+
+    def _stored_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> _StoredBlock:
+        """Of coded parts the payloads, under their names."""
         spec = self.spec
         shard_index, chunk = divmod(block, spec.windows_per_shard // spec.windows_per_chunk)
         held = self._ranges[self._first_range[split] + shard_index]
         shard = self._shard(held)
         first = chunk * spec.windows_per_chunk
         num_windows = min(spec.windows_per_chunk, held.num_windows - first)
-        arrays: dict[str, np.ndarray] = {}
+        arrays: Arrays = {}
         counts = None
         if spec.is_masked:
             arrays[MASK_NAME] = shard.read_chunk(MASK_NAME, chunk) != 0
             counts = arrays[MASK_NAME][:num_windows]
-        place = Place(split, held.first_window + first, num_windows, spec.context_length, counts)
         for part in parts:
-            if part.name == MASK_NAME:
-                continue
-            if not part.is_coded:
-                arrays |= {array.name: shard.read_chunk(array.name, chunk) for array in part.arrays}
-                continue
-            try:
-                arrays |= self._coders[part.name].decode(shard.read_chunk(part.name, chunk)[0], place)
-            except (CacheCorruptError, ValueError, IndexError) as exc:
-                raise corrupt(f"{shard.path}: dataset {part.name}, chunk {chunk}", str(exc)) from exc
-        return arrays
+            if part.name != MASK_NAME:
+                names = [part.name] if part.is_coded else [array.name for array in part.arrays]
+                arrays |= {name: shard.read_chunk(name, chunk) for name in names}
+        place = Place(split, held.first_window + first, num_windows, spec.context_length, counts)
+        return _StoredBlock(shard, chunk, place, arrays)
 
     def _shard(self, shard: ShardRange) -> OpenShard:
         with self._lock:
@@ -288,13 +323,17 @@ class Cache:
         sources = [(found[block], row) for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
 
         def stack(name: str) -> np.ndarray:
-            return np.stack([arrays[name][row] for arrays, row in sources])
+            first = sources[0][0][name]
+            stacked = np.empty((len(sources), *first.shape[1:]), first.dtype)
+            for place, (arrays, row) in enumerate(sources):
+                stacked[place] = arrays[name][row]
+            return stacked
 
         signs = _SIGNAL_SIGNS if targets and self.spec.format_version > 1 else {}
         scaled_layers = hidden_layers if self.spec.hidden and self.spec.hidden.has_scales else ()
         return WindowBatch(
             input_ids=stack("input_ids"),
-            target={array.name: stack(array.name) for array in self.spec.target_part.arrays} if targets else {},
+            target={name: stack(name) for name in self._target_names} if targets else {},
             signals={name: stack(name) * np.float32(sign) for name, sign in signs.items()},
             hidden={layer: stack(f"hidden_{layer}") for layer in hidden_layers},
             hidden_scale={layer: stack(f"hidden_{layer}_scale") for layer in scaled_layers},

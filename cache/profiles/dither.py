@@ -16,8 +16,9 @@ def dither_bytes(seed: int, split: str, first_window: int, num_windows: int, per
     rows = np.empty((num_windows, per_window), np.uint8)
     name = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "little")
     for row in range(num_windows):
-        sequence = np.random.SeedSequence(seed, spawn_key=(name, first_window + row))
-        rows[row] = np.frombuffer(np.random.Generator(np.random.Philox(sequence)).bytes(per_window), np.uint8)
+        stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(name, first_window + row)))
+        words = stream.random_raw(-(-per_window // 8)).astype("<u8", copy=False)  # as Generator.bytes, in half the time
+        rows[row] = words.view(np.uint8)[:per_window]
     return rows
 
 

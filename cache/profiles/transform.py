@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from cache.arrays import ArraySpec
 from cache.coding.integers import num_tokens, unzigzag, zigzag
-from cache.coding.streams import Sink, Source
+from cache.coding.streams import Reading, Request, Sink
 from cache.errors import CacheCorruptError
 from cache.profiles.dither import LEVELS, dither_bytes, dither_of
 from cache.profiles.head_needs import unserved_by_head
@@ -120,18 +120,20 @@ class TransformCoder:
             sink.write("coefficient", zigzag(rounded_RN[k]), self._contexts(k, levels_RN))
         self._heads.write(arrays, sink)
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """See Coder."""
         levels_RN = self._dither(place)
         rounded_RN = np.empty((self._profile.rank, place.num_positions), np.int16)
         for k in range(self._profile.rank):
-            rounded_RN[k] = unzigzag(source.read("coefficient", place.num_positions, self._contexts(k, levels_RN)))
+            rounded_RN[k] = yield Request("coefficient", place.num_positions, self._contexts(k, levels_RN))
+        rounded_RN = unzigzag(rounded_RN)
         if np.abs(rounded_RN).max() > LARGEST_COEFFICIENT:
             raise CacheCorruptError(f"holds a coefficient beyond {LARGEST_COEFFICIENT} steps")
         values_RN = rounded_RN.astype(np.float32)
         if levels_RN is not None:
             values_RN -= dither_of(levels_RN)
-        return {"coefficients": values_RN.T.astype("<f2"), **self._heads.read(source, place.num_positions)}
+        head = yield from self._heads.read(place.num_positions)
+        return {"coefficients": values_RN.T.astype("<f2"), **head}
 
     def _dither(self, place: Place) -> np.ndarray | None:
         if not self._profile.dither:
