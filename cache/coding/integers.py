@@ -47,6 +47,15 @@ def unzigzag(values: np.ndarray) -> np.ndarray:
     return found
 
 
+def columns(num_rows: int, num_columns: int) -> np.ndarray:
+    """An array (rows, columns) int16 to be filled by columns, each of them contiguous.
+
+    A few elements stand between columns: at a stride of a power of two all would fall into one set of the processor's
+    cache, and turning them into rows would take eight times as long.
+    """
+    return np.empty((num_columns, num_rows + 32), np.int16)[:, :num_rows].T
+
+
 def pack_bits(values: np.ndarray, counts: np.ndarray) -> bytes:
     """`counts[i]` low bits of each value, one after the other, least significant first; at most 32 bits each."""
     ends = np.cumsum(counts)

@@ -31,7 +31,7 @@ _LOWEST_STATE = 1 << 16
 _WORD_BITS = np.uint32(16)
 _SLOT_BITS = np.uint32(PROBABILITY_BITS)
 _SLOT_MASK = np.uint32(TOTAL - 1)
-_TOKEN_SHIFT = np.uint32(24)
+_TOKEN_BYTE = 3  # of a slot's word, in little-endian order
 _FULL_SHIFT = np.uint32(32 - PROBABILITY_BITS)
 _WORD_MASK = np.uint32(0xFFFF)
 _HEADER_BYTES = 8
@@ -110,10 +110,10 @@ class Decoder:
         """The next `count` values, int64, each in its context."""
         return _values_in_step([self], [Request(name, count, contexts)])[0]
 
-    def values(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens with the raw bits that come next, int64."""
+    def values(self, tokens: np.ndarray, dtype: type[np.signedinteger]) -> np.ndarray:
+        """Tokens with the raw bits that come next."""
         long = np.flatnonzero(tokens >= NUM_DIRECT)
-        values = tokens.astype(np.int64)
+        values = tokens.astype(dtype)
         if len(long):
             long_tokens = tokens[long]
             counts = raw_bit_counts(long_tokens)
@@ -157,25 +157,27 @@ def _values_in_step(decoders: Sequence[Decoder], requests: Sequence[Request]) ->
         tokens_RPL = _tokens(model, states_PL, offsets_RPL, decoders)
         for p, decoder in enumerate(decoders):
             decoder.lanes[:] = states_PL[p]
-            tokens[p][: together * num_lanes] = tokens_RPL[:, p].ravel()
+            tokens[p][: together * num_lanes].reshape(-1, num_lanes)[...] = tokens_RPL[:, p]
     for decoder, request, own in zip(decoders, requests, tokens, strict=True):
         for first in range(together * num_lanes, request.count, num_lanes):
             last = min(first + num_lanes, request.count)
             states_1L = decoder.lanes[None, : last - first]
             own[first:last] = _tokens(model, states_1L, _offsets(request, first, last)[None, None], [decoder])[0, 0]
-    return [decoder.values(own) for decoder, own in zip(decoders, tokens, strict=True)]
+    return [
+        decoder.values(own, request.dtype) for decoder, own, request in zip(decoders, tokens, requests, strict=True)
+    ]
 
 
 def _offsets(request: Request, first: int, last: int) -> np.ndarray:
     """Where the contexts of symbols `first` to `last` begin in the model's table of slots."""
     if isinstance(request.contexts, np.ndarray):
-        return (request.contexts[first:last] << PROBABILITY_BITS).astype(np.uint32)
+        return request.contexts[first:last].astype(np.uint32, copy=False) << np.uint32(PROBABILITY_BITS)
     return np.full(last - first, request.contexts << PROBABILITY_BITS, np.uint32)
 
 
 def _tokens(model: Model, states_PL: np.ndarray, offsets_RPL: np.ndarray, decoders: Sequence[Decoder]) -> np.ndarray:
     """(R, P, L) uint8, of R rounds over the lanes of P decoders, whose states are moved on in place."""
-    found_RPL = np.empty(offsets_RPL.shape, np.uint32)
+    found_RPL = np.empty(offsets_RPL.shape, "<u4")
     flat = states_PL.reshape(-1)  # a view: the states are contiguous
     edges = np.arange(1, len(decoders)) * states_PL.shape[1]
     scratch_PL = np.empty_like(states_PL)
@@ -200,5 +202,5 @@ def _tokens(model: Model, states_PL: np.ndarray, offsets_RPL: np.ndarray, decode
         nexts = lasts
     for decoder, last in zip(decoders, nexts, strict=True):
         decoder.next_word = last
-    tokens_RPL: np.ndarray = (found_RPL >> _TOKEN_SHIFT).astype(np.uint8)
+    tokens_RPL: np.ndarray = found_RPL.view(np.uint8).reshape(*found_RPL.shape, 4)[..., _TOKEN_BYTE]
     return tokens_RPL

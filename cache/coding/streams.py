@@ -22,15 +22,16 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The next `count` integers of the model `name`, each in its context."""
+    """The next `count` integers of the model `name`, each in its context, as `dtype`, which holds all of the model."""
 
     name: str
     count: int
     contexts: np.ndarray | int = 0
+    dtype: type[np.signedinteger] = np.int64
 
 
 Reading = Generator[Request, np.ndarray, T]
-"""Asks for the integers that a sink took, in the same order, is sent each call's, int64, and returns what they mean.
+"""Asks for the integers that a sink took, in the same order, is sent those of each call, and returns what they mean.
 
 A generator, so that readings of several chunks, which make the same calls, can be answered in step.
 """
