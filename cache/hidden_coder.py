@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cache.coding.integers import num_tokens, unzigzag, zigzag
-from cache.coding.streams import Sink, Source
+from cache.coding.integers import columns, num_tokens, unzigzag, zigzag
+from cache.coding.streams import Reading, Request, Sink
 from cache.errors import CacheCorruptError, CacheRequestError
 from cache.profiles.profile import Place
 
@@ -51,16 +51,18 @@ class HiddenCoder:
         for r in range(self._rank):
             sink.write("coefficient", zigzag(coefficients_RN[r]), activity_N + self._num_activities * r)
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """See Coder."""
         count = place.num_positions
-        activity_N = source.read("activity", count)
-        coefficients_RN = np.empty((self._rank, count), np.int16)
+        activity_N = (yield Request("activity", count)).astype(np.uint32)
+        coded_NR = columns(count, self._rank)
         for r in range(self._rank):
-            coefficients_RN[r] = unzigzag(source.read("coefficient", count, activity_N + self._num_activities * r))
-        if np.abs(coefficients_RN).max() > LARGEST_COEFFICIENT:
+            contexts_N = activity_N + self._num_activities * r
+            coded_NR[:, r] = yield Request("coefficient", count, contexts_N, np.int16)
+        coefficients_NR = unzigzag(np.ascontiguousarray(coded_NR))
+        if np.abs(coefficients_NR).max() > LARGEST_COEFFICIENT:
             raise CacheCorruptError(f"holds a coefficient beyond {LARGEST_COEFFICIENT} steps")
-        return {self._name: np.ascontiguousarray(coefficients_RN.T)}
+        return {self._name: coefficients_NR}
 
 
 def activity_edges(coefficients_NR: np.ndarray, num_activities: int) -> np.ndarray:

@@ -10,6 +10,7 @@ MANIFEST_NAME = "cache.json"
 TOKENIZER_NAME = "tokenizer.json"
 TABLES_NAME = "tables.h5"
 _POSITIONS_PER_CHUNK = 8192
+DEFAULT_SHARD_POSITIONS = 2**17
 SHARD_NAME = re.compile(r"^(train|validation)-[0-9]{5,}\.h5$")
 
 
@@ -43,3 +44,9 @@ def shard_ranges(spec: CacheSpec) -> Iterator[ShardRange]:
 def default_windows_per_chunk(context_length: int) -> int:
     """Windows that make up about 8192 positions: enough to compress well, few enough to shuffle finely."""
     return max(1, _POSITIONS_PER_CHUNK // context_length)
+
+
+def windows_per_shard(context_length: int, shard_positions: int) -> int:
+    """Windows of a shard of about so many positions: whole chunks of default size."""
+    per_chunk = default_windows_per_chunk(context_length)
+    return max(1, round(shard_positions / (per_chunk * context_length))) * per_chunk

@@ -10,7 +10,7 @@ A part is plain, one dataset per array, or coded: one dataset of bytes, a row pe
 arrays. Of positions that do not count, a coded part holds nothing, and a plain one zeros.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from cache.arrays import ArraySpec, Dataset
 from cache.coding.frequencies import Model
-from cache.coding.rans import Decoder, Encoder
+from cache.coding.rans import Decoder, Encoder, read_in_step
 from cache.profiles.profile import NUM_LANES, Coder, Place
 
 SIGNAL_STEP_NATS = 1 / 8
@@ -94,13 +94,23 @@ class PartCoder:
 
     def decode(self, payload: np.ndarray, place: Place) -> dict[str, np.ndarray]:
         """The arrays (P, T', ..) of the windows of `place`, zero at positions that do not count."""
-        place = place.strided(self._part.stride)
-        decoder = Decoder(self._models, payload, num_lanes(place))
-        if place.num_positions:
-            flat = self._coder.read(decoder, place)
-        else:
-            flat = {array.name: np.zeros((0, *array.shape[1:]), array.dtype) for array in self._part.arrays}
-        return {name: place.scattered(array) for name, array in flat.items()}
+        return self.decode_together([payload], [place])[0]
+
+    def decode_together(self, payloads: Sequence[np.ndarray], places: Sequence[Place]) -> list[dict[str, np.ndarray]]:
+        """The same of several chunks: faster than one by one, and with the same result."""
+        places = [place.strided(self._part.stride) for place in places]
+        decoders = [Decoder(self._models, payload, num_lanes(p)) for payload, p in zip(payloads, places, strict=True)]
+        nothing = {array.name: np.zeros((0, *array.shape[1:]), array.dtype) for array in self._part.arrays}
+        found = [nothing] * len(places)
+        for lanes in {num_lanes(place) for place in places}:
+            alike = [i for i, place in enumerate(places) if num_lanes(place) == lanes and place.num_positions]
+            readings = [self._coder.read(places[i]) for i in alike]
+            for i, flat in zip(alike, read_in_step([decoders[i] for i in alike], readings), strict=True):
+                found[i] = flat
+        return [
+            {name: place.scattered(array) for name, array in flat.items()}
+            for place, flat in zip(places, found, strict=True)
+        ]
 
 
 def num_lanes(place: Place) -> int:

@@ -1,10 +1,11 @@
 """Reads a finished cache: single windows, and shuffled batches in bounded memory."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest, load_manifest
-from cache.order import Group, Pacing, WindowOrder
+from cache.order import BLOCKS_PER_GROUP, Deal, Pacing, WindowOrder
 from cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
 from cache.profiles.profile import Place
 from cache.regular_file import IrregularFileError, sha256_of_regular_file
@@ -23,6 +24,10 @@ from cache.tables import load_tables
 from cache.verify import verify_cache
 
 _MAX_OPEN_SHARDS = 64
+_MAX_GROUPS_AHEAD = 64
+_BLOCKS_IN_STEP = 8
+_DAMAGE = (CacheCorruptError, ValueError, IndexError)
+Arrays = dict[str, np.ndarray]
 _SIGNAL_SIGNS = {"teacher_entropy": SIGNAL_STEP_NATS, "label_log_prob": -SIGNAL_STEP_NATS}
 
 
@@ -43,6 +48,25 @@ class WindowBatch:
     hidden: dict[int, np.ndarray]
     hidden_scale: dict[int, np.ndarray]
     mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredBlock:
+    """A chunk of every dataset that is asked for, decompressed, and which windows these are."""
+
+    shard: OpenShard
+    chunk: int
+    place: Place
+    arrays: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """Batches (M, share) that a rank will give next, and the blocks that hold them, as far as they were asked for."""
+
+    windows_MB: np.ndarray
+    block_numbers: list[int]
+    blocks: dict[int, Future[dict[int, Arrays]]] = field(default_factory=dict)
 
 
 def open_cache(folder: Path | str) -> "Cache":
@@ -82,6 +106,7 @@ class Cache:
             )
         self.tables = load_tables(folder, self.spec)
         self._coders = part_coders(self.spec, self.tables)
+        self._target_names = [array.name for array in self.spec.target_part.arrays]
 
     @property
     def spec(self) -> CacheSpec:
@@ -116,8 +141,8 @@ class Cache:
             raise CacheRequestError(f"window {index}: the split {split} has {self.num_windows(split)} windows")
         layers = self.spec.hidden.layers if self.spec.hidden else ()
         block, row = divmod(index, self.spec.windows_per_chunk)
-        rows = [(self._read_block(split, block, self.spec.parts), row)]
-        return self._gather(rows, targets=True, hidden_layers=layers)
+        found = {block: self._read_block(split, block, self.spec.parts)}
+        return self._gather(found, np.array([block]), np.array([row]), targets=True, hidden_layers=layers)
 
     def chunk(self, split: SplitName, index: int) -> WindowBatch:
         """The windows of one chunk, in stored order, with everything but hidden states."""
@@ -125,9 +150,9 @@ class Cache:
         if not 0 <= first < self.num_windows(split):
             raise CacheRequestError(f"chunk {index}: the split {split} has {self.num_windows(split)} windows")
         parts = tuple(part for part in self.spec.parts if part.name in {"windows", "signals", "target"})
-        block = self._read_block(split, index, parts)
-        num_windows = min(self.spec.windows_per_chunk, self.num_windows(split) - first)
-        return self._gather([(block, row) for row in range(num_windows)], targets=True, hidden_layers=())
+        found = {index: self._read_block(split, index, parts)}
+        rows = np.arange(min(self.spec.windows_per_chunk, self.num_windows(split) - first))
+        return self._gather(found, np.full(len(rows), index), rows, targets=True, hidden_layers=())
 
     def mean_signals(self, split: SplitName, threads: int = 2) -> dict[str, np.ndarray]:
         """`teacher_entropy` and `label_log_prob` as means over each window of a split, in nats, (num_windows,).
@@ -163,6 +188,7 @@ class Cache:
         pacing: Pacing | None = None,
         rank: int = 0,
         world_size: int = 1,
+        windows_per_shard: int | None = None,
         drop_last: bool = True,
         targets: bool = True,
         hidden_layers: tuple[int, ...] = (),
@@ -170,84 +196,115 @@ class Cache:
     ) -> Iterator[WindowBatch]:
         """Batches of one epoch, shuffled by (seed, epoch); `seed=None` gives the stored order.
 
-        `batch_size` counts windows over all ranks; each of the `world_size` ranks gets its equal share of every batch,
-        so the order is the same at any world size. `first_batch` resumes in mid-epoch. With a pacing, windows that are
-        not yet seen are left out. With `drop_last=False` the last batch may be short. Only what is asked for is read
-        and decompressed, in `threads` threads, one shuffle buffer ahead: memory is at most three buffers of decoded
-        windows (64 chunks each, some 524,000 positions), whatever the size of the cache.
+        `batch_size` counts windows over all ranks; each of the `world_size` ranks gets its equal share of every batch
+        (see Deal), so the batches are the same at any world size. `first_batch` resumes in mid-epoch. With a pacing,
+        windows that are not yet seen are left out. `windows_per_shard`: in the order of another cache over the same
+        windows, of shards of that size. With `drop_last=False` the last batch may be short. Only what is asked for is
+        read and decompressed, in `threads` threads, one shuffle buffer ahead: memory is at most three buffers of
+        decoded windows (64 chunks each, some 524,000 positions), whatever the size of the cache.
         """
         if not 0 <= rank < world_size:
             raise CacheRequestError(f"rank {rank} is not below world_size {world_size}")
         if batch_size % world_size:
             raise CacheRequestError(f"batch_size {batch_size} is not a multiple of world_size {world_size}")
-        order = WindowOrder(self.num_windows(split), self.spec.windows_per_chunk, seed, epoch, pacing)
-        num_windows = order.num_windows
         parts = tuple(
             part
             for part in self.spec.parts
             if part.name == "windows" or (targets and part.name in {"signals", "target"})
         ) + self.spec.hidden_parts(hidden_layers)
-        end = num_windows // batch_size * batch_size if drop_last else num_windows
-        share = batch_size // world_size
-        rows: list[tuple[dict[str, np.ndarray], int]] = []
+        order = WindowOrder(
+            self.num_windows(split),
+            self.spec.windows_per_chunk,
+            windows_per_shard or self.spec.windows_per_shard,
+            seed,
+            epoch,
+            pacing,
+        )
+        batches = order.batches(Deal(batch_size, rank, world_size), first_batch, drop_last=drop_last)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="cache-decode")
         try:
-            for position, group, blocks in self._prefetched(pool, order, split, parts, first_batch * batch_size):
-                for offset, window in enumerate(group.windows.tolist()):
-                    place = position + offset
-                    if not first_batch * batch_size <= place < end or place % batch_size // share != rank:
-                        continue
-                    block, row = divmod(window, self.spec.windows_per_chunk)
-                    rows.append((blocks[block].result(), row))
-                    if len(rows) == share:
-                        yield self._gather(rows, targets, hidden_layers)
-                        rows = []
-            if rows:
-                yield self._gather(rows, targets, hidden_layers)
+            for coming in self._prefetched(pool, batches, split, parts):
+                for windows in coming.windows_MB:
+                    blocks, rows = np.divmod(windows, self.spec.windows_per_chunk)
+                    found = {block: coming.blocks[block].result()[block] for block in np.unique(blocks).tolist()}
+                    if len(windows):
+                        yield self._gather(found, blocks, rows, targets, hidden_layers)
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _prefetched(
-        self,
-        pool: ThreadPoolExecutor,
-        order: WindowOrder,
-        split: SplitName,
-        parts: tuple[Part, ...],
-        first_position: int,
-    ) -> Iterator[tuple[int, Group, dict[int, Future[dict[str, np.ndarray]]]]]:
-        ready: tuple[int, Group, dict[int, Future[dict[str, np.ndarray]]]] | None = None
-        for position, group in order.groups(first_position):
-            blocks = {block: pool.submit(self._read_block, split, block, parts) for block in group.blocks.tolist()}
-            if ready:
-                yield ready
-            ready = (position, group, blocks)
-        if ready:
-            yield ready
+        self, pool: ThreadPoolExecutor, batches: Iterator[np.ndarray], split: SplitName, parts: tuple[Part, ...]
+    ) -> Iterator[_Coming]:
+        """Batches with their blocks on the way: a shuffle buffer ahead, or more if little of each is wanted here."""
+        spec = self.spec
+        chunks_per_shard = spec.windows_per_shard // spec.windows_per_chunk
+        first = self._first_range[split]
+        groups_ahead = min(2 * chunks_per_shard, _MAX_GROUPS_AHEAD)  # those of two runs, one for each chunk of a shard
+        announced: deque[_Coming] = deque()
+        asked: deque[_Coming] = deque()
+        given: _Coming | None = None
+        while True:
+            for windows_MB in islice(batches, groups_ahead - len(announced)):
+                announced.append(_Coming(windows_MB, _in_order(windows_MB.ravel() // spec.windows_per_chunk)))
+            shards = (block // chunks_per_shard for coming in (*asked, *announced) for block in coming.block_numbers)
+            self._files.ahead([self._ranges[first + shard].name for shard in dict.fromkeys(shards)])
+            while announced and sum(len(coming.blocks) for coming in list(asked)[1:]) < BLOCKS_PER_GROUP:
+                before = asked[-1] if asked else given
+                coming = announced.popleft()
+                if before:  # the last batch of a group may want blocks of the one before
+                    coming.blocks.update((b, before.blocks[b]) for b in coming.block_numbers if b in before.blocks)
+                new = [block for block in coming.block_numbers if block not in coming.blocks]
+                for start in range(0, len(new), _BLOCKS_IN_STEP):
+                    some = new[start : start + _BLOCKS_IN_STEP]
+                    coming.blocks.update(dict.fromkeys(some, pool.submit(self._read_blocks, split, some, parts)))
+                asked.append(coming)
+            if not asked:
+                return
+            given = asked.popleft()
+            yield given
 
-    def _read_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> dict[str, np.ndarray]:
+    def _read_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> Arrays:
+        return self._read_blocks(split, [block], parts)[block]
+
+    def _read_blocks(self, split: SplitName, blocks: list[int], parts: tuple[Part, ...]) -> dict[int, Arrays]:
+        stored = [self._stored_block(split, block, parts) for block in blocks]
+        for part in parts:
+            if part.is_coded:
+                coder, payloads = self._coders[part.name], [block.arrays.pop(part.name)[0] for block in stored]
+                try:
+                    decoded = coder.decode_together(payloads, [block.place for block in stored])
+                except _DAMAGE:
+                    decoded = [self._decoded(part, *pair) for pair in zip(payloads, stored, strict=True)]
+                for block, arrays in zip(stored, decoded, strict=True):
+                    block.arrays.update(arrays)
+        return {number: block.arrays for number, block in zip(blocks, stored, strict=True)}
+
+    def _decoded(self, part: Part, payload: np.ndarray, block: _StoredBlock) -> Arrays:
+        """One block by itself, for an error that names it."""
+        try:
+            return self._coders[part.name].decode(payload, block.place)
+        except _DAMAGE as exc:
+            raise corrupt(f"{block.shard.path}: dataset {part.name}, chunk {block.chunk}", str(exc)) from exc
+
+    def _stored_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> _StoredBlock:
+        """Of coded parts the payloads, under their names."""
         spec = self.spec
         shard_index, chunk = divmod(block, spec.windows_per_shard // spec.windows_per_chunk)
         held = self._ranges[self._first_range[split] + shard_index]
         shard = self._shard(held)
         first = chunk * spec.windows_per_chunk
         num_windows = min(spec.windows_per_chunk, held.num_windows - first)
-        arrays: dict[str, np.ndarray] = {}
+        arrays: Arrays = {}
         counts = None
         if spec.is_masked:
             arrays[MASK_NAME] = shard.read_chunk(MASK_NAME, chunk) != 0
             counts = arrays[MASK_NAME][:num_windows]
-        place = Place(split, held.first_window + first, num_windows, spec.context_length, counts)
         for part in parts:
-            if part.name == MASK_NAME:
-                continue
-            if not part.is_coded:
-                arrays |= {array.name: shard.read_chunk(array.name, chunk) for array in part.arrays}
-                continue
-            try:
-                arrays |= self._coders[part.name].decode(shard.read_chunk(part.name, chunk)[0], place)
-            except (CacheCorruptError, ValueError, IndexError) as exc:
-                raise corrupt(f"{shard.path}: dataset {part.name}, chunk {chunk}", str(exc)) from exc
-        return arrays
+            if part.name != MASK_NAME:
+                names = [part.name] if part.is_coded else [array.name for array in part.arrays]
+                arrays |= {name: shard.read_chunk(name, chunk) for name in names}
+        place = Place(split, held.first_window + first, num_windows, spec.context_length, counts)
+        return _StoredBlock(shard, chunk, place, arrays)
 
     def _shard(self, shard: ShardRange) -> OpenShard:
         with self._lock:
@@ -260,18 +317,35 @@ class Cache:
             return self._open[shard.name]
 
     def _gather(
-        self, rows: list[tuple[dict[str, np.ndarray], int]], targets: bool, hidden_layers: tuple[int, ...]
+        self,
+        found: Mapping[int, Mapping[str, np.ndarray]],
+        blocks: np.ndarray,
+        rows: np.ndarray,
+        targets: bool,
+        hidden_layers: tuple[int, ...],
     ) -> WindowBatch:
+        """The windows at `rows` (B,) of `blocks` (B,)."""
+        sources = [(found[block], row) for block, row in zip(blocks.tolist(), rows.tolist(), strict=True)]
+
         def stack(name: str) -> np.ndarray:
-            return np.stack([block[name][row] for block, row in rows])
+            first = sources[0][0][name]
+            stacked = np.empty((len(sources), *first.shape[1:]), first.dtype)
+            for place, (arrays, row) in enumerate(sources):
+                stacked[place] = arrays[name][row]
+            return stacked
 
         signs = _SIGNAL_SIGNS if targets and self.spec.format_version > 1 else {}
         scaled_layers = hidden_layers if self.spec.hidden and self.spec.hidden.has_scales else ()
         return WindowBatch(
             input_ids=stack("input_ids"),
-            target={array.name: stack(array.name) for array in self.spec.target_part.arrays} if targets else {},
+            target={name: stack(name) for name in self._target_names} if targets else {},
             signals={name: stack(name) * np.float32(sign) for name, sign in signs.items()},
             hidden={layer: stack(f"hidden_{layer}") for layer in hidden_layers},
             hidden_scale={layer: stack(f"hidden_{layer}_scale") for layer in scaled_layers},
             mask=stack(MASK_NAME) if self.spec.is_masked else None,
         )
+
+
+def _in_order(values: np.ndarray) -> list[int]:
+    """Distinct values in the order in which they first come."""
+    return list(dict.fromkeys(values.tolist()))

@@ -128,7 +128,7 @@ def main(listed: Path) -> None:
     with joined_ranks() as ranks:
         ends = {name: ranks.gathered(do(job)) for name, job in jobs.items()}
         if ranks.is_first:
-            print(json.dumps(ends), flush=True)  # noqa: T201 - what the test reads
+            print(json.dumps(ends), flush=True)
         ranks.wait_for_all()
         sys.stderr.flush()
         os._exit(0)  # threads of gloo outlive groups that meshes hold, and may abort an interpreter that is being ended

@@ -43,7 +43,17 @@ def zigzag(values: np.ndarray) -> np.ndarray:
 
 def unzigzag(values: np.ndarray) -> np.ndarray:
     """The inverse of zigzag."""
-    return np.where(values & 1, -((values + 1) >> 1), values >> 1)
+    found: np.ndarray = (values >> 1) ^ -(values & 1)
+    return found
+
+
+def columns(num_rows: int, num_columns: int) -> np.ndarray:
+    """An array (rows, columns) int16 to be filled by columns, each of them contiguous.
+
+    A few elements stand between columns: at a stride of a power of two all would fall into one set of the processor's
+    cache, and turning them into rows would take eight times as long.
+    """
+    return np.empty((num_columns, num_rows + 32), np.int16)[:, :num_rows].T
 
 
 def pack_bits(values: np.ndarray, counts: np.ndarray) -> bytes:
@@ -61,14 +71,16 @@ def pack_bits(values: np.ndarray, counts: np.ndarray) -> bytes:
     return packed.astype(np.uint8)[: (total + 7) // 8].tobytes()
 
 
-def unpack_bits(packed: np.ndarray, first_bit: int, counts: np.ndarray) -> np.ndarray:
-    """The inverse of pack_bits from a bit offset on, int64; `packed` is uint8 with at least 8 bytes to spare."""
+def words_at_bytes(packed: np.ndarray) -> np.ndarray:
+    """The 8 bytes from each place of `packed` uint8 on as one integer, int64; less by 7 than there are bytes."""
+    eight = np.lib.stride_tricks.sliding_window_view(packed, 8)
+    return np.ascontiguousarray(eight).view("<i8")[:, 0]
+
+
+def unpack_bits(words: np.ndarray, first_bit: int, counts: np.ndarray) -> np.ndarray:
+    """The inverse of pack_bits from a bit offset on, int64; `words` as words_at_bytes gives them."""
     starts = first_bit + np.cumsum(counts) - counts
-    first_byte = starts >> 3
-    words = packed[first_byte].astype(np.int64)
-    for byte in range(1, 5):
-        words |= packed[first_byte + byte].astype(np.int64) << (8 * byte)
-    values: np.ndarray = (words >> (starts & 7)) & ((np.int64(1) << counts) - 1)
+    values: np.ndarray = (words[starts >> 3] >> (starts & 7)) & ((np.int64(1) << counts) - 1)
     return values
 
 

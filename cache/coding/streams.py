@@ -1,12 +1,15 @@
-"""The seam between what is coded and how: integers go into a sink by their model's name, and come from a source."""
+"""The seam between what is coded and how: integers go into a sink by their model's name, and come when asked for."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from cache.coding.frequencies import frequencies_from_counts
 from cache.coding.integers import tokens_of
+
+T = TypeVar("T")
 
 
 class Sink(Protocol):
@@ -17,12 +20,21 @@ class Sink(Protocol):
         ...
 
 
-class Source(Protocol):
-    """Gives back the integers that a sink took, in the same order."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The next `count` integers of the model `name`, each in its context, as `dtype`, which holds all of the model."""
 
-    def read(self, name: str, count: int, contexts: np.ndarray | int = 0) -> np.ndarray:
-        """The next `count` values, int64."""
-        ...
+    name: str
+    count: int
+    contexts: np.ndarray | int = 0
+    dtype: type[np.signedinteger] = np.int64
+
+
+Reading = Generator[Request, np.ndarray, T]
+"""Asks for the integers that a sink took, in the same order, is sent those of each call, and returns what they mean.
+
+A generator, so that readings of several chunks, which make the same calls, can be answered in step.
+"""
 
 
 class Histograms:

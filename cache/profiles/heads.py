@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache.arrays import ArraySpec, ids_dtype
 from cache.coding.integers import num_tokens, unzigzag, zigzag
-from cache.coding.streams import Sink, Source
+from cache.coding.streams import Reading, Request, Sink
 from cache.errors import CacheCorruptError, CacheRequestError
 
 GAP_STEP = 0.1
@@ -115,10 +115,10 @@ class RaggedIds:
         sink.write(name, self.ranks_E - before_E - 1, id_contexts(self.counts_N[position_E], place_E))
 
     @classmethod
-    def read(cls, name: str, source: Source, counts_N: np.ndarray) -> "RaggedIds":
+    def read(cls, name: str, counts_N: np.ndarray) -> Reading["RaggedIds"]:
         """The inverse of `write`."""
         position_E, place_E = places_of(counts_N)
-        steps_E = source.read(name, len(position_E), id_contexts(counts_N[position_E], place_E)) + 1
+        steps_E = (yield Request(name, len(position_E), id_contexts(counts_N[position_E], place_E))) + 1
         sums_E = np.cumsum(steps_E)
         first_N = np.cumsum(counts_N) - counts_N
         base_N = np.concatenate([[0], sums_E])[first_N]
@@ -193,18 +193,18 @@ class HeadCoder:
             for m, predicted_N, context_N in self._tail_predictions(steps_NM, count_context_N):
                 sink.write("tail", zigzag(steps_NM[:, m] - predicted_N), context_N)
 
-    def read(self, source: Source, num_positions: int) -> dict[str, np.ndarray]:
+    def read(self, num_positions: int) -> Reading[dict[str, np.ndarray]]:
         """The arrays, (N, ..)."""
-        counts_N = source.read("head_count", num_positions)
+        counts_N = yield Request("head_count", num_positions)
         smallest, largest = self._bounds
         if counts_N.min() < smallest or counts_N.max() > largest:
             raise CacheCorruptError(
                 f"holds heads of {counts_N.min()} to {counts_N.max()} entries, expected {smallest} to {largest}"
             )
-        ragged = RaggedIds.read("head_id", source, counts_N)
+        ragged = yield from RaggedIds.read("head_id", counts_N)
         position_E, place_E = places_of(counts_N)
         count_context_N = np.minimum(counts_N, _COUNT_CONTEXTS) - 1
-        gaps_E = source.read("head_gap", len(position_E), count_context_N[position_E])
+        gaps_E = yield Request("head_gap", len(position_E), count_context_N[position_E])
         arrays = {
             "head_count": counts_N.astype(np.uint8),
             "head_ids": padded(self._ids.ids(ragged.ranks_E), counts_N, position_E, place_E, self._max_entries),
@@ -213,7 +213,8 @@ class HeadCoder:
         if self._num_temperatures:
             steps_NM = np.zeros((num_positions, self._num_temperatures), np.int64)
             for m, predicted_N, context_N in self._tail_predictions(steps_NM, count_context_N):
-                steps_NM[:, m] = predicted_N + unzigzag(source.read("tail", num_positions, context_N))
+                coded_N = yield Request("tail", num_positions, context_N)
+                steps_NM[:, m] = predicted_N + unzigzag(coded_N)
             if np.abs(steps_NM).max() > _TAIL_BOUND:
                 raise CacheCorruptError(f"holds a tail beyond {TAIL_LIMIT} nats")
             log_mass_NM = (steps_NM * TAIL_STEP).astype("<f2")

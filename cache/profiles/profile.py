@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from cache.arrays import ArraySpec
-from cache.coding.streams import Sink, Source
+from cache.coding.streams import Reading, Sink
 
 NUM_LANES = 1024
 """Lanes of the entropy coder; their states take 4 bytes each in every chunk."""
@@ -131,9 +131,9 @@ class Coder(Protocol):
         """Code the arrays (N, ..) of the positions of `place`, at least one."""
         ...
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """The arrays (N, ..) of the positions of `place`, as they were given up to the profile's own rounding."""
         ...
 
 
-__all__ = ["NUM_LANES", "Coder", "Need", "Place", "Profile", "Sink", "Source", "TailTreatment"]
+__all__ = ["NUM_LANES", "Coder", "Need", "Place", "Profile", "Sink", "TailTreatment"]

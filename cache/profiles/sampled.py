@@ -12,7 +12,7 @@ from pydantic import Field
 
 from cache.arrays import ArraySpec, ids_dtype
 from cache.coding.integers import num_tokens
-from cache.coding.streams import Sink, Source
+from cache.coding.streams import Reading, Request, Sink
 from cache.errors import CacheCorruptError
 from cache.profiles.heads import IdRanks, RaggedIds, padded, places_of
 from cache.profiles.profile import Coder, Need, Place, Profile
@@ -106,20 +106,19 @@ class SampledCoder:
         coded_E = place_E < unique_N[position_E] - 1
         sink.write("draw_count", counts_E[coded_E] - 1, self._contexts(unique_N[position_E][coded_E]))
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """See Coder."""
-        unique_N = source.read("draw_unique", place.num_positions)
+        unique_N = yield Request("draw_unique", place.num_positions)
         if unique_N.min() < 1 or unique_N.max() > self._draws:
             raise CacheCorruptError(
                 f"holds {unique_N.min()} to {unique_N.max()} unique ids, expected 1 to {self._draws}"
             )
-        ragged = RaggedIds.read("draw_id", source, unique_N)
+        ragged = yield from RaggedIds.read("draw_id", unique_N)
         position_E, place_E = places_of(unique_N)
         coded_E = place_E < unique_N[position_E] - 1
         counts_E = np.zeros(len(position_E), np.int64)
-        counts_E[coded_E] = (
-            source.read("draw_count", int(coded_E.sum()), self._contexts(unique_N[position_E][coded_E])) + 1
-        )
+        contexts = self._contexts(unique_N[position_E][coded_E])
+        counts_E[coded_E] = (yield Request("draw_count", len(contexts), contexts)) + 1
         rest_N = self._draws - np.bincount(position_E, weights=counts_E, minlength=len(unique_N)).astype(np.int64)
         if (rest_N[unique_N > 0] < 1).any():
             raise CacheCorruptError(f"holds counts that sum to more than {self._draws} draws")

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from cache.arrays import ArraySpec
-from cache.coding.streams import Sink, Source
+from cache.coding.streams import Reading, Sink
 from cache.profiles.head_needs import unserved_by_head
 from cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
 from cache.profiles.profile import Coder, Need, Place, Profile, TailTreatment
@@ -95,6 +95,6 @@ class TopKCoder:
         del place
         self._heads.write(arrays, sink)
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """See Coder."""
-        return self._heads.read(source, place.num_positions)
+        return self._heads.read(place.num_positions)

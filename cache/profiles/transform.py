@@ -8,7 +8,7 @@ Zamir and Feder 1992, IEEE Trans. Inf. Theory 38(2)).
 Shapes: P windows, T positions, N positions that count, R coded coefficients, S basis vectors (S >= R), V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -16,10 +16,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from cache.arrays import ArraySpec
-from cache.coding.integers import num_tokens, unzigzag, zigzag
-from cache.coding.streams import Sink, Source
+from cache.coding.integers import columns, num_tokens, unzigzag, zigzag
+from cache.coding.streams import Reading, Request, Sink
 from cache.errors import CacheCorruptError
-from cache.profiles.dither import LEVELS, dither_bytes, dither_of
+from cache.profiles.dither import LEVELS, dither_bytes, dither_of, undithered
 from cache.profiles.head_needs import unserved_by_head
 from cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
 from cache.profiles.profile import Coder, Need, Place, Profile
@@ -112,26 +112,28 @@ class TransformCoder:
     def write(self, arrays: Mapping[str, np.ndarray], place: Place, sink: Sink) -> None:
         """See Coder. Rounds to even multiples of a step, dithered if the profile says so."""
         rank = self._profile.rank
-        levels_RN = self._dither(place)
-        scaled_RN = arrays["coefficients"].reshape(-1, rank).T.astype(np.float32)
-        dithered_RN = scaled_RN if levels_RN is None else scaled_RN + dither_of(levels_RN)
-        rounded_RN = np.rint(dithered_RN).clip(-LARGEST_COEFFICIENT, LARGEST_COEFFICIENT).astype(np.int64)
-        for k in range(rank):
-            sink.write("coefficient", zigzag(rounded_RN[k]), self._contexts(k, levels_RN))
+        levels_NR = self._dither(place)
+        scaled_NR = arrays["coefficients"].reshape(-1, rank).astype(np.float32)
+        dithered_NR = scaled_NR if levels_NR is None else scaled_NR + dither_of(levels_NR)
+        rounded_NR = np.rint(dithered_NR).clip(-LARGEST_COEFFICIENT, LARGEST_COEFFICIENT).astype(np.int64)
+        for values_N, contexts in zip(rounded_NR.T.copy(), self._contexts(levels_NR), strict=True):
+            sink.write("coefficient", zigzag(values_N), contexts)
         self._heads.write(arrays, sink)
 
-    def read(self, source: Source, place: Place) -> dict[str, np.ndarray]:
+    def read(self, place: Place) -> Reading[dict[str, np.ndarray]]:
         """See Coder."""
-        levels_RN = self._dither(place)
-        rounded_RN = np.empty((self._profile.rank, place.num_positions), np.int16)
+        levels_NR = self._dither(place)
+        contexts_R = self._contexts(levels_NR)
+        coded_NR = columns(place.num_positions, self._profile.rank)
         for k in range(self._profile.rank):
-            rounded_RN[k] = unzigzag(source.read("coefficient", place.num_positions, self._contexts(k, levels_RN)))
-        if np.abs(rounded_RN).max() > LARGEST_COEFFICIENT:
+            coded_NR[:, k] = yield Request("coefficient", place.num_positions, contexts_R[k], np.int16)
+        rounded_NR = unzigzag(np.ascontiguousarray(coded_NR))
+        if np.abs(rounded_NR).max() > LARGEST_COEFFICIENT:
             raise CacheCorruptError(f"holds a coefficient beyond {LARGEST_COEFFICIENT} steps")
-        values_RN = rounded_RN.astype(np.float32)
-        if levels_RN is not None:
-            values_RN -= dither_of(levels_RN)
-        return {"coefficients": values_RN.T.astype("<f2"), **self._heads.read(source, place.num_positions)}
+        head = yield from self._heads.read(place.num_positions)
+        if levels_NR is None:
+            return {"coefficients": rounded_NR.astype("<f2"), **head}
+        return {"coefficients": undithered(rounded_NR, levels_NR), **head}
 
     def _dither(self, place: Place) -> np.ndarray | None:
         if not self._profile.dither:
@@ -139,8 +141,12 @@ class TransformCoder:
         per_window = place.context_length * self._profile.rank
         levels = dither_bytes(self._profile.seed, place.split, place.first_window, place.num_windows, per_window)
         levels_PTR = levels.reshape(place.num_windows, place.context_length, self._profile.rank)
-        return np.ascontiguousarray(place.gathered(levels_PTR).T)
+        return place.gathered(levels_PTR)
 
-    @staticmethod
-    def _contexts(k: int, levels_RN: np.ndarray | None) -> np.ndarray | int:
-        return k if levels_RN is None else levels_RN[k] // (LEVELS // _DITHER_CONTEXTS) + np.int64(k * _DITHER_CONTEXTS)
+    def _contexts(self, levels_NR: np.ndarray | None) -> Sequence[np.ndarray | int]:
+        """Of every coefficient."""
+        rank = self._profile.rank
+        if levels_NR is None:
+            return range(rank)
+        first_R = _DITHER_CONTEXTS * np.arange(rank, dtype=np.uint32)
+        return list(np.ascontiguousarray(levels_NR.T) // (LEVELS // _DITHER_CONTEXTS) + first_R[:, None])

@@ -95,5 +95,6 @@ def online_source(config: DistillConfig, dump: DumpConfig, places: Places, devic
         teacher=teacher,
         temperature=dump.profile.temperature,
         max_train_windows=dump.max_train_windows,
+        shard_positions=dump.shard_positions,
         hidden_stride=dump.hidden.stride,
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cache.hashing import fingerprint_of
+from cache.layout import DEFAULT_SHARD_POSITIONS
 from cache.profiles.heads import HeadSize
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.sampled import SampledProfile
@@ -126,7 +127,7 @@ class DumpConfig(Section):
     max_train_windows: Annotated[
         int | None, Field(ge=1, description="windows of the train split that students see; none takes all")
     ] = None
-    shard_positions: Annotated[int, Field(ge=1, description="positions per shard, about")] = 2**17
+    shard_positions: Annotated[int, Field(ge=1, description="positions per shard, about")] = DEFAULT_SHARD_POSITIONS
     batch_windows: Annotated[int, Field(ge=1, description="windows per forward pass of the teacher")] = 16
     precision: Annotated[
         Literal["float32", "bfloat16"], Field(description="bfloat16: matrix products of the teacher under autocast")

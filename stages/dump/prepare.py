@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from cache import CacheCorruptError, CacheSpec, HiddenSpec, SplitName, SplitSpec
 from cache.calibration import Calibration
 from cache.hashing import fingerprint_of
-from cache.layout import TABLES_NAME, default_windows_per_chunk
+from cache.layout import TABLES_NAME, default_windows_per_chunk, windows_per_shard
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.spec import FORMAT_VERSION, MASKED_VERSION, AnyProfile, describe
 from cache.tables import load_calibration, load_tables, tables_image
@@ -217,7 +217,6 @@ def cache_spec(
 ) -> CacheSpec:
     """What the cache will declare, for the bytes of its tables."""
     per_chunk = default_windows_per_chunk(corpus.context_length)
-    chunks_per_shard = max(1, round(config.shard_positions / (per_chunk * corpus.context_length)))
     try:
         return CacheSpec(
             format_version=MASKED_VERSION if corpus.is_masked else FORMAT_VERSION,
@@ -228,7 +227,7 @@ def cache_spec(
             hidden=hidden,
             splits=dict(splits),
             windows_per_chunk=per_chunk,
-            windows_per_shard=chunks_per_shard * per_chunk,
+            windows_per_shard=windows_per_shard(corpus.context_length, config.shard_positions),
             teacher_fingerprint=teacher_fingerprint,
             tokenizer_fingerprint=corpus.tokenizer_sha256,
             tables_fingerprint=None if tables is None else hashlib.sha256(tables).hexdigest(),

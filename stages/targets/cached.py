@@ -22,8 +22,10 @@ class CachedSource:
 
     kind = "cached"
 
-    def __init__(self, cache: Cache, device: torch.device) -> None:
+    def __init__(self, cache: Cache, device: torch.device, windows_per_shard: int | None = None) -> None:
+        """`windows_per_shard`: in the order of another cache over the same windows, of shards of that size."""
         self._cache = cache
+        self._windows_per_shard = windows_per_shard or cache.spec.windows_per_shard
         self._device = device
         self.vocab_size = cache.spec.vocab_size
         self.end_of_text_id = cache.spec.end_of_text_id
@@ -73,7 +75,9 @@ class CachedSource:
     def order(self, split: SplitName, epoch: Epoch) -> WindowOrder:
         """The windows of an epoch in their order."""
         per_chunk = self._cache.spec.windows_per_chunk
-        return WindowOrder(self.num_windows(split), per_chunk, epoch.seed, epoch.number, epoch.pacing)
+        return WindowOrder(
+            self.num_windows(split), per_chunk, self._windows_per_shard, epoch.seed, epoch.number, epoch.pacing
+        )
 
     def mean_signals(self, split: SplitName) -> dict[str, np.ndarray]:
         """What the cache knows of each window at the teacher, as means; see Cache.mean_signals."""
@@ -92,6 +96,7 @@ class CachedSource:
             pacing=epoch.pacing,
             rank=epoch.ranks.rank,
             world_size=epoch.ranks.world_size,
+            windows_per_shard=self._windows_per_shard,
             drop_last=epoch.seed is not None,
             targets=signals.targets,
             hidden_layers=hidden.layers_to_read(layers) if hidden else layers,

@@ -56,7 +56,7 @@ class MixedSource(CachedSource):
         The caches were checked to hold the same windows in the same order, and targets that can be mixed.
         """
         super().__init__(cache, device)
-        self._others = [CachedSource(other, device) for other in others]
+        self._others = [CachedSource(other, device, cache.spec.windows_per_shard) for other in others]
         self._folders = [other.folder for other in others]
         self._shares = shares
         self._tail = tail

@@ -3,15 +3,19 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cache.hidden import HiddenOutput
-from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
-from cache.order import WindowOrder, share_of
+from cache.layout import (
+    DEFAULT_SHARD_POSITIONS,
+    TOKENIZER_NAME,
+    default_windows_per_chunk,
+    windows_per_shard,
+)
+from cache.order import Deal, WindowOrder
 from cache.parts import SIGNAL_STEP_NATS
 from cache.spec import SplitName
 from stages.data.tokenized import load_corpus, split_windows
@@ -34,10 +38,12 @@ class OnlineSource:
         teacher: LanguageModel | None = None,
         temperature: float = 1.0,
         max_train_windows: int | None = None,
+        shard_positions: int = DEFAULT_SHARD_POSITIONS,
         hidden_stride: int = 1,
     ) -> None:
         """`temperature` is what a loss or metric uses that names none; targets serve any.
 
+        `max_train_windows`, `shard_positions`: those of a cache, whose windows and order these are.
         `hidden_stride`: hidden states are given at every so many positions, as a cache would hold them.
         """
         self._corpus = load_corpus(data_folder)
@@ -52,6 +58,7 @@ class OnlineSource:
         self.context_length = self._corpus.context_length
         self.temperature = temperature
         self._hidden_stride = hidden_stride
+        self._shard_positions = shard_positions
         self.tokenizer_path = data_folder / TOKENIZER_NAME
 
     def state_width(self, output: HiddenOutput) -> int:
@@ -84,15 +91,17 @@ class OnlineSource:
     def order(self, split: SplitName, epoch: Epoch) -> WindowOrder:
         """The windows of an epoch in their order."""
         per_chunk = default_windows_per_chunk(self.context_length)
-        return WindowOrder(self.num_windows(split), per_chunk, epoch.seed, epoch.number, epoch.pacing)
+        per_shard = windows_per_shard(self.context_length, self._shard_positions)
+        return WindowOrder(self.num_windows(split), per_chunk, per_shard, epoch.seed, epoch.number, epoch.pacing)
 
     def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
         """See TargetSource."""
-        windows = self.order(split, epoch).windows(epoch.first_batch * batch_windows)
-        while batch := list(islice(windows, batch_windows)):
-            own = share_of(batch, epoch.ranks.rank, epoch.ranks.world_size)
-            if own and (epoch.seed is None or len(batch) == batch_windows):
-                yield self._batch(split, own, signals)
+        deal = Deal(batch_windows, epoch.ranks.rank, epoch.ranks.world_size)
+        drop_last = epoch.seed is not None
+        for batches in self.order(split, epoch).batches(deal, epoch.first_batch, drop_last=drop_last):
+            for windows in batches.tolist():
+                if windows:
+                    yield self._batch(split, windows, signals)
 
     def _batch(self, split: SplitName, windows: list[int], signals: Signals) -> TargetBatch:
         ids_BT1 = torch.from_numpy(self._windows[split].read(windows)).to(self._device, torch.int64)

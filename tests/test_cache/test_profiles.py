@@ -32,8 +32,9 @@ from cache import (
     open_cache,
 )
 from cache.coding.frequencies import Model
-from cache.coding.rans import Decoder, Encoder
+from cache.coding.rans import Decoder, Encoder, read_in_step
 from cache.hashing import sha256_of_file
+from cache.parts import PartCoder
 from cache.profiles.dither import dither_bytes, dither_of
 from cache.profiles.heads import GAP_GROWTH, GAP_STEP, TAIL_STEP, HeadSize, fit_tail_predictor, gap_grid, gap_indices
 from cache.profiles.profile import Place
@@ -52,7 +53,7 @@ def round_trip(
     models = {name: Model(tables[name]) for name in profile.models(vocab_size)}
     encoder = Encoder(models, 16)
     coder.write({name: place.gathered(array) for name, array in arrays.items()}, place, encoder)
-    found = coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)
+    found = read_in_step([Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16)], [coder.read(place)])[0]
     return {name: place.scattered(array) for name, array in found.items()}
 
 
@@ -62,6 +63,28 @@ def test_any_content_round_trips(name: str, seed: int, num_windows: int, context
     profile, place = PROFILES[name], Place("train", 3, num_windows, context_length)
     arrays = given_arrays(profile, place, seed)
     check(profile, arrays, round_trip(profile, arrays, place), place)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.sampled_from(sorted(PROFILES)), st.integers(0, 2**31), st.lists(st.integers(0, 60), min_size=1, max_size=5))
+def test_chunks_decoded_in_step_are_those_decoded_alone(name: str, seed: int, counted: list[int]) -> None:
+    """Masked ones, of more and fewer lanes, and empty ones too; 60 windows of 40 positions are two rounds and a rest."""
+    profile, whole = PROFILES[name], Place("train", 0, 60, 40)
+    generator = np.random.default_rng(seed)
+    tables = fitted_tables(profile, given_arrays(profile, whole, seed), whole)
+    spec = make_spec(60, 3, profile=profile, hidden=None, tables_fingerprint="0" * 64, context_length=40)
+    coder = PartCoder(spec.target_part, {f"target.{key}": table for key, table in tables.items()})
+    places = [whole] + [
+        Place("train", 60 * i, 60, 40, generator.random((60, 40)) < share / 60) for i, share in enumerate(counted)
+    ]
+    payloads = [
+        np.frombuffer(coder.encode(given_arrays(profile, place, seed + i), place), np.uint8)
+        for i, place in enumerate(places)
+    ]
+    together = coder.decode_together(payloads, places)
+    for payload, place, found in zip(payloads, places, together, strict=True):
+        for key, array in coder.decode(payload, place).items():
+            np.testing.assert_array_equal(found[key], array)
 
 
 @pytest.mark.parametrize("vocab_size", [9, 65_537, 150_000])
@@ -118,7 +141,7 @@ def test_dithered_coefficients_are_unbiased_and_plain_ones_are_not() -> None:
             encoder = Encoder(models, 16)
             coder.write(arrays, place, encoder)
             decoder = Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16)
-            total += place.scattered(coder.read(decoder, place)["coefficients"])
+            total += place.scattered(read_in_step([decoder], [coder.read(place)])[0]["coefficients"])
             if seed in (15, 255):
                 means[dither, seed + 1] = np.sqrt(np.mean((total / (seed + 1) - truth) ** 2))
     one_step = 12**-0.5
@@ -312,7 +335,7 @@ def test_integers_beyond_their_bounds_are_refused(kind: str, name: str, value: i
     encoder = Encoder(models, 16)
     coder.write(arrays, place, Lying(encoder, name, value))
     with pytest.raises(CacheCorruptError, match=message):
-        coder.read(Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16), place)
+        read_in_step([Decoder(models, np.frombuffer(encoder.finish(), np.uint8), 16)], [coder.read(place)])[0]
 
 
 def test_ids_by_rank_must_be_a_permutation() -> None:

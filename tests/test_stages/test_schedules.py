@@ -196,8 +196,8 @@ def test_a_paced_order_leaves_out_what_is_too_hard_yet(
 ) -> None:
     rank = np.random.default_rng(seed).permutation(num_windows)
     pacing = Pacing(rank, lambda batch: min(1.0, 0.2 + batch / 20), batch_windows, before)
-    plain = list(WindowOrder(num_windows, per_block, seed, 1).windows())
-    order = WindowOrder(num_windows, per_block, seed, 1, pacing)
+    plain = list(WindowOrder(num_windows, per_block, 3 * per_block, seed, 1).windows())
+    order = WindowOrder(num_windows, per_block, 3 * per_block, seed, 1, pacing)
     found = list(order.windows())
     assert found == paced_reference(plain, pacing, num_windows)
     assert order.num_windows == len(found)
@@ -205,7 +205,9 @@ def test_a_paced_order_leaves_out_what_is_too_hard_yet(
     assert list(order.windows(start)) == found[start:]
     for _, group in order.groups():
         assert set(group.blocks.tolist()) == {window // per_block for window in group.windows.tolist()}
-    whole = WindowOrder(num_windows, per_block, seed, 1, Pacing(rank, lambda _: 1.0, batch_windows, before))
+    whole = WindowOrder(
+        num_windows, per_block, 3 * per_block, seed, 1, Pacing(rank, lambda _: 1.0, batch_windows, before)
+    )
     assert list(whole.windows()) == plain
 
 
