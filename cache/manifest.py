@@ -15,12 +15,13 @@ from pydantic import (
 
 from cache.atomic import write_atomically
 from cache.calibration import Calibration
+from cache.copies import copy_in
 from cache.errors import CacheCorruptError, CacheMissingError
 from cache.hashing import canonical_json, fingerprint_of
 from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
 from cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
-_LARGEST_MANIFEST_BYTES = 256 * 2**20
+LARGEST_MANIFEST_BYTES = 256 * 2**20
 
 
 class _Strict(BaseModel):
@@ -100,11 +101,13 @@ def cache_fingerprint(folder: Path) -> str | None:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The checked manifest of a complete cache."""
+    """The checked manifest of a complete cache, brought from its URL first if the folder is a copy."""
+    if copy := copy_in(folder):
+        copy.refresh()
     path = folder / MANIFEST_NAME
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST_MANIFEST_BYTES + 1)
+            content = file.read(LARGEST_MANIFEST_BYTES + 1)
     except FileNotFoundError as exc:
         num_shards = len([p for p in folder.glob("*.h5") if SHARD_NAME.match(p.name)]) if folder.is_dir() else 0
         found = f"an unfinished cache of {num_shards} shards" if num_shards else "no cache"
@@ -112,8 +115,8 @@ def load_manifest(folder: Path) -> Manifest:
         raise CacheMissingError(
             f"{folder}: found {found}; run `tristill dump-logits` to make or finish it{lost}"
         ) from exc
-    if len(content) > _LARGEST_MANIFEST_BYTES:
-        raise CacheCorruptError(f"{path}: larger than {_LARGEST_MANIFEST_BYTES} bytes; this is no cache manifest")
+    if len(content) > LARGEST_MANIFEST_BYTES:
+        raise CacheCorruptError(f"{path}: larger than {LARGEST_MANIFEST_BYTES} bytes; this is no cache manifest")
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as exc:

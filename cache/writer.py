@@ -14,6 +14,7 @@ from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange,
 from cache.manifest import Manifest, ShardRecord, save_manifest
 from cache.parts import MASK_NAME, PartCoder, part_coders
 from cache.profiles.profile import Place
+from cache.remote import remote_copy
 from cache.shard import OpenShard, shard_image
 from cache.spec import CacheSpec
 from cache.tables import load_tables, stored_calibration
@@ -43,13 +44,21 @@ class CacheWriter:
         self.spec = spec
         self._compression_level = compression_level
         folder.mkdir(parents=True, exist_ok=True)
-        self._records: dict[str, ShardRecord] = {}
-        for shard in shard_ranges(spec):
+        copy = remote_copy(folder)
+        self._uploads = copy.uploads(spec) if copy else None
+        self._records: dict[str, ShardRecord] = dict(self._uploads.records) if self._uploads else {}
+        found = {}
+        for shard in self.missing_shards():
             if record := self._found_on_disk(shard):
-                self._records[shard.name] = record
-        self._write(folder / TOKENIZER_NAME, tokenizer_json)
-        if tables_image is not None:
-            self._write(folder / TABLES_NAME, tables_image)
+                found[shard.name] = record
+        self._records |= found
+        once = {TOKENIZER_NAME: tokenizer_json} | ({TABLES_NAME: tables_image} if tables_image is not None else {})
+        for name, content in once.items():
+            self._write(folder / name, content)
+        if self._uploads:
+            self._uploads.put_first(once)
+            for record in found.values():
+                self._uploads.put(record)
         self.tables = load_tables(folder, spec)
         self._coders = part_coders(spec, self.tables)
 
@@ -77,6 +86,8 @@ class CacheWriter:
             raise CacheRequestError(f"{self.folder}: {len(missing)} shards are not written yet: {names}")
         records = tuple(self._records[shard.name] for shard in shard_ranges(self.spec))
         manifest = Manifest(spec=self.spec, shards=records, calibration=stored_calibration(self.folder, self.spec))
+        if self._uploads:
+            self._uploads.commit(manifest)
         try:
             save_manifest(self.folder, manifest)
         except OSError as exc:
@@ -86,9 +97,14 @@ class CacheWriter:
     def commit(self, shard: ShardRange, frames: Mapping[str, list[bytes]]) -> None:
         """Put a finished shard on disk."""
         image = shard_image(self.spec, shard, frames, self._compression_level)
+        if self._uploads:
+            self._uploads.make_room(len(image))
         self._write(self.folder / shard.name, image)
         stored_bytes = {name: sum(map(len, parts)) for name, parts in frames.items()}
-        self._records[shard.name] = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
+        record = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
+        self._records[shard.name] = record
+        if self._uploads:
+            self._uploads.put(record)
 
     def coder(self, part: str) -> PartCoder:
         """The coder of a coded part."""

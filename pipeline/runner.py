@@ -30,6 +30,8 @@ _INTERRUPTED = 130
 
 def execute(step: Step, *, force: bool = False) -> None:
     """Build one step's artefact in this process: skip it if up to date, go on if partly done, refuse if stale."""
+    if force:
+        step.refuse_force()
     if force or not step.is_complete():
         _require_inputs(step)
     step.folder.mkdir(parents=True, exist_ok=True)

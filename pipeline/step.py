@@ -57,6 +57,9 @@ class Step(ABC):
         """Fingerprints of what it is made from, as far as that is here."""
         return fingerprints(self.needs)
 
+    def refuse_force(self) -> None:  # noqa: B027 - most can
+        """Raise StaleError if `--force` cannot build it anew."""
+
     def save_config(self) -> None:
         """Keep the config with the run."""
         save_config(self.workspace.config, self.workspace.run_dir / RUN_CONFIG_NAME)

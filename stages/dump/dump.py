@@ -15,6 +15,7 @@ from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest
 from cache.parts import MASK_NAME
+from cache.remote import remote_copy
 from cache.writer import ShardWriter
 from stages.data.tokenized import load_corpus, split_windows
 from stages.data.tokens import TokenWindows
@@ -42,6 +43,8 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
 
     Every shard is dumped on its own, so its bytes do not depend on what was there before.
     """
+    if copy := remote_copy(folder):
+        copy.bring_begun()
     device = pick_device(config.device)
     teacher = load_model(teacher_folder).to(device).eval()
     corpus = load_corpus(data_folder)
