@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cache.atomic import atomic_file
@@ -113,7 +113,8 @@ class FetchedShardFiles:
     def _fetch(self, record: ShardRecord, *, is_ahead: bool = False) -> None:
         name = record.name
         try:
-            with lock(self._folder, name):
+            # Names change under the room's lock too: whoever counts would miss a file that gets its own meanwhile.
+            with lock(self._folder, name), ExitStack() as until_named:
                 if self._is_here(record):
                     return
                 with atomic_file(self._folder / name) as file:
@@ -124,6 +125,9 @@ class FetchedShardFiles:
                                 raise _NoRoomError
                             file.truncate(record.file_bytes)  # seen by others as taken
                     self._store.fetch(name, record.file_bytes, record.sha256, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    until_named.enter_context(lock(self._folder, ROOM_LOCK))
                 with self._lock:
                     self._trusted[name] = _identity((self._folder / name).stat())
         except OSError as exc:

@@ -1,4 +1,4 @@
-"""A cache at a URL and its local copy: manifest, tables and tokenizer whole, of the shards as many as there is room for.
+"""A cache at a URL and its local copy: manifest, tables and tokenizer whole, and as many shards as there is room for.
 
 The URL is what counts: there is a cache if its manifest is there, and the folder only keeps what was fetched.
 """
@@ -63,8 +63,8 @@ class CacheCopy:
                 is_same = path.is_file() and path.read_bytes() == content
                 if not is_same and path.is_file() and not self._is_claimed():
                     raise CacheMismatchError(
-                        f"{self.folder}: holds another cache than {self.store.url}, and is no copy of it; set cache.dir "
-                        "to another folder, or remove the cache in this one yourself"
+                        f"{self.folder}: holds another cache than {self.store.url}, and is no copy of it; set "
+                        "cache.dir to another folder, or remove the cache in this one yourself"
                     )
                 self.claim()
                 spec = manifest.spec

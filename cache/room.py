@@ -12,7 +12,7 @@ Order = Callable[[str], int | None]
 
 
 def free_room(folder: Path, local_bytes: int, num_bytes: int, order: Order, own: str = "") -> bool:
-    """Remove shards until there is room for so many bytes more; whether there is. Hold ROOM_LOCK around it.
+    """Remove shards until there is room for so many bytes more; whether there is. ROOM_LOCK must be held.
 
     Of the shards that may go, those of the lowest `order` go first (None: never), of equals the least recently used. A
     shard that another process or thread is opening or fetching stays. What is fetched counts with its whole size from

@@ -1,4 +1,4 @@
-"""Files at a URL, through fsspec: sizes and reads are bounded, and what fails on the way is tried again, with bounds."""
+"""Files at a URL, through fsspec: reads are bounded, and what fails on the way is tried again, with bounds."""
 
 import errno
 import hashlib
@@ -242,7 +242,7 @@ def _open_system(url: str, patience: Patience) -> tuple[Any, str]:
     import fsspec
 
     scheme = url.split("://", maxsplit=1)[0]
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in {"s3", "s3a"}:
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         ours = {"connect_timeout": patience.timeout_s, "read_timeout": patience.timeout_s}
@@ -258,6 +258,7 @@ def _open_system(url: str, patience: Patience) -> tuple[Any, str]:
         raise CacheRequestError(f"{url}: fsspec knows no such place ({exc})") from exc
     if scheme in {"s3", "s3a"}:
         system.retries = 1  # ours are counted, and said
+        system.connect()  # takes a second or more, which is no request's
     return system, str(root).rstrip("/")
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -43,6 +44,20 @@ class S3:
         finally:
             self._proxy.plan = lambda method, path: None
 
+    def put(self, path: str, content: bytes) -> None:
+        """Put an object there; a path is that of a bucket and of a file in it."""
+        self.request("PUT", f"/{path}", content)
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files that lie directly in a folder of a bucket."""
+        bucket, prefix = folder.split("/", 1)
+        found = self.request("GET", f"/{bucket}?list-type=2&delimiter=/&prefix={prefix}/").decode()
+        return [key.removeprefix(f"{prefix}/") for key in re.findall(r"<Key>([^<]+)</Key>", found)]
+
+    def files(self, folder: str) -> dict[str, bytes]:
+        """Those files."""
+        return {name: self.request("GET", f"/{folder}/{name}") for name in self.names(folder)}
+
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """Straight to the server, past the proxy; signatures are not checked."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -58,8 +73,11 @@ class S3:
 class Proxy(ThreadingHTTPServer):
     daemon_threads = True
     plan: Plan = staticmethod(lambda method, path: None)  # type: ignore[assignment]
-    counts: Counter[str] = Counter()
     target_port = 0
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.counts: Counter[str] = Counter()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hung up is what tests are about."""
@@ -157,7 +175,7 @@ def s3_server() -> Iterator[S3]:
             break
         except OSError:
             time.sleep(0.1)
-    proxy = Proxy(("127.0.0.1", 0), _Handler)
+    proxy = Proxy()
     proxy.target_port = port
     thread = threading.Thread(target=proxy.serve_forever, daemon=True)
     thread.start()

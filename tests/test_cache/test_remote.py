@@ -9,12 +9,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from s3_server import S3, Fault, Plan
 
 from cache import (
     Cache,
@@ -28,11 +29,11 @@ from cache import (
     open_cache,
     verify_cache,
 )
-from cache.manifest import load_manifest
+from cache.locks import lock
 from cache.remote import keep_copy, remote_copy
+from cache.room import ROOM_LOCK
 from cache.store import Patience, Store, check_url
 from conftest import ENVIRONMENT, ROOT, TOKENIZER_JSON, make_spec, write_cache, write_shards
-from s3_server import S3, Fault, Plan
 
 QUICK = Patience(first_pause_s=0.01, timeout_s=1.0)
 SPEC = make_spec()
@@ -59,6 +60,11 @@ def upload(folder: Path, url: str) -> None:
     system, root = fsspec.core.url_to_fs(url)
     for path in folder.iterdir():
         system.pipe_file(f"{root}/{path.name}", path.read_bytes())
+
+
+def put_all(s3: S3, folder: Path, bucket: str) -> None:
+    for path in folder.iterdir():
+        s3.put(f"{bucket}/c/{path.name}", path.read_bytes())
 
 
 def copy_of(
@@ -88,14 +94,16 @@ def assert_streams_alike(found: Cache, expected: Cache, seed: int = 3) -> None:
 
 
 def held_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if ".h5" in path.name:
-            try:
-                total += path.stat().st_size
-            except FileNotFoundError:
-                continue
-    return total
+    """At one moment: a shard that gets its name while this looks counts once, and none goes or comes."""
+    sizes: dict[str, int] = {}
+    if not folder.is_dir():
+        return 0
+    with lock(folder, ROOM_LOCK):
+        for path in folder.iterdir():
+            if ".h5" in path.name:
+                with suppress(FileNotFoundError):
+                    sizes[path.name.removeprefix(".").removesuffix(".partial")] = path.stat().st_size
+    return sum(sizes.values())
 
 
 @contextmanager
@@ -137,13 +145,6 @@ def seeded_faults(seed: int, share: float) -> tuple[Plan, Counter[str]]:
             return kinds.pop()
 
     return plan, made
-
-
-def objects(s3: S3, bucket: str) -> dict[str, bytes]:
-    system, _ = fsspec.core.url_to_fs(f"s3://{bucket}", skip_instance_cache=True, use_listings_cache=False)
-    return {
-        name.split("/")[-1]: system.cat_file(name) for name in system.ls(f"{bucket}/c", detail=False) if "." in name
-    }
 
 
 def test_a_copy_reads_as_the_cache_itself_and_fetches_only_what_is_read(
@@ -239,7 +240,7 @@ def test_a_newer_cache_at_the_url_takes_the_place_of_the_copy_but_never_of_a_cac
     other = write_cache(tmp_path / "other", make_spec(splits=SPEC.splits, vocab_size=299))
     upload(other.folder, memory_url)
     assert_streams_alike(copy_of(memory_url, tmp_path / "copy"), other)
-    with pytest.raises(CacheMismatchError, match="holds another cache than memory://.*, and is no copy of it; set"):
+    with pytest.raises(CacheMismatchError, match=r"holds another cache than memory://.*, and is no copy of it; set"):
         copy_of(memory_url, local.folder)
     assert load_manifest_of(local.folder) == local.manifest.to_json().encode()
     assert_streams_alike(copy_of(memory_url, other.folder), other)  # the same cache may become a copy
@@ -317,7 +318,7 @@ def test_a_dump_and_a_reader_get_through_every_kind_of_failure(
     assert max(seen) <= bound
     assert made.keys() == set(_ALL_FAULTS)
     expected = {path.name: path.read_bytes() for path in local.folder.iterdir() if path.is_file()}
-    assert objects(s3, bucket) == expected
+    assert s3.files(f"{bucket}/c") == expected
     plan, made = seeded_faults(seed=8, share=0.4)
     with s3.faults(plan), watched(tmp_path / "copy") as seen:
         copy = copy_of(url, tmp_path / "copy", bound)
@@ -331,7 +332,7 @@ def test_a_dump_and_a_reader_get_through_every_kind_of_failure(
 def test_attempts_and_time_are_bounded_and_the_error_says_what_was_tried(
     local: Cache, s3: S3, bucket: str, tmp_path: Path, fault: Fault, named: str
 ) -> None:
-    upload(local.folder, f"s3://{bucket}/c")
+    put_all(s3, local.folder, bucket)
     told: list[str] = []
     patience = Patience(attempts=3, first_pause_s=0.01, timeout_s=0.3)
     copy = copy_of(f"s3://{bucket}/c", tmp_path / "copy", patience=patience, told=told)
@@ -359,16 +360,15 @@ def test_a_dump_that_failed_goes_on_with_what_has_arrived_even_on_another_machin
 ) -> None:
     url = f"s3://{bucket}/c"
     writer = write_to(url, tmp_path / "one", at_most=3)
-    records = f"s3://{bucket}/c/records"
-    wait_until(lambda: len(Store(records, print).list()) == 3)
+    wait_until(lambda: len(s3.names(f"{bucket}/c/records")) == 3)
     with pytest.raises(CacheMissingError, match="found an unfinished cache of 3 shards"):
         open_cache(writer.folder)
     with s3.faults(lambda method, path: None):
         put: list[str] = []
 
         def noted(method: str, path: str) -> None:
-            if method == "PUT" and path.split("?")[0].endswith(".h5"):
-                put.append(path.split("/")[-1].split("?")[0])
+            if method == "PUT" and path.split("?", maxsplit=1)[0].endswith(".h5"):
+                put.append(path.rsplit("/", maxsplit=1)[-1].split("?", maxsplit=1)[0])
 
         with s3.faults(noted):  # type: ignore[arg-type]
             second = write_to(url, tmp_path / "two")
@@ -384,25 +384,29 @@ def test_a_dump_that_failed_goes_on_with_what_has_arrived_even_on_another_machin
 def test_shards_with_a_record_of_another_spec_or_other_bytes_are_not_taken(s3: S3, bucket: str, tmp_path: Path) -> None:
     url = f"s3://{bucket}/c"
     write_to(url, tmp_path / "one", at_most=3)
-    wait_until(lambda: len(Store(f"{url}/records", print).list()) == 3)
-    s3.request("PUT", f"/{bucket}/c/train-00000.h5", b"x" * 10)
-    s3.request("PUT", f"/{bucket}/c/records/train-00001.h5.json", b"not a record")
+    wait_until(lambda: len(s3.names(f"{bucket}/c/records")) == 3)
+    s3.put(f"{bucket}/c/train-00000.h5", b"x" * 10)
+    s3.put(f"{bucket}/c/records/train-00001.h5.json", b"not a record")
     keep_copy(tmp_path / "two", url, None, print, QUICK)
     missing = CacheWriter(tmp_path / "two", SPEC, TOKENIZER_JSON).missing_shards()
     assert [shard.name for shard in missing][:3] == ["train-00000.h5", "train-00001.h5", "train-00003.h5"]
     keep_copy(tmp_path / "three", url, None, print, QUICK)
-    with pytest.raises(CacheMismatchError, match=r"a part of one: train-00002.h5 is recorded with another spec"):
+    with pytest.raises(CacheMismatchError, match=r"a part of one: train-0000..h5 is recorded with another spec"):
         CacheWriter(tmp_path / "three", make_spec(vocab_size=299), TOKENIZER_JSON)
 
 
 def test_an_upload_that_is_refused_stops_the_dump(s3: S3, bucket: str, tmp_path: Path) -> None:
     keep_copy(tmp_path / "one", f"s3://{bucket}/c", None, lambda _: None, Patience(attempts=2, first_pause_s=0.01))
     writer = CacheWriter(tmp_path / "one", SPEC, TOKENIZER_JSON)
-    with s3.faults(lambda method, path: "500" if method == "PUT" else None):  # noqa: SIM117
-        with pytest.raises(CacheStoreError, match=r"train-0000.\.h5: could not be written, tried 2 times"):
-            write_shards(writer)
-            writer.finish()
-    assert "cache.json" not in objects(s3, bucket)
+
+    def write() -> None:
+        write_shards(writer)
+        writer.finish()
+
+    refused = pytest.raises(CacheStoreError, match=r"train-0000.\.h5: could not be written, tried 2 times")
+    with s3.faults(lambda method, path: "500" if method == "PUT" else None), refused:
+        write()
+    assert "cache.json" not in s3.files(f"{bucket}/c")
 
 
 _READ = """
@@ -410,6 +414,7 @@ import hashlib, sys
 from pathlib import Path
 from cache import open_cache
 from cache.remote import keep_copy
+from cache.room import ROOM_LOCK
 from cache.store import Patience
 folder, url, bound, seed = sys.argv[1:]
 keep_copy(Path(folder), url, int(bound) or None, lambda text: print(text, file=sys.stderr), Patience(first_pause_s=0.01))
@@ -439,12 +444,12 @@ def digest_of(cache: Cache, seed: int) -> str:
 def test_two_processes_share_a_folder_and_fetch_each_shard_once(
     local: Cache, s3: S3, bucket: str, tmp_path: Path
 ) -> None:
-    upload(local.folder, f"s3://{bucket}/c")
+    put_all(s3, local.folder, bucket)
     got: Counter[str] = Counter()
 
     def noted(method: str, path: str) -> None:
         if method == "GET" and path.endswith(".h5"):
-            got[path.split("/")[-1]] += 1
+            got[path.rsplit("/", maxsplit=1)[-1]] += 1
 
     with s3.faults(noted):  # type: ignore[arg-type]
         processes = [reader(s3, tmp_path / "copy", f"s3://{bucket}/c", 0, seed) for seed in (1, 2)]
@@ -456,7 +461,7 @@ def test_two_processes_share_a_folder_and_fetch_each_shard_once(
 def test_two_processes_share_a_folder_with_less_room_than_they_read(
     local: Cache, s3: S3, bucket: str, tmp_path: Path
 ) -> None:
-    upload(local.folder, f"s3://{bucket}/c")
+    put_all(s3, local.folder, bucket)
     bound = 3 * max(shard_sizes(local).values())
     with watched(tmp_path / "copy") as seen:
         processes = [reader(s3, tmp_path / "copy", f"s3://{bucket}/c", bound, seed) for seed in (1, 2)]
@@ -468,13 +473,13 @@ def test_two_processes_share_a_folder_with_less_room_than_they_read(
 def test_a_reader_killed_in_mid_fetch_leaves_nothing_that_counts(
     local: Cache, s3: S3, bucket: str, tmp_path: Path
 ) -> None:
-    upload(local.folder, f"s3://{bucket}/c")
+    put_all(s3, local.folder, bucket)
     folder, bound = tmp_path / "copy", 3 * max(shard_sizes(local).values())
     with s3.faults(lambda method, path: "hang" if method == "GET" and path.endswith(".h5") else None):
         process = reader(s3, folder, f"s3://{bucket}/c", bound, 1)
         wait_until(lambda: list(folder.glob(".*.partial")) if folder.is_dir() else False)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     assert list(folder.glob(".*.partial"))
     assert not list(folder.glob("*.h5"))
     with watched(folder) as seen:
