@@ -181,9 +181,7 @@ class Store:
         while True:
             try:
                 return call()
-            except FileNotFoundError:
-                raise
-            except CacheRequestError:
+            except (FileNotFoundError, CacheRequestError):
                 raise
             except Exception as exc:  # every file system has kinds of its own
                 failures += 1
@@ -193,7 +191,7 @@ class Store:
                     raise CacheStoreError(
                         f"{self._named(name)}: could not be {what}, tried {failures} times in {elapsed_s:.0f} s; the "
                         f"last time {_said(exc)}; check the URL, the network and the credentials in the environment "
-                        "(docs/remote.md), then run the same command again: it goes on where it was"
+                        "(docs/remote.md), then run the same command again"
                     ) from exc
                 problem = _said(exc)
             self._pause(name, failures, problem)

@@ -102,7 +102,7 @@ def refuse_if_stale(step: Step) -> None:
     """Raise StaleError if the folder holds an artefact of other settings or inputs, or files that are not ours."""
     recorded = step.provenance()
     if recorded is None:
-        if step.is_complete():
+        if step.is_copy or step.is_complete():
             return  # a cache from elsewhere, without its record
         if foreign := _found(step, step.owned):
             raise StaleError(

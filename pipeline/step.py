@@ -57,6 +57,11 @@ class Step(ABC):
         """Fingerprints of what it is made from, as far as that is here."""
         return fingerprints(self.needs)
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether its folder only keeps what is at a URL, so that no record needs to be there."""
+        return False
+
     def refuse_force(self) -> None:  # noqa: B027 - most can
         """Raise StaleError if `--force` cannot build it anew."""
 

@@ -195,6 +195,11 @@ class DumpLogits(Step):
         copy = remote_copy(self.folder)
         return copy is None or not copy.lost_shards(opened.manifest)
 
+    @property
+    def is_copy(self) -> bool:
+        """See Step."""
+        return remote_copy(self.folder) is not None
+
     def refuse_force(self) -> None:
         """See Step; what is at a URL may be read by others."""
         copy = remote_copy(self.folder)

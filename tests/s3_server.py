@@ -17,7 +17,7 @@ from typing import Literal
 
 import pytest
 
-Fault = Literal["hang", "500", "503", "cut", "flip", "reset"]
+Fault = Literal["hang", "403", "500", "503", "cut", "flip", "reset"]
 Plan = Callable[[str, str], Fault | None]
 """What happens to a request of this method and path; None: it is served."""
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
@@ -100,8 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             self.close_connection = True
             return
-        if fault in {"500", "503"}:
-            code = {"500": "InternalError", "503": "SlowDown"}[fault]
+        if fault in {"403", "500", "503"}:
+            code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[fault]
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>made by the test</Message></Error>"
             self._answer(int(fault), [("Content-Type", "application/xml")], text.encode())
             return

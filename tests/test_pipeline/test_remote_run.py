@@ -1,0 +1,238 @@
+"""Runs whose cache or corpus is at a URL, by the command line, on a real S3 server."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from s3_server import S3
+
+from conftest import ENVIRONMENT, ROOT, Outcome
+
+CONFIG = ("--config", "configs/test.toml")
+SHARD = ".h5"
+
+
+def tristill(s3: S3, *arguments: str) -> Outcome:
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    environment = {**ENVIRONMENT, **s3.environment}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def started(s3: S3, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    environment = {**ENVIRONMENT, **s3.environment}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def cache_files(folder: Path) -> dict[str, bytes]:
+    names = {"cache.json", "tokenizer.json", "tables.h5"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == SHARD or path.name in names}
+
+
+def bound_of(cache: Path) -> int:
+    """Room for two shards, which is less than the cache."""
+    sizes = [path.stat().st_size for path in cache.glob("*-0*.h5")]
+    assert 2 * max(sizes) < sum(sizes)
+    return 2 * max(sizes)
+
+
+def without_cache(finished_run: Path, run: Path) -> tuple[str, ...]:
+    """Options of a run that has tokens and teacher of the finished one, and nothing else."""
+    run.mkdir()
+    for name in ("data", "teacher"):
+        shutil.copytree(finished_run / name, run / name)
+    return (*CONFIG, "--run-dir", str(run))
+
+
+@pytest.fixture
+def dumped(finished_run: Path, s3: S3, bucket: str) -> str:
+    """The URL of the finished run's cache."""
+    for name, content in cache_files(finished_run / "cache").items():
+        s3.put(f"{bucket}/c/{name}", content)
+    return f"s3://{bucket}/c"
+
+
+def test_a_dump_killed_twice_goes_on_elsewhere_and_a_student_of_the_url_is_that_of_the_folder(
+    finished_run: Path, s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    whole, bound = cache_files(finished_run / "cache"), bound_of(finished_run / "cache")
+    at_url = ("--set", f"cache.url=s3://{bucket}/c", "--set", f"cache.local_bytes={bound}")
+    puts: Counter[str] = Counter()
+
+    def noted(method: str, path: str) -> None:
+        if method == "PUT" and path.split("?", maxsplit=1)[0].endswith(SHARD):
+            puts[path.split("?", maxsplit=1)[0].rsplit("/", 1)[1]] += 1
+
+    with s3.faults(noted):  # type: ignore[arg-type]
+        for attempt in range(2):
+            options = without_cache(finished_run, tmp_path / f"run{attempt}")
+            process = started(s3, "dump-logits", *options, *at_url)
+            deadline = time.monotonic() + 100
+            while len(s3.names(f"{bucket}/c/records")) < 1 + attempt and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert "cache.json" not in s3.names(f"{bucket}/c")
+        arrived = [name.removesuffix(".json") for name in s3.names(f"{bucket}/c/records")]
+        before = dict(puts)
+        options = without_cache(finished_run, tmp_path / "run2")
+        outcome = tristill(s3, "dump-logits", *options, *at_url)
+    assert outcome.code == 0, outcome.stderr
+    assert s3.files(f"{bucket}/c") == whole
+    assert arrived
+    assert all(puts[name] == before[name] for name in arrived)
+    assert sum(path.stat().st_size for path in (tmp_path / "run2" / "cache").glob("*-0*.h5")) <= bound
+
+    outcome = tristill(s3, "dump-logits", *options, *at_url)
+    assert "up to date" in outcome.stderr
+    outcome = tristill(s3, "dump-logits", "--force", *options, *at_url)
+    assert outcome.code == 1
+    assert "--force deletes nothing at a URL" in outcome.stderr
+
+    elsewhere = (*CONFIG, "--run-dir", str(tmp_path / "elsewhere"))
+    outcome = tristill(s3, "distill", *elsewhere, *at_url)
+    assert outcome.code == 0, outcome.stderr
+    student, expected = tmp_path / "elsewhere" / "students" / "student", finished_run / "students" / "student"
+    assert (student / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    summaries = [json.loads((folder / "summary.json").read_bytes()) for folder in (student, expected)]
+    assert summaries[0]["fingerprints"] == summaries[1]["fingerprints"]
+    assert summaries[0]["validation"] == summaries[1]["validation"]
+    outcome = tristill(s3, "distill", *elsewhere, *at_url)
+    assert "up to date" in outcome.stderr
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_student_killed_while_it_fetches_goes_on_to_the_same_weights(
+    finished_run: Path, s3: S3, dumped: str, tmp_path: Path, kills: int
+) -> None:
+    bound = bound_of(finished_run / "cache")
+    options = (
+        *CONFIG,
+        "--run-dir",
+        str(tmp_path),
+        "--set",
+        f"cache.url={dumped}",
+        "--set",
+        f"cache.local_bytes={bound}",
+    )
+    generator = random.Random(5)
+    for _ in range(kills):
+        num_served = generator.randrange(1, 12)
+        with s3.faults(lambda method, path: None) as counts:
+            process = started(s3, "distill", *options)
+            while counts["served"] < num_served and process.poll() is None:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    outcome = tristill(s3, "distill", *options)
+    assert outcome.code == 0, outcome.stderr
+    name = "students/student/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (finished_run / name).read_bytes()
+    assert not list((tmp_path / "cache").glob(".*.partial"))
+
+
+def test_cache_commands_take_a_url(finished_run: Path, s3: S3, bucket: str, dumped: str) -> None:
+    outcome = tristill(s3, "cache", "info", "--json", dumped)
+    found, local = (
+        json.loads(text)
+        for text in (outcome.stdout, tristill(s3, "cache", "info", "--json", str(finished_run / "cache")).stdout)
+    )
+    assert found["folder"] == dumped
+    assert {name: found[name] for name in ("spec", "sample", "file_bytes")} == {
+        name: local[name] for name in ("spec", "sample", "file_bytes")
+    }
+    outcome = tristill(s3, "cache", "peek", "--no-color", dumped)
+    assert outcome.stdout == tristill(s3, "cache", "peek", "--no-color", str(finished_run / "cache")).stdout
+    outcome = tristill(s3, "cache", "verify", dumped)
+    assert (outcome.code, outcome.stdout) == (0, f"{dumped}: every byte is as it was written\n")
+
+    good = s3.request("GET", f"/{bucket}/c/train-00001.h5")
+    s3.put(f"{bucket}/c/train-00001.h5", good[:5000] + bytes([good[5000] ^ 4]) + good[5001:])
+    outcome = tristill(s3, "cache", "verify", dumped)
+    assert outcome.code == 1
+    assert outcome.stdout.startswith(f"{dumped}/train-00001.h5: fetched 3 times, and its SHA-256 was not")
+    outcome = tristill(s3, "cache", "repair", dumped)
+    assert "a cache at a URL is repaired by deleting there what" in outcome.stderr
+    s3.request("DELETE", f"/{bucket}/c/train-00001.h5")
+    options = (
+        *CONFIG,
+        "--run-dir",
+        str(finished_run),
+        "--set",
+        f"cache.url={dumped}",
+        "--set",
+        f"cache.dir={finished_run / 'other'}",
+    )
+    assert "dump-logits" in tristill(s3, "run", "--until", "dump-logits", "--dry-run", *options).stdout
+    outcome = tristill(s3, "dump-logits", *options)
+    assert outcome.code == 0, outcome.stderr
+    assert s3.request("GET", f"/{bucket}/c/train-00001.h5") == good
+
+
+def test_a_url_that_cannot_be_reached_is_said_and_is_not_taken_for_no_cache(s3: S3, tmp_path: Path) -> None:
+    options = (*CONFIG, "--run-dir", str(tmp_path), "--set", "cache.url=s3://bucket/c")
+    with s3.faults(lambda method, path: "403"):
+        outcome = tristill(s3, "distill", *options)
+    assert outcome.code == 1
+    assert "s3://bucket/c/cache.json: could not be looked at, tried 1 times in" in outcome.stderr
+    assert not (tmp_path / "students" / "student" / "model.safetensors").exists()
+    outcome = tristill(s3, "distill", *CONFIG, "--run-dir", str(tmp_path), "--set", "cache.url=s3://a:b@bucket/c")
+    assert outcome.code == 2
+    assert "cache.url: a URL with a user, password or signature" in outcome.stderr
+
+
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_a_corpus_at_a_url_gives_the_tokens_of_the_same_files_here(
+    s3: S3, bucket: str, tmp_path: Path, kind: str
+) -> None:
+    suffix = {"text": ".txt", "records": ".jsonl"}[kind]
+    generator = random.Random(1)
+    words = ["one", "two", "three", "four\n", "five", "\n\n"]
+    for number in range(12):
+        documents = [" ".join(generator.choices(words, k=400)) for _ in range(4)]
+        text = (
+            "\n".join(json.dumps({"text": document}) for document in documents)
+            if kind == "records"
+            else "".join(documents)
+        )
+        for name in (f"part {number}{suffix}", f"deep/part-{number}{suffix}"):
+            path = tmp_path / "corpus" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + name) if kind == "text" else path.write_text(text)
+            s3.put(f"{bucket}/corpus/{name.replace(' ', '%20')}", path.read_bytes())
+    seen = {}
+    faulty = iter([fault for kind in ("500", "cut", "reset", "503") for fault in (*[None] * 5, kind)] * 100)
+    for place in (str(tmp_path / "corpus"), f"s3://{bucket}/corpus"):
+        run = tmp_path / f"run{len(seen)}"
+        paths = json.dumps([f"{place}/deep/*-1*{suffix}", f"{place}/part*{suffix}"])
+        own = ("--set", f"data.source={{kind={kind!r}, paths={paths}}}", "--set", "data.validation_fraction=0.4")
+        with s3.faults(lambda method, path: next(faulty)):  # type: ignore[arg-type]
+            outcome = tristill(s3, "tokenize", *CONFIG, "--run-dir", str(run), *own)
+        assert outcome.code == 0, outcome.stderr
+        seen[place] = {
+            path.name: path.read_bytes() for path in (run / "data").iterdir() if path.name != "provenance.json"
+        }
+    here, there = seen.values()
+    assert here == there
+    assert len(here) == 4
+    assert "again in" in outcome.stderr
+    if kind == "records":
+        return
+    assert "up to date" in tristill(s3, "tokenize", *CONFIG, "--run-dir", str(run), *own).stderr
+    s3.put(f"{bucket}/corpus/deep/part-10{suffix}", b'{"text": "other"}')
+    outcome = tristill(s3, "tokenize", *CONFIG, "--run-dir", str(run), *own)
+    assert outcome.code == 1
+    assert "input corpus: was" in outcome.stderr
+    nothing = ("--set", f"data.source={{kind={kind!r}, paths=['s3://{bucket}/none/*']}}")
+    outcome = tristill(s3, "tokenize", *CONFIG, "--run-dir", str(tmp_path / "none"), *nothing)
+    assert f"s3://{bucket}/none/*: found no file there" in outcome.stderr
