@@ -144,7 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
-        self.wfile.write(content[:sent])
+        if self.command != "HEAD":
+            self.wfile.write(content[:sent])
         if sent is not None:
             self.wfile.flush()
             self.close_connection = True
