@@ -88,5 +88,5 @@ $(VENV)/.installed-sweep: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,sweep,report,tensorboard]'
+	$(BIN)/pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[dev,hf,gguf,sweep,report,tensorboard,remote]'
 	touch $@

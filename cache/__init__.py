@@ -10,6 +10,7 @@ from cache.errors import (
     CacheMismatchError,
     CacheMissingError,
     CacheRequestError,
+    CacheStoreError,
     CacheWriteError,
 )
 from cache.hidden import CodedLayer, Float16Hidden, HiddenSpec, Int8Hidden, Reduction, TransformHidden
@@ -32,6 +33,7 @@ __all__ = [
     "CacheMissingError",
     "CacheRequestError",
     "CacheSpec",
+    "CacheStoreError",
     "CacheWriteError",
     "CacheWriter",
     "CodedLayer",

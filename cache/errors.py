@@ -6,6 +6,7 @@ CacheError
     CacheMismatchError      a valid cache, but not the one that is wanted
     CacheRequestError       the cache does not hold, or cannot serve, what was asked of it
     CacheWriteError         the disk did not take the bytes
+    CacheStoreError         a URL refused, or did not answer as often as it was asked
 """
 
 
@@ -31,3 +32,7 @@ class CacheRequestError(CacheError):
 
 class CacheWriteError(CacheError):
     """The disk refused bytes; shards that were finished before are safe."""
+
+
+class CacheStoreError(CacheError):
+    """What is at a URL could not be read or written, after all attempts."""

@@ -15,13 +15,14 @@ from pydantic import (
 
 from cache.atomic import write_atomically
 from cache.calibration import Calibration
+from cache.copies import copy_in
 from cache.errors import CacheCorruptError, CacheMissingError
 from cache.hashing import canonical_json, fingerprint_of
 from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
 from cache.regular_file import IrregularFileError, read_regular
 from cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
-_LARGEST_MANIFEST_BYTES = 256 * 2**20
+LARGEST_MANIFEST_BYTES = 256 * 2**20
 
 
 class _Strict(BaseModel):
@@ -101,10 +102,12 @@ def cache_fingerprint(folder: Path) -> str | None:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The checked manifest of a complete cache."""
+    """The checked manifest of a complete cache, brought from its URL first if the folder is a copy."""
+    if copy := copy_in(folder):
+        copy.refresh()
     path = folder / MANIFEST_NAME
     try:
-        content = read_regular(path, _LARGEST_MANIFEST_BYTES)
+        content = read_regular(path, LARGEST_MANIFEST_BYTES)
     except FileNotFoundError as exc:
         num_shards = len([p for p in folder.glob("*.h5") if SHARD_NAME.match(p.name)]) if folder.is_dir() else 0
         found = f"an unfinished cache of {num_shards} shards" if num_shards else "no cache"

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
+from cache.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, CacheRequestError
 from cache.layout import TOKENIZER_NAME, ShardRange
 from cache.manifest import Manifest, load_manifest
 from cache.order import BLOCKS_PER_GROUP, Deal, Pacing, WindowOrder
 from cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
 from cache.profiles.profile import Place
 from cache.regular_file import IrregularFileError, sha256_of_regular_file
+from cache.remote import copied_from, remote_copy
 from cache.shard import OpenShard, corrupt
 from cache.shard_files import LocalShardFiles, ShardFiles
 from cache.spec import CacheSpec, SplitName
@@ -70,7 +71,10 @@ class _Coming:
 
 
 def open_cache(folder: Path | str) -> "Cache":
-    """The finished cache in `folder`; checks the manifest, every shard's presence and size, and the tokenizer."""
+    """The finished cache in `folder`; checks the manifest, every shard's presence and size, and the tokenizer.
+
+    Of a copy of a cache at a URL, shards are fetched and checked when they are needed.
+    """
     return Cache(Path(folder))
 
 
@@ -80,17 +84,23 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = load_manifest(folder)
-        self._files: ShardFiles = LocalShardFiles(folder)
+        copy = remote_copy(folder)
+        self._files: ShardFiles = copy.shard_files(self.manifest) if copy else LocalShardFiles(folder)
         self._ranges = self.manifest.ranges
         self._first_range = {shard.split: i for i, shard in reversed(list(enumerate(self._ranges)))}
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        for record in self.manifest.shards:
+        for record in () if copy else self.manifest.shards:
             path = folder / record.name
             if path.is_symlink():
                 raise corrupt(str(path), "is a link, not a regular file")
             found_bytes = path.lstat().st_size if path.exists() else None
             if found_bytes != record.file_bytes:
+                if found_bytes is None and (url := copied_from(folder)):
+                    raise CacheMissingError(
+                        f"{path}: is not here, as this folder is a local copy of {url}; set cache.url to that, or give "
+                        "it in place of the folder"
+                    )
                 what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
                 raise corrupt(str(path), f"{what}, expected {record.file_bytes} bytes")
         try:
@@ -130,6 +140,7 @@ class Cache:
 
     def close(self) -> None:
         """Close all shards; they are opened again when needed."""
+        self._files.close()
         with self._lock:
             for shard in self._open.values():
                 shard.close()
@@ -289,8 +300,7 @@ class Cache:
     def _stored_block(self, split: SplitName, block: int, parts: tuple[Part, ...]) -> _StoredBlock:
         """Of coded parts the payloads, under their names."""
         spec = self.spec
-        shard_index, chunk = divmod(block, spec.windows_per_shard // spec.windows_per_chunk)
-        held = self._ranges[self._first_range[split] + shard_index]
+        held, chunk = self._held_in(split, block), block % (spec.windows_per_shard // spec.windows_per_chunk)
         shard = self._shard(held)
         first = chunk * spec.windows_per_chunk
         num_windows = min(spec.windows_per_chunk, held.num_windows - first)
@@ -306,15 +316,27 @@ class Cache:
         place = Place(split, held.first_window + first, num_windows, spec.context_length, counts)
         return _StoredBlock(shard, chunk, place, arrays)
 
+    def _held_in(self, split: SplitName, block: int) -> ShardRange:
+        """The shard that a block of a split lies in."""
+        shard_index = block // (self.spec.windows_per_shard // self.spec.windows_per_chunk)
+        return self._ranges[self._first_range[split] + shard_index]
+
     def _shard(self, shard: ShardRange) -> OpenShard:
         with self._lock:
-            if shard.name not in self._open:
-                self._open[shard.name] = OpenShard(self._files.path(shard.name), self.spec, shard)
+            if found := self._open.get(shard.name):
+                self._open.move_to_end(shard.name)
+                return found
+        with self._files.held(shard.name) as path:  # may take long, while other threads read shards that are open
+            opened = OpenShard(path, self.spec, shard)
+        with self._lock:
+            found = self._open.setdefault(shard.name, opened)
             self._open.move_to_end(shard.name)
             # A shard falls out of the table while a thread may still read it: its descriptor closes with the object.
+            for name in [name for name, one in self._open.items() if one.is_removed]:
+                del self._open[name]  # else the disk would keep what was evicted
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
-            return self._open[shard.name]
+            return found
 
     def _gather(
         self,

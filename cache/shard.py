@@ -104,6 +104,11 @@ class OpenShard:
         if hasattr(self, "descriptor"):
             self.close()
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more; it can still be read."""
+        return os.fstat(self.descriptor).st_nlink == 0
+
     def stored_bytes(self, name: str) -> int:
         """Bytes of a dataset's compressed chunks."""
         return sum(chunk.num_bytes for chunk in self._chunks[name])

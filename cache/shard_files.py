@@ -1,6 +1,7 @@
 """Where the files of shards are: in the cache's folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -8,12 +9,16 @@ from typing import Protocol
 class ShardFiles(Protocol):
     """Gives a reader the files of shards by their names. Safe to use from several threads."""
 
-    def path(self, name: str) -> Path:
-        """The file of a shard on this machine; returns when it is there and may be opened."""
+    def held(self, name: str) -> AbstractContextManager[Path]:
+        """The file of a shard on this machine; it is there, and may be opened, while the block lasts."""
         ...
 
     def ahead(self, names: Sequence[str]) -> None:
-        """Shards that will be asked for, the soonest first; returns at once."""
+        """Shards that will be asked for, the soonest first, in place of those told before; returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Bring nothing more that was told ahead."""
         ...
 
 
@@ -23,9 +28,13 @@ class LocalShardFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def path(self, name: str) -> Path:
+    @contextmanager
+    def held(self, name: str) -> Iterator[Path]:
         """Its place in the folder."""
-        return self._folder / name
+        yield self._folder / name
 
     def ahead(self, names: Sequence[str]) -> None:
         """Nothing is to be done: they are here."""
+
+    def close(self) -> None:
+        """Nothing is to be done."""

@@ -10,6 +10,8 @@ from cache.errors import CacheCorruptError, CacheError, CacheMismatchError
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord, load_manifest
 from cache.regular_file import IrregularFileError, sha256_of_regular_file
+from cache.remote import remote_copy
+from cache.shard_files import LocalShardFiles, ShardFiles
 from cache.spec import CacheSpec
 from cache.tables import stored_calibration
 from cache.writer import verified_record
@@ -40,10 +42,12 @@ def verify_cache(folder: Path, on_shard: OnShard, workers: int | None = None) ->
 def find_damage(folder: Path, manifest: Manifest, on_shard: OnShard, workers: int | None = None) -> list[Damage]:
     """Every damaged file, in the order of the manifest, whatever the number of threads.
 
-    Every shard is hashed against the manifest and every frame decompressed. `on_shard` is told the size of each shard
-    when it and those before it are done.
+    Every shard is hashed against the manifest and every frame decompressed; it is fetched first if it is at a URL.
+    `on_shard` is told the size of each shard when it and those before it are done.
     """
-    found = checked_shards(folder, manifest.spec, on_shard, workers)
+    copy = remote_copy(folder)
+    files = copy.shard_files(manifest) if copy else None
+    found = checked_shards(folder, manifest.spec, on_shard, workers, files)
     damages = []
     for record, seen in zip(manifest.shards, found, strict=True):
         if isinstance(seen, CacheError):
@@ -56,25 +60,29 @@ def find_damage(folder: Path, manifest: Manifest, on_shard: OnShard, workers: in
 
 
 def checked_shards(
-    folder: Path, spec: CacheSpec, on_shard: OnShard, workers: int | None = None
+    folder: Path, spec: CacheSpec, on_shard: OnShard, workers: int | None = None, files: ShardFiles | None = None
 ) -> list[ShardRecord | CacheError]:
     """Of every shard that a spec declares, its record, or what is wrong with it: see verified_record.
 
-    In `workers` threads, as many as there are cores if None: hashing and decompression leave the interpreter free.
+    `files` says where they are, if not in the folder. In `workers` threads, as many as there are cores if None: hashing
+    and decompression leave the interpreter free.
     """
 
     def check(shard: ShardRange) -> ShardRecord | CacheError:
         try:
-            return verified_record(folder / shard.name, spec, shard)
+            with places.held(shard.name) as path:
+                sizes[shard.name] = path.lstat().st_size if os.path.lexists(path) else 0
+                return verified_record(path, spec, shard)
         except (CacheCorruptError, CacheMismatchError) as exc:
             return exc
 
+    places = files or LocalShardFiles(folder)
+    sizes: dict[str, int] = {}
     found = []
     with ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="cache-verify") as pool:
         for shard, seen in zip(shard_ranges(spec), pool.map(check, shard_ranges(spec)), strict=True):
             found.append(seen)
-            path = folder / shard.name
-            on_shard(path.lstat().st_size if os.path.lexists(path) else 0)
+            on_shard(sizes.get(shard.name, 0))
     return found
 
 

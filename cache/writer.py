@@ -15,6 +15,7 @@ from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange,
 from cache.manifest import Manifest, ShardRecord, save_manifest
 from cache.parts import MASK_NAME, PartCoder, part_coders
 from cache.profiles.profile import Place
+from cache.remote import remote_copy
 from cache.shard import OpenShard, shard_image
 from cache.spec import CacheSpec
 from cache.tables import load_tables, stored_calibration
@@ -48,12 +49,20 @@ class CacheWriter:
         self.spec = spec
         self._compression_level = compression_level
         folder.mkdir(parents=True, exist_ok=True)
-        self._records: dict[str, ShardRecord] = {}
-        self.take(found_shards(folder, spec, shard_ranges(spec)) if found is None else found)
-        if tokenizer_json is not None:
-            self._write(folder / TOKENIZER_NAME, tokenizer_json)
-        if tables_image is not None:
-            self._write(folder / TABLES_NAME, tables_image)
+        copy = remote_copy(folder)
+        self._uploads = copy.uploads(spec) if copy else None
+        self._records: dict[str, ShardRecord] = dict(self._uploads.records) if self._uploads else {}
+        here = found_shards(folder, spec, self.missing_shards()) if found is None else found
+        new = [record for record in here if record.name not in self._records]
+        self.take(new)
+        given = {TOKENIZER_NAME: tokenizer_json, TABLES_NAME: tables_image}
+        once = {name: content for name, content in given.items() if content is not None}
+        for name, content in once.items():
+            self._write(folder / name, content)
+        if self._uploads and once:
+            self._uploads.put_first(once)
+            for record in new:
+                self._uploads.put(record)
         self.tables = load_tables(folder, spec)
         self._coders = part_coders(spec, self.tables)
 
@@ -73,6 +82,11 @@ class CacheWriter:
         """A writer for the windows of one shard."""
         return ShardWriter(self, shard)
 
+    def settle(self) -> None:
+        """Return when all shards that were written here have arrived at the URL, if the folder is a copy."""
+        if self._uploads:
+            self._uploads.wait()
+
     def finish(self) -> Manifest:
         """Write the manifest. Raises CacheRequestError while shards are missing."""
         if missing := self.missing_shards():
@@ -80,6 +94,8 @@ class CacheWriter:
             raise CacheRequestError(f"{self.folder}: {len(missing)} shards are not written yet: {names}")
         records = tuple(self._records[shard.name] for shard in shard_ranges(self.spec))
         manifest = Manifest(spec=self.spec, shards=records, calibration=stored_calibration(self.folder, self.spec))
+        if self._uploads:
+            self._uploads.commit(manifest)
         try:
             save_manifest(self.folder, manifest)
         except OSError as exc:
@@ -89,9 +105,14 @@ class CacheWriter:
     def commit(self, shard: ShardRange, frames: Mapping[str, list[bytes]]) -> None:
         """Put a finished shard on disk."""
         image = shard_image(self.spec, shard, frames, self._compression_level)
+        if self._uploads:
+            self._uploads.make_room(len(image))
         self._write(self.folder / shard.name, image)
         stored_bytes = {name: sum(map(len, parts)) for name, parts in frames.items()}
-        self._records[shard.name] = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
+        record = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
+        self._records[shard.name] = record
+        if self._uploads:
+            self._uploads.put(record)
 
     def coder(self, part: str) -> PartCoder:
         """The coder of a coded part."""

@@ -9,6 +9,7 @@ from cache import CacheError, open_cache
 from cache.histograms import sample
 from cache.layout import TABLES_NAME
 from cache.manifest import load_manifest
+from cache.remote import named_place
 from pipeline.errors import StaleError
 from pipeline.provenance import PROVENANCE_NAME, read_provenance
 
@@ -29,7 +30,7 @@ def cache_info(folder: Path) -> dict[str, Any]:
     tables_bytes = tables.stat().st_size if spec.tables_fingerprint and tables.is_file() else 0
     file_bytes = sum(shard.file_bytes for shard in manifest.shards) + tables_bytes
     return {
-        "folder": str(folder),
+        "folder": named_place(folder),
         "shards": len(manifest.shards),
         "positions": {split: spec.num_positions(split) for split in sorted(spec.splits)},
         "windows_positions": {

@@ -6,6 +6,7 @@ from pathlib import Path
 from cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, CacheSpec
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.manifest import Manifest, load_manifest, save_manifest
+from cache.remote import remote_copy
 from cache.repair import lend_good_files, manifest_of_shards, restore_tokenizer, take_back
 from cache.spec import FORMAT_VERSION, MASKED_VERSION
 from cache.tables import stored_calibration
@@ -34,6 +35,11 @@ def repair_cache(folder: Path, run_of: RunOf, tell: Callable[[str], object]) -> 
         repaired.append(name)
         tell(f"{name}: {how}")
 
+    if copy := remote_copy(folder):
+        raise RepairError(
+            f"{copy.store.url}: a cache at a URL is repaired by deleting there what `tristill cache verify` says is "
+            "damaged, and running `tristill dump-logits` with this cache.url, which writes only what is missing"
+        )
     if not folder.is_dir():
         raise CacheMissingError(f"{folder}: found no cache; run `tristill dump-logits` to make one")
     with locked(folder):

@@ -12,7 +12,9 @@ import click
 from click.core import ParameterSource
 
 from cache import SplitName
-from cache.manifest import load_manifest
+from cache.manifest import cache_fingerprint, load_manifest
+from cache.remote import named_place
+from pipeline.cache_url import CacheFolder
 from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
 from pipeline.evaluate_command import evaluate, print_evaluation
 from pipeline.export_command import export
@@ -187,8 +189,8 @@ def cache() -> None:
 
 
 def cache_folder_options(command: _Command) -> _Command:
-    """A cache folder, or the config that names it."""
-    return click.argument("folder", required=False, type=click.Path(path_type=Path))(run_options(command))
+    """A cache folder or URL, or the config that names it."""
+    return click.argument("folder", required=False, type=CacheFolder())(run_options(command))
 
 
 @cache.command()
@@ -328,9 +330,9 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     for problem in problems:
         click.echo(problem)
     if problems:
-        say(f"{len(problems)} damaged files; `tristill cache repair {folder}` mends what can be mended")
+        say(f"{len(problems)} damaged files; `tristill cache repair {named_place(folder)}` mends what can be mended")
         raise click.exceptions.Exit(1)
-    click.echo(f"{folder}: every byte is as it was written")
+    click.echo(f"{named_place(folder)}: every byte is as it was written")
 
 
 @cache.command()
@@ -370,7 +372,7 @@ def _print_results(workspace: Workspace) -> None:
     click.echo(run_table(workspace))
     for name in workspace.config.link_names:
         folder = workspace.link(name).cache
-        if (folder / "cache.json").is_file():
+        if cache_fingerprint(folder) is not None:
             whose = f"cache of {name}" if name in workspace.config.stages else "cache"
             click.echo(f"{whose}: {cache_info(folder)['bytes_per_position']['on disk']:.1f} bytes/position on disk")
     say(f"students are in {workspace.run_dir / 'students'}")

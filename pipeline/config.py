@@ -103,7 +103,7 @@ class Config(Section):
         """
         plain = self.model_dump(mode="json", exclude={"stages", "variants"})
         if name in self.stages:
-            plain["cache"]["dir"] = None
+            plain["cache"]["dir"] = plain["cache"]["url"] = None
         merged = _merged(plain, self.stages.get(name) or self.variants.get(name, {}))
         before = self.teacher_of(name)
         if before is not None and merged["student"]["model"] is None:
@@ -220,16 +220,18 @@ def problems_of(plain: dict[str, Any]) -> Iterator[str]:
 
 
 def _shared_caches(plain: dict[str, Any]) -> Iterator[str]:
-    """Folders that two links of the chain name for their caches."""
+    """Folders and URLs that two links of the chain name for their caches."""
     stages = plain.get("stages")
     tables = {f"stages.{name}": stage for name, stage in stages.items()} if isinstance(stages, dict) else {}
     seen: dict[str, str] = {}
     for where, table in {**tables, "": plain}.items():
         cache = table.get("cache") if isinstance(table, dict) else None
-        folder = cache.get("dir") if isinstance(cache, dict) else None
-        key = f"{where}.cache.dir".lstrip(".")
-        if folder is not None and seen.setdefault(str(folder), key) != key:
-            yield f"{key}: found the folder of {seen[str(folder)]}; expected one of its own, as their teachers differ"
+        for name, what in (("dir", "folder"), ("url", "URL")):
+            place = cache.get(name) if isinstance(cache, dict) else None
+            key = f"{where}.cache.{name}".lstrip(".")
+            if place is not None and seen.setdefault(str(place), key) != key:
+                of = seen[str(place)]
+                yield f"{key}: found the {what} of {of}; expected one of its own, as their teachers differ"
 
 
 def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:

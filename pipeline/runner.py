@@ -55,6 +55,8 @@ def execute(step: Step, *, force: bool = False) -> None:
 
 def _begun(step: Step, held: ExitStack, *, force: bool, ranks: Ranks) -> "_Record | None":
     """The record of a build that begins now, in a folder that is held; None if there is nothing to build."""
+    if force:
+        step.refuse_force()
     if force or not step.is_complete():
         _require_inputs(step)
     step.folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +157,7 @@ def refuse_if_stale(step: Step) -> None:
     """Raise StaleError if the folder holds an artefact of other settings or inputs, or files that are not ours."""
     recorded = step.provenance()
     if recorded is None:
-        if step.is_complete():
+        if step.is_copy or step.is_complete():
             return  # a cache from elsewhere, without its record
         if foreign := _found(step, step.owned):
             raise StaleError(

@@ -60,6 +60,14 @@ class Step(ABC):
         """Fingerprints of what it is made from, as far as that is here."""
         return fingerprints(self.needs)
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether its folder only keeps what is at a URL, so that no record needs to be there."""
+        return False
+
+    def refuse_force(self) -> None:  # noqa: B027 - most can
+        """Raise StaleError if `--force` cannot build it anew."""
+
     def save_config(self) -> None:
         """Keep the config with the run."""
         save_config(self.workspace.config, self.workspace.run_dir / RUN_CONFIG_NAME)

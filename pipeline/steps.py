@@ -9,10 +9,12 @@ imported when a step builds, so that the command line answers without loading to
 from pathlib import Path
 from typing import Any
 
-from cache import CacheCorruptError, CacheError, CacheMissingError, open_cache
+from cache import CacheCorruptError, CacheError, CacheMissingError, CacheStoreError, open_cache
 from cache.hashing import sha256_of_file
 from cache.manifest import cache_fingerprint, load_manifest
+from cache.remote import remote_copy
 from pipeline.config import DEFAULT_STUDENT
+from pipeline.errors import StaleError
 from pipeline.step import Step, fingerprints, known
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.distill.watch import Watch
@@ -182,15 +184,30 @@ class DumpLogits(Step):
         return cache_fingerprint(self.folder)
 
     def is_complete(self) -> bool:
-        """Whether the manifest and every shard of its size are there, and no dump is at work on them."""
+        """Whether the manifest and every shard of its size are there, or at the URL, and no dump is at work on them."""
         provenance = self.provenance()
         if provenance and provenance.status == "building":
             return False
         try:
-            open_cache(self.folder)
+            opened = open_cache(self.folder)
         except (CacheMissingError, CacheCorruptError):
             return False
-        return True
+        copy = remote_copy(self.folder)
+        return copy is None or not copy.lost_shards(opened.manifest)
+
+    @property
+    def is_copy(self) -> bool:
+        """See Step."""
+        return remote_copy(self.folder) is not None
+
+    def refuse_force(self) -> None:
+        """See Step; what is at a URL may be read by others."""
+        copy = remote_copy(self.folder)
+        if copy is not None and copy.is_begun():
+            raise StaleError(
+                f"{copy.store.url}: --force deletes nothing at a URL; delete the cache there yourself, or set "
+                "cache.url to another place"
+            )
 
     def build(self) -> str:
         """Forward the teacher over the windows that are missing."""
@@ -298,6 +315,8 @@ class Distill(Step):
             return "cached"
         try:
             spec = load_manifest(self.workspace.cache).spec
+        except CacheStoreError:
+            raise
         except CacheError:
             recorded = self.provenance()
             return str(recorded.settings["distill"]["targets"]) if recorded else "online"

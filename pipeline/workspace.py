@@ -9,12 +9,14 @@ teacher of the next.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cache.remote import keep_copy
 from pipeline.config import DEFAULT_STUDENT, Config
 from pipeline.errors import ConfigError, MissingInputError
 from stages.data.config import SyntheticText
 from stages.models.description import CONFIG_NAME
 from stages.models.hub import find_model
 from stages.models.trust import trust_code_of
+from stages.progress import say
 
 RUN_CONFIG_NAME = "config.toml"
 
@@ -38,6 +40,12 @@ class Workspace:
             trusted = find_model(given, self.config.teacher.revision, download=False)
             if trusted is not None:
                 trust_code_of(trusted)
+        for name in self.config.link_names:
+            link = self.config.for_student(name)
+            keep_copy(self._cache_of(name), link.cache.url, link.cache.local_bytes, say)
+        for student in (*self.config.student_names, *self.config.stages):
+            for further in self.config.for_student(student).distill.caches:
+                keep_copy(further.dir, further.url, further.local_bytes, say)
         source = self.config.data.source
         if isinstance(source, SyntheticText) and source.model.expanduser().resolve().is_relative_to(
             self.run_dir.resolve()
@@ -73,9 +81,12 @@ class Workspace:
 
     @property
     def cache(self) -> Path:
-        """The cache of this link; that of a configured folder may be shared between runs."""
-        own = "caches/" + self.name if self.name in self.config.stages else "cache"
-        return self.config.for_student(self.name).cache.dir or self.run_dir / own
+        """The cache of this link, or its local copy; that of a configured folder may be shared between runs."""
+        return self._cache_of(self.name)
+
+    def _cache_of(self, name: str) -> Path:
+        own = "caches/" + name if name in self.config.stages else "cache"
+        return self.config.for_student(name).cache.dir or self.run_dir / own
 
     def student(self, name: str) -> Path:
         """One student."""

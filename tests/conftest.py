@@ -14,6 +14,8 @@ import pytest
 
 from cache import Cache, CacheSpec, CacheWriter, HiddenSpec, PlainTopKProfile, SplitSpec, open_cache
 
+pytest_plugins = ["s3_server"]
+
 ROOT = Path(__file__).resolve().parent.parent
 # Small runs beside other work: threads of torch that wait for one another would take most of the time.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

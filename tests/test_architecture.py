@@ -20,7 +20,7 @@ THIRD_PARTY = {
         "torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers",
         "accelerate", "gguf", "xllamacpp", "huggingface_hub",
     },
-    "cache": {"numpy", "h5py", "zstandard", "pydantic"},
+    "cache": {"fsspec", "numpy", "h5py", "zstandard", "pydantic"},
 }  # fmt: skip
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -11,7 +11,7 @@ _ONCE = ("steps", "warmup_steps", "second_phase", "log_every", "checkpoint_every
 
 
 def in_small(config: Config, steps: int | None = 3, log_every: int = 1, checkpoint_every: int = 2**31) -> Config:
-    """The config with so many steps in every training (None: as many as it has), and with caches in the run folder.
+    """The config with so many steps in every training (None: as many as it has), with caches in the run folder alone.
 
     What takes a number of steps from its own settings is shortened or left out: the warm-up of the learning rate to a
     tenth, its second phase and the warm-up of quantisation altogether. Caches of other runs are over other windows
@@ -31,6 +31,7 @@ def in_small(config: Config, steps: int | None = 3, log_every: int = 1, checkpoi
             _leave_out(section.get("student", {}), "quantize", "warmup", None)
     for section in (plain, *changes):
         _leave_out(section, "cache", "dir", None)
+        _leave_out(section, "cache", "url", None)
         _leave_out(section, "cache", "max_train_windows", None)
         _leave_out(section, "distill", "caches", ())
     return Config.model_validate(plain)

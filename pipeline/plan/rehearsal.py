@@ -18,7 +18,6 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from cache import CacheError
-from cache.layout import MANIFEST_NAME
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.plan.in_small import in_small, training_of
@@ -227,10 +226,10 @@ def _evaluation(step: Step) -> tuple[float, int]:
 
 def _validation_positions(workspace: Workspace) -> int:
     """Positions that a student is evaluated on: those of the cache, if there is one."""
-    from cache.manifest import load_manifest
+    from cache.manifest import cache_fingerprint, load_manifest
     from stages.data.tokenized import split_windows
 
-    if (workspace.cache / MANIFEST_NAME).is_file():
+    if cache_fingerprint(workspace.cache) is not None:
         return windows_positions(load_manifest(workspace.cache).spec)["validation"]
     windows = split_windows(workspace.data, "validation")
     return windows.num_windows * windows.context_length

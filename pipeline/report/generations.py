@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache import CacheError, open_cache
-from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
+from cache.layout import TOKENIZER_NAME
+from cache.manifest import cache_fingerprint
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Continuation, Missing, Prompt, Section, Text
 from stages.errors import StageError
@@ -86,7 +87,7 @@ def _held_out(run: Run) -> tuple[list[list[int]], Path]:
         end_of_text_id = load_corpus(run.workspace.data).end_of_text_id
         found = [windows.read([place])[0].tolist() for place in _places(windows.num_windows)]
         return _without_ends(found, end_of_text_id), run.workspace.data / TOKENIZER_NAME
-    if not (run.workspace.cache / MANIFEST_NAME).is_file():
+    if cache_fingerprint(run.workspace.cache) is None:
         return [], run.workspace.cache
     cache = open_cache(run.workspace.cache)
     try:

@@ -3,9 +3,25 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from cache.store import check_url
 from stages.settings import Section, neutral
+
+
+def _plain_urls(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(check_url(path) if "://" in path else path for path in paths)
+
+
+Paths = Annotated[
+    tuple[str, ...],
+    Field(
+        min_length=1,
+        description="files, folders (all files in them) and globs, of this machine (~ is expanded) or at URLs such as "
+        "s3://bucket/folder",
+    ),
+    AfterValidator(_plain_urls),
+]
 
 
 class PythonStdlib(Section):
@@ -21,9 +37,7 @@ class TextFiles(Section):
     """Text files in UTF-8."""
 
     kind: Annotated[Literal["text"], Field(description="this source")]
-    paths: Annotated[
-        tuple[str, ...], Field(min_length=1, description="files, folders (all files in them) and globs; ~ is expanded")
-    ]
+    paths: Paths
     documents: Annotated[
         Literal["file", "paragraph", "line"],
         Field(
@@ -58,9 +72,7 @@ class RecordFiles(_Rows):
     """Files of records: JSON lines (.jsonl, .json), Parquet (.parquet) and Arrow (.arrow), told by their suffixes."""
 
     kind: Annotated[Literal["records"], Field(description="this source")]
-    paths: Annotated[
-        tuple[str, ...], Field(min_length=1, description="files, folders (all files in them) and globs; ~ is expanded")
-    ]
+    paths: Paths
 
 
 class HuggingFaceDataset(_Rows):

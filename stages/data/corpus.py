@@ -2,7 +2,7 @@
 
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import datasets
 
 from stages.data.chat import ChatTemplate, Document
 from stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, RecordFiles, TextFiles
-from stages.data.files import corpus_files
+from stages.data.files import CorpusFile, corpus_files
+from stages.data.remote_files import brought_here
 from stages.errors import CorpusError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -22,18 +23,22 @@ def documents(source: PythonStdlib | TextFiles | RecordFiles | HuggingFaceDatase
     if isinstance(source, RecordFiles | HuggingFaceDataset):
         yield from _text_column(source)
         return
-    files = _readable(corpus_files(source))
     sample_by = _SAMPLE_BY[source.documents] if isinstance(source, TextFiles) else "document"
+    for files, url in brought_here(_readable(corpus_files(source))):
+        yield from _text_documents(files, url, sample_by)
+
+
+def _text_documents(files: list[Path], url: str | None, sample_by: str) -> Iterator[str]:
     try:
         names = [glob.escape(str(file)) for file in files]
         rows = datasets.load_dataset("text", data_files=names, sample_by=sample_by, split="train", streaming=True)
         yield from (row["text"] for row in rows if row["text"])
     except UnicodeDecodeError as exc:
         raise CorpusError(
-            f"{_first_not_utf8(files)}: is not UTF-8 text ({exc.reason}); convert it or leave it out"
+            f"{url or _first_not_utf8(files)}: is not UTF-8 text ({exc.reason}); convert it or leave it out"
         ) from exc
     except OSError as exc:
-        raise CorpusError(f"{exc.filename or 'corpus'}: cannot be read ({exc.strerror or exc})") from exc
+        raise CorpusError(f"{url or exc.filename or 'corpus'}: cannot be read ({exc.strerror or exc})") from exc
 
 
 def chats(source: RecordFiles | HuggingFaceDataset, template: ChatTemplate) -> Iterator[Document]:
@@ -96,10 +101,11 @@ def _rows(source: RecordFiles | HuggingFaceDataset) -> Iterator[tuple[str, dict[
             f"{odd[0]}: found a file with suffix {odd[0].suffix!r}, expected one of {sorted(_BUILDERS)}; correct "
             "data.source.paths, or read text with data.source.kind = 'text'"
         )
-    for file in files:
-        names = [glob.escape(str(file))]
-        rows = _loaded(str(file), _BUILDERS[file.suffix], data_files=names, split="train", streaming=True)
-        yield from ((str(file), row) for row in rows)
+    for batch, url in brought_here(files):
+        for file in batch:
+            names, where = [glob.escape(str(file))], url or str(file)
+            rows = _loaded(where, _BUILDERS[file.suffix], data_files=names, split="train", streaming=True)
+            yield from ((where, row) for row in rows)
 
 
 def _loaded(where: str, *arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
@@ -109,7 +115,7 @@ def _loaded(where: str, *arguments: Any, **options: Any) -> Iterator[dict[str, A
         raise CorpusError(f"{where}: cannot be loaded ({type(exc).__name__}: {exc})") from exc
 
 
-def _readable(files: list[Path]) -> list[Path]:
+def _readable(files: Sequence[CorpusFile]) -> Sequence[CorpusFile]:
     if odd := [file for file in files if "::" in str(file)]:
         raise CorpusError(f"{odd[0]}: a file name with '::' cannot be read by `datasets`; rename it")
     return files

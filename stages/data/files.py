@@ -2,11 +2,14 @@
 
 import glob
 import os
+import posixpath
 import sysconfig
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cache.hashing import fingerprint_of, sha256_of_file
+from cache.store import Patience
 from stages.data.config import (
     DataConfig,
     ExistingTokenizer,
@@ -16,6 +19,7 @@ from stages.data.config import (
     SyntheticText,
     TextFiles,
 )
+from stages.data.remote_files import IMPATIENT, RemoteFile, is_url, remote_files
 from stages.errors import CorpusError
 from stages.models.hub import find_model
 
@@ -23,27 +27,44 @@ _SMALL_CORPUS_BYTES = 64 * 2**20
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
-def corpus_files(source: PythonStdlib | TextFiles | RecordFiles) -> list[Path]:
-    """The files of a source, sorted by path. Raises CorpusError when a path leads to none."""
+CorpusFile = Path | RemoteFile
+
+
+def corpus_files(
+    source: PythonStdlib | TextFiles | RecordFiles, patience: Patience | None = None
+) -> Sequence[CorpusFile]:
+    """The files of a source, sorted by path, local ones first. Raises CorpusError when a path leads to none."""
     if isinstance(source, PythonStdlib):
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [path for path in root.rglob("*.py") if not _NOT_STDLIB & set(path.relative_to(root).parts)]
-        if not files:
+        found = [path for path in root.rglob("*.py") if not _NOT_STDLIB & set(path.relative_to(root).parts)]
+        if not found:
             raise CorpusError(
                 f"{root}: found no source files of the Python standard library; set data.source to other text"
             )
-        return sorted(files)
-    files = []
+        return sorted(found)
+    files: set[Path] = set()
+    at_urls: dict[str, RemoteFile] = {}
     for pattern in source.paths:
+        if is_url(pattern):
+            remote = remote_files(pattern, patience)
+            if not remote:
+                raise CorpusError(f"{pattern}: found no file there; data.source.paths takes files, folders and globs")
+            at_urls |= {file.url: file for file in remote}
+            continue
         expanded = Path(pattern).expanduser()
         if expanded.is_dir():
-            found = [path for path in expanded.rglob("*") if path.is_file()]
+            here = [path for path in expanded.rglob("*") if path.is_file()]
         else:
-            found = [Path(name) for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file()]  # noqa: PTH207
-        if not found:
+            here = [Path(name) for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file()]  # noqa: PTH207
+        if not here:
             raise CorpusError(f"{pattern}: found no file there; data.source.paths takes files, folders and globs")
-        files += found
-    return sorted(set(files))
+        files |= set(here)
+    return [*sorted(files), *sorted(at_urls.values(), key=lambda file: PurePosixPath(file.url))]
+
+
+def file_bytes(file: CorpusFile) -> int:
+    """Bytes of a file of a corpus."""
+    return file.stored.num_bytes if isinstance(file, RemoteFile) else file.stat().st_size
 
 
 def model_files(source: SyntheticText) -> list[Path]:
@@ -69,8 +90,9 @@ def corpus_signature(
 ) -> str | None:
     """A sign that files changed, without reading a large corpus; None when they are not on this machine.
 
-    A hash of names and content up to 64 MiB in all; of names, sizes and times beyond that. Names are relative to the
-    folder that all files share. The files of a synthetic corpus are its model and prompts.
+    A hash of names and content up to 64 MiB in all; of names, sizes and times beyond that. Of files at URLs, of names,
+    sizes and the version (ETag or time) that the store tells; None where it does not answer soon. Names are relative to
+    the folder that all files share. The files of a synthetic corpus are its model and prompts.
     """
     return None if isinstance(source, HuggingFaceDataset) else _files_signature(source)
 
@@ -90,7 +112,15 @@ def template_signature(config: DataConfig) -> str | None:
 @lru_cache
 def _files_signature(source: PythonStdlib | TextFiles | RecordFiles | SyntheticText) -> str | None:
     try:
-        files = model_files(source) if isinstance(source, SyntheticText) else corpus_files(source)
+        found = model_files(source) if isinstance(source, SyntheticText) else corpus_files(source, IMPATIENT)
+        files = [file for file in found if isinstance(file, Path)]
+        at_urls = [file for file in found if isinstance(file, RemoteFile)]
+        if at_urls:
+            folder = posixpath.commonpath([posixpath.dirname(file.url) for file in at_urls])
+            remote = [
+                [posixpath.relpath(file.url, folder), file.stored.num_bytes, file.stored.version] for file in at_urls
+            ]
+            return fingerprint_of([remote, [(str(file), sha256_of_file(file)) for file in files]])
         states = [file.stat() for file in files]
         shared = os.path.commonpath([file.parent for file in files])
         names = [os.path.relpath(file, shared) for file in files]

@@ -11,6 +11,7 @@ from cache.profiles.heads import HeadSize
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import Temperatures, TopKProfile
+from cache.store import check_url
 from stages.dump.ensemble_config import EnsembleMember
 from stages.dump.hidden_config import HiddenSettings
 from stages.settings import Section, neutral, normalised
@@ -103,6 +104,15 @@ class DumpConfig(Section):
     """What the teacher's knowledge is kept as, and where."""
 
     dir: Annotated[Path | None, neutral("folder of the cache; none is `cache` in the run folder")] = None
+    url: Annotated[
+        str | None,
+        neutral(
+            "where the cache is, such as s3://bucket/folder, of which `dir` is then the local copy; none: in `dir`"
+        ),
+    ] = None
+    local_bytes: Annotated[
+        int | None, neutral("bytes of shards kept in `dir` at most, where there is a `url`; none keeps all", ge=1)
+    ] = None
     profile: Annotated[ProfileSettings, Field(description="what is kept at each position")] = SampledProfile()
     fidelity: Annotated[
         FidelityConfig | None,
@@ -134,6 +144,11 @@ class DumpConfig(Section):
     ] = "float32"
     compression_level: Annotated[int, Field(ge=1, le=22, description="Zstandard level")] = 3
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
+
+    @field_validator("url")
+    @classmethod
+    def _url_is_plain(cls, url: str | None) -> str | None:
+        return url if url is None else check_url(url)
 
     @field_validator("hidden_layers")
     @classmethod

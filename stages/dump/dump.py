@@ -16,6 +16,7 @@ from cache.hashing import sha256_of_file
 from cache.layout import TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import ShardRecord
 from cache.parts import MASK_NAME
+from cache.remote import remote_copy
 from cache.writer import ShardWriter, found_shards
 from stages.data.tokenized import TokenizedCorpus, load_corpus, split_windows
 from stages.data.tokens import TokenWindows
@@ -53,6 +54,8 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     with ranks.agreeing(), _said(ranks, "calibration"):
         prepared = None
         if ranks.is_first:
+            if copy := remote_copy(folder):
+                copy.bring_begun()
             fingerprint = config.teacher_fingerprint(model_fingerprint(teacher_folder))
             assert fingerprint is not None, "all teachers were just loaded"
             prepared = prepare(config, given.corpus, given.teacher, fingerprint, given.windows, folder, given.ensemble)
@@ -73,6 +76,7 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     total = sum(spec.num_positions(split) for split in spec.splits)
     with shown_progress(ranks, folder, total, sum(sizes.values()), others) as advance:
         write_shards(writer, own, given.teacher, given.windows, config, advance, ensemble=given.ensemble)
+        writer.settle()
         records = _of_all(ranks, writer.records(own))
     finished = ""
     with ranks.agreeing():

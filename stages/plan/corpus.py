@@ -15,7 +15,7 @@ from stages.data.config import (
     TextFiles,
     TrainedTokenizer,
 )
-from stages.data.files import corpus_files
+from stages.data.files import corpus_files, file_bytes
 from stages.data.tokenized import load_corpus
 from stages.errors import CorpusError
 
@@ -60,7 +60,7 @@ def in_small(config: DataConfig, small_bytes: int = SMALL_BYTES) -> CorpusInSmal
     if isinstance(source, HuggingFaceDataset):
         return _limited(config, f"data set {source.path!r}")
     files = corpus_files(source)
-    sizes = [file.stat().st_size for file in files]
+    sizes = [file_bytes(file) for file in files]
     total = sum(sizes)
     if total <= small_bytes:
         return CorpusInSmall(config, is_whole=True, total_bytes=total)
