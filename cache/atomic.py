@@ -2,14 +2,19 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make durable what another library has written to a file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -22,7 +27,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     It is written as `.<name>.partial` in the same folder, flushed, synced and renamed. If the block raises, the
     partial file is removed and an earlier `path` is untouched. After a kill the partial file stays; the next write of
-    the same path replaces it. One process at a time may write a path.
+    the same path replaces it. One process at a time may write a path. An OSError that names no file, as that of a full
+    disk, names this one.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -31,8 +37,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as exc:
+        with suppress(OSError):  # as of a file system that can only be read, which is told already
+            partial.unlink(missing_ok=True)
+        if isinstance(exc, OSError) and exc.filename is None:
+            exc.filename = str(path)
         raise
     sync_folder(path.parent)
 

@@ -38,6 +38,7 @@ def execute(step: Step, *, force: bool = False) -> None:
             _clear(step)
         if step.is_complete():
             refuse_if_stale(step)
+            _remove(_found(step, step.scratch))  # which a kill may have left
             say(f"{step.label}: up to date in {step.folder}")
         else:
             build_held(step)
@@ -50,12 +51,15 @@ def build_held(step: Step, kept_s: float = 0.0) -> None:
     """
     refuse_if_stale(step)
     if step.is_complete():
+        _remove(_found(step, step.scratch))
         return
     started = time.monotonic()
     recorded = step.provenance()
     goes_on = recorded is not None and bool(_found(step, step.resumable))
     earlier_s, is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
     earlier_s = max(earlier_s, kept_s)
+    if recorded is not None and recorded.status == "building" and not goes_on:
+        _remove(_found(step, step.owned))  # it may be of other settings, and is not to be taken for this build's
     provenance = new_provenance(step.label, step.settings(), step.inputs())
     step.save_config()
     # As it is to be read if this process is killed: its own seconds are then unknown.
@@ -77,6 +81,7 @@ def build_held(step: Step, kept_s: float = 0.0) -> None:
         "is_resumed": not is_known,
     }
     write_provenance(step.folder, provenance.model_copy(update=done))
+    _remove(_found(step, step.scratch))  # not before: until then a kill loses nothing
 
 
 def _seconds_of(recorded: Provenance) -> tuple[float, bool]:
@@ -178,7 +183,11 @@ def _clear(step: Step) -> None:
     else:
         if recorded is None or recorded.step.split()[0] != step.command:
             return
-    for path in _found(step, (*step.owned, PROVENANCE_NAME)):
+    _remove(_found(step, (*step.owned, PROVENANCE_NAME)))
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -82,6 +82,7 @@ class Teacher(Step):
         ".*.partial",
     )
     resumable = ("checkpoints/step-*",)
+    scratch = ("checkpoints",)
 
     @property
     def folder(self) -> Path:
@@ -213,6 +214,7 @@ class Distill(Step):
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
     owned = (*Teacher.owned, "co_teacher")
     resumable = Teacher.resumable
+    scratch = Teacher.scratch
 
     def __init__(self, workspace: Workspace, name: str) -> None:
         super().__init__(workspace.link(name))

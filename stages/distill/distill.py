@@ -112,7 +112,6 @@ def distill(
         fingerprints={**inputs, "student": model_fingerprint(folder)},
     )
     write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
-    training.clear_checkpoints()
     return summary
 
 

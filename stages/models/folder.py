@@ -1,7 +1,6 @@
 """A model's folder: `config.json`, `model.safetensors`, `tokenizer.json`; a teacher's is a Hugging Face Llama."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_json.resolve() != (folder / TOKENIZER_NAME).resolve():
-        shutil.copyfile(tokenizer_json, folder / TOKENIZER_NAME)
+        write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     _write_json(folder / CONFIG_NAME, _description(model, context_length, end_of_text_id))

@@ -56,5 +56,4 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
         fingerprint=model_fingerprint(folder),
     )
     summary.save(folder)
-    training.clear_checkpoints()
     return summary

@@ -1,6 +1,5 @@
 """Checkpoints to resume from: safetensors and JSON in a folder that appears whole or not at all."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from cache.atomic import sync_folder
+from cache.atomic import sync_folder, write_atomically
 from stages.errors import CheckpointError
 from stages.models.folder import read_tensors
 
@@ -33,7 +32,8 @@ def save_checkpoint(folder: Path, progress: TrainingState, module: nn.Module, op
     """
     path = folder / f"step-{progress.step:08d}"
     partial = folder / f".step-{progress.step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob(".step-*.partial"):  # by a kill or a full disk, of any step: it takes room
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
     parameters = {id(parameter): name for name, parameter in module.named_parameters()}
     state = {
@@ -41,10 +41,9 @@ def save_checkpoint(folder: Path, progress: TrainingState, module: nn.Module, op
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    _write(partial / "module.safetensors", safetensors.torch.save(_own_tensors(module)))
-    _write(partial / "optimizer.safetensors", safetensors.torch.save({**state, _RNG: torch.get_rng_state()}))
-    _write(partial / "state.json", progress.model_dump_json().encode())
-    sync_folder(partial)
+    write_atomically(partial / "module.safetensors", safetensors.torch.save(_own_tensors(module)))
+    write_atomically(partial / "optimizer.safetensors", safetensors.torch.save({**state, _RNG: torch.get_rng_state()}))
+    write_atomically(partial / "state.json", progress.model_dump_json().encode())
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync_folder(folder)
@@ -102,10 +101,3 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter once, tied ones under their first name; and every buffer."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

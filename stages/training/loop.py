@@ -16,7 +16,7 @@ from stages.errors import DivergedError
 from stages.losses.term import LossValues
 from stages.progress import Progress
 from stages.resources import keep_freed_memory, peak_rss_mib
-from stages.training.checkpoint import TrainingState, clear_checkpoints, load_checkpoint, save_checkpoint
+from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.interrupt import deferred_interrupt
 from stages.training.metrics import MetricsLog
@@ -144,10 +144,6 @@ class Training(Generic[Batch]):
             peak_rss_mib=peak_rss_mib(),
             loss_terms=terms,
         )
-
-    def clear_checkpoints(self) -> None:
-        """Remove what `run` would resume from; to be called once its result is safe on disk."""
-        clear_checkpoints(self._folder / "checkpoints")
 
     def _step(
         self, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], info: StepInfo
