@@ -21,6 +21,11 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write and seek in, that appears as `path` when the block ends and never before.
@@ -30,7 +35,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     the same path replaces it. One process at a time may write a path. An OSError that names no file, as that of a full
     disk, names this one.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         with partial.open("wb") as file:
             yield file

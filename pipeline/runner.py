@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from cache.atomic import partial_of
 from pipeline.errors import ChildError, MissingInputError, StaleError
 from pipeline.provenance import (
     PROVENANCE_NAME,
@@ -107,7 +108,8 @@ def refuse_if_stale(step: Step) -> None:
     if recorded is None:
         if step.is_complete():
             return  # a cache from elsewhere, without its record
-        if foreign := _found(step, step.owned):
+        begun = partial_of(step.folder / PROVENANCE_NAME)  # all that is left by a kill before the first record
+        if foreign := [path for path in _found(step, step.owned) if path != begun]:
             raise StaleError(
                 f"{step.folder}: holds {foreign[0].name} but no {PROVENANCE_NAME}, so it was not made by "
                 f"`tristill {step.command}`; use another folder, or remove it yourself"

@@ -19,8 +19,8 @@ TIMED = {"elapsed_s", "earlier_s", "is_resumed", "peak_rss_mib", "positions_per_
 """Fields of JSON records that tell of times, speeds and memory: all that may differ from an uninterrupted run."""
 UNLIKE = {"study.db", "place"}
 """Optuna's data base holds dates; the place of a sweep is drawn at random. The students' numbers are in results.json."""
-_OPTIONS_OF_NO_NUMBERS = re.compile(r" --run-dir [^ \"]*| --force")
-_WORDS = "the a cat dog sat on mat and ran far red blue of to in it was who why how".split()
+_OPTIONS_OF_NO_NUMBERS = re.compile(r" --run-dir [^ \"]*| --force| --set [^ \"]*")
+_WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "far", "red", "blue", "of", "to", "in", "it", "was", "who", "why", "how"]
 _CONFIG = """
 [data]
 source = { kind = "text", paths = [CORPUS] }
@@ -118,9 +118,9 @@ class Runs:
         self.changes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
 
-    def run(self, run_dir: Path, *arguments: str, **how: Any) -> Ended:
+    def run(self, run_dir: Path, *arguments: str, commands: Commands | None = None, **how: Any) -> Ended:
         config = self._sweep if arguments[0] == "sweep" else self.config
-        return self.commands.run(*arguments, "--config", str(config), run_dir=run_dir, **how)
+        return (commands or self.commands).run(*arguments, "--config", str(config), run_dir=run_dir, **how)
 
     def finish_whole(self) -> None:
         """Every stage without an interruption; notes how many changes each makes, and how long it takes."""
@@ -147,7 +147,7 @@ class Runs:
 
 
 def _is_of(name: str, export_format: str) -> bool:
-    return export_format in name.split("/")[0]
+    return export_format in name.split("/", maxsplit=1)[0]
 
 
 def content(folder: Path) -> dict[str, Any]:

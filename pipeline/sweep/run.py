@@ -75,7 +75,7 @@ def _clear(sweep: SweepConfig, base: Base, *, take_over: bool) -> None:
         for folder in sorted(students.glob("*")):
             locks.enter_context(locked(folder))
         delete_study(sweep, base.name, base.folder, take_over=take_over)
-        for name_of_results in ("results.csv", "results.json"):
+        for name_of_results in ("results.json", "results.csv"):
             (base.folder / name_of_results).unlink(missing_ok=True)
         if students.is_dir():
             shutil.rmtree(students)

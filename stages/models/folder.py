@@ -125,7 +125,8 @@ def load_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
     try:
-        return safetensors.torch.load_file(path)
+        with path.open("rb"):  # the library says of every file that cannot be opened that it is not there
+            return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
 

@@ -41,9 +41,14 @@ def save_checkpoint(folder: Path, progress: TrainingState, module: nn.Module, op
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-    write_atomically(partial / "module.safetensors", safetensors.torch.save(_own_tensors(module)))
-    write_atomically(partial / "optimizer.safetensors", safetensors.torch.save({**state, _RNG: torch.get_rng_state()}))
-    write_atomically(partial / "state.json", progress.model_dump_json().encode())
+    state[_RNG] = torch.get_rng_state()
+    try:
+        write_atomically(partial / "module.safetensors", safetensors.torch.save(_own_tensors(module)))
+        write_atomically(partial / "optimizer.safetensors", safetensors.torch.save(state))
+        write_atomically(partial / "state.json", progress.model_dump_json().encode())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is wanted
+        raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync_folder(folder)

@@ -7,13 +7,12 @@ hits every commit window in turn, and a time drawn uniformly from what the stage
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from survival import STAGES, Runs, Stage, content, started_runs
+from survival import STAGES, Runs, Stage, content
 
 from pipeline.config import load_config
 from pipeline.step import Step
@@ -23,6 +22,7 @@ from pipeline.workspace import Workspace
 pytestmark = pytest.mark.alone
 
 SEED = 7
+RECORDS = {"provenance.json", "summary.json", "metrics.jsonl"}
 MANY = pytest.param(60, marks=pytest.mark.slow)
 
 
@@ -38,11 +38,6 @@ class Count:
 
     def tell(self) -> None:
         print(json.dumps(asdict(self)))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    yield from started_runs(tmp_path_factory.mktemp("survival"))
 
 
 def killed(runs: Runs, run_dir: Path, stage: Stage, count: Count, *options: str, **how: Any) -> bool:
@@ -114,8 +109,9 @@ def look_as_a_later_command(runs: Runs, run_dir: Path, stage: Stage) -> None:
         assert {name: found.get(name) for name in whole} == whole, "taken for finished, and is not"
     elif stage.guard:
         ended = runs.run(run_dir, *stage.guard)
-        if ended.code == 0:  # the model is there and whole, though not its record
-            assert found["model.safetensors"] == whole["model.safetensors"]
+        if ended.code == 0:  # all of it is there, but for its record
+            made = whole.keys() - RECORDS
+            assert {name: found.get(name) for name in made} == {name: whole[name] for name in made}
         else:
             assert ended.code == 1
             assert stage.refusal in ended.stderr, ended.stderr
@@ -142,13 +138,46 @@ def test_a_stage_that_is_killed_again_and_again_ends_as_one_that_was_not(
         runs.before(stage, run_dir)
         for _ in range(generator.randint(1, 4)):
             how: dict[str, Any] = {"kill_after_s": generator.uniform(0, 0.9 * runs.seconds[name])}
-            if generator.random() < 0.6:  # noqa: PLR2004
+            if generator.random() < 0.6:
                 how = {"kill_before_change": generator.randint(1, runs.changes[name])}
             if not killed(runs, run_dir, stage, count, **how):
                 break
         finish(runs, run_dir, stage, count)
     count.tell()
     assert count.under_way > num_kills // 3
+
+
+@pytest.mark.parametrize("name", ["teacher", "distill"])
+def test_a_training_that_is_killed_before_its_record_says_complete_is_not_done_again(
+    runs: Runs, tmp_path: Path, name: str
+) -> None:
+    stage, count = STAGES[name], Count(name)
+    run_dir = runs.before(stage, tmp_path / "run")
+    for number in range(runs.changes[name], 0, -1):
+        runs.before(stage, run_dir)
+        assert killed(runs, run_dir, stage, count, kill_before_change=number)
+        if not step_of(runs, run_dir, stage).is_complete():
+            break
+    assert (run_dir / stage.artefact / "summary.json").exists()
+    again = runs.run(run_dir, *stage.arguments)
+    assert again.code == 0, again.stderr
+    assert again.changes < runs.changes[name] // 2, "it went on from its last checkpoint"
+    assert runs.final(run_dir, stage) == runs.final(runs.whole, stage)
+
+
+def test_what_an_unfinished_build_of_other_settings_left_is_not_taken_for_this_one(runs: Runs, tmp_path: Path) -> None:
+    stage, count = STAGES["teacher"], Count("teacher")
+    run_dir = runs.before(stage, tmp_path / "run")
+    others = ("--set", "teacher.training.seed=5", "--set", "teacher.training.checkpoint_every=1000")
+    for number in range(runs.changes["teacher"]):
+        runs.run(run_dir, *stage.arguments, *others, kill_before_change=number + 1)
+        if (run_dir / "teacher" / "model.safetensors").exists():
+            break
+    assert not step_of(runs, run_dir, stage).is_complete()
+    ended = runs.run(run_dir, *stage.arguments, kill_before_change=runs.changes["teacher"] // 2)
+    assert ended.was_killed
+    assert not (run_dir / "teacher" / "model.safetensors").exists()
+    finish(runs, run_dir, stage, count)
 
 
 @pytest.mark.slow
