@@ -135,10 +135,8 @@ def _wait(child: int, kill_at_s: float | None) -> int:
 
 
 def _kill_group(child: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _be_the_command(request: Request, counter: mmap.mmap) -> None:
@@ -156,7 +154,7 @@ def _be_the_command(request: Request, counter: mmap.mmap) -> None:
         main()
     except SystemExit as exc:
         code = int(exc.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it was, it is shown
         import traceback
 
         traceback.print_exc()
@@ -193,9 +191,9 @@ def _count_changes(request: Request, counter: mmap.mmap) -> None:
     if request.counts_sql:
 
         def on_call(frame: Any, event: str, called: Any) -> None:
-            if event in {"c_call", "c_return"} and type(getattr(called, "__self__", None)).__module__ == "sqlite3":
-                if called.__name__ in {"execute", "commit"}:
-                    change()
+            is_call = event in {"c_call", "c_return"} and called.__name__ in {"execute", "commit"}
+            if is_call and type(called.__self__).__module__ == "sqlite3":
+                change()
 
         sys.setprofile(on_call)
 

@@ -20,7 +20,28 @@ TIMED = {"elapsed_s", "earlier_s", "is_resumed", "peak_rss_mib", "positions_per_
 UNLIKE = {"study.db", "place"}
 """Optuna's data base holds dates; the place of a sweep is drawn at random. The students' numbers are in results.json."""
 _OPTIONS_OF_NO_NUMBERS = re.compile(r" --run-dir [^ \"]*| --force| --set [^ \"]*")
-_WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "and", "ran", "far", "red", "blue", "of", "to", "in", "it", "was", "who", "why", "how"]
+_WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "on",
+    "mat",
+    "and",
+    "ran",
+    "far",
+    "red",
+    "blue",
+    "of",
+    "to",
+    "in",
+    "it",
+    "was",
+    "who",
+    "why",
+    "how",
+]
 _CONFIG = """
 [data]
 source = { kind = "text", paths = [CORPUS] }

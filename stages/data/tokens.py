@@ -99,7 +99,7 @@ class TokenWindows:
 
 
 class _TokenFile:
-    """Reads a `.npy` of ids part by part, with `pread`: a file that shrinks under a memory map would end the process."""
+    """Reads a `.npy` of ids part by part, with `pread`: one that shrinks under a memory map would end the process."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
