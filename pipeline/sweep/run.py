@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from cache.atomic import partial_of
 from cache.manifest import cache_fingerprint, load_manifest
 from pipeline.errors import BusyError
 from pipeline.provenance import locked, read_provenance
@@ -53,6 +54,7 @@ def run_sweep(sweep: SweepConfig, base: Base, *, force: bool = False, take_over:
     check_sweep(sweep, base)
     if force:
         _clear(sweep, base, take_over=take_over)
+    shutil.rmtree(_cleared(base), ignore_errors=True)  # now, or what an earlier one that was killed has left
     with open_study(sweep, base.name, base.folder, _identity(sweep, base), take_over=take_over) as study:
         return _Worker(sweep, base, study).run()
 
@@ -77,8 +79,14 @@ def _clear(sweep: SweepConfig, base: Base, *, take_over: bool) -> None:
         delete_study(sweep, base.name, base.folder, take_over=take_over)
         for name_of_results in ("results.json", "results.csv"):
             (base.folder / name_of_results).unlink(missing_ok=True)
+        shutil.rmtree(_cleared(base), ignore_errors=True)
         if students.is_dir():
-            shutil.rmtree(students)
+            students.rename(_cleared(base))  # in one step: no student is to be found that has lost some of its files
+
+
+def _cleared(base: Base) -> Path:
+    """Where students are that are being removed."""
+    return partial_of(base.folder / "students")
 
 
 class _Worker:

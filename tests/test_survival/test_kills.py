@@ -206,9 +206,12 @@ def test_a_rebuild_that_is_killed_as_it_clears_or_later_ends_as_the_first_build(
         run_dir = runs.before(stage, tmp_path / "run")
         shutil.copytree(runs.whole / stage.artefact, run_dir / stage.artefact)
         change = number + 2 if num_kills > 1 else generator.randint(2, 12)
-        assert killed(runs, run_dir, stage, count, "--force", kill_before_change=change)
+        was_killed = killed(runs, run_dir, stage, count, "--force", kill_before_change=change)
         finish(runs, run_dir, stage, count)
+        if not was_killed:
+            break
     count.tell()
+    assert count.kills >= min(num_kills, 15)
 
 
 @pytest.mark.parametrize("name", [pytest.param("export gguf", marks=pytest.mark.slow), "export hf"])
