@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,11 +12,21 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make durable what another library has written to a file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
@@ -25,9 +35,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     It is written as `.<name>.partial` in the same folder, flushed, synced and renamed. If the block raises, the
     partial file is removed and an earlier `path` is untouched. After a kill the partial file stays; the next write of
-    the same path replaces it. One process at a time may write a path.
+    the same path replaces it. One process at a time may write a path. An OSError that names no file, as that of a full
+    disk, names this one.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)
         with os.fdopen(os.open(partial, _NEW_FILE, 0o666), "wb") as file:
@@ -35,8 +46,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as exc:
+        with suppress(OSError):  # as of a file system that can only be read, which is told already
+            partial.unlink(missing_ok=True)
+        if isinstance(exc, OSError) and exc.filename is None:
+            exc.filename = str(path)
         raise
     sync_folder(path.parent)
 

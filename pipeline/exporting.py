@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from cache import open_cache
 from cache.atomic import sync_folder, write_atomically
@@ -154,12 +155,15 @@ def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], 
                 f"{one.path}: the export does not compute what {student.folder} does: {'; '.join(verdict.broken)}; "
                 f"{_what_to_do(student, one, verdict)}; nothing was kept"
             )
-        write_atomically(one.record, _record(student, one, partial, verdict))
+        record = _record(student, one, partial, verdict)
+        # While the record says `building` nothing vouches for what has the name, but it is known to be ours.
+        _write_record(one, record, "building")
         if one.path.is_dir():
             _remove(old)
             one.path.rename(old)
         partial.replace(one.path)
         sync_folder(one.path.parent)
+        _write_record(one, record, "complete")
         _remove(old)
     finally:
         _remove(partial)
@@ -204,12 +208,15 @@ def _write_and_check(student: Student, one: Wanted, partial: Path, text: HeldOut
     return check_folder(student, one.export_format, partial, text)
 
 
-def _record(student: Student, one: Wanted, written: Path, verdict: Verdict) -> bytes:
+def _write_record(one: Wanted, record: dict[str, Any], status: Literal["building", "complete"]) -> None:
+    write_atomically(one.record, (json.dumps({**record, "status": status}, indent=2) + "\n").encode())
+
+
+def _record(student: Student, one: Wanted, written: Path, verdict: Verdict) -> dict[str, Any]:
     settings = {"format": one.export_format, "type": one.ternary_type}
     record = new_provenance(_RECORD_STEP, settings, {"student": student.fingerprint})
     fingerprint = sha256_of_file(written) if written.is_file() else model_fingerprint(written)
-    complete = record.model_copy(update={"status": "complete", "fingerprint": fingerprint})
-    return (json.dumps({**complete.model_dump(), "verdict": asdict(verdict)}, indent=2) + "\n").encode()
+    return {**record.model_copy(update={"fingerprint": fingerprint}).model_dump(), "verdict": asdict(verdict)}
 
 
 def _refuse_to_replace(one: Wanted) -> None:

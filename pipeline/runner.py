@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from cache.atomic import partial_of
 from pipeline.errors import ChildError, MissingInputError, StaleError
 from pipeline.provenance import (
     PROVENANCE_NAME,
@@ -65,6 +66,7 @@ def _begun(step: Step, held: ExitStack, *, force: bool, ranks: Ranks) -> "_Recor
         _clear(step)
     refuse_if_stale(step)
     if step.is_complete():
+        _remove(_found(step, step.scratch))  # which a kill may have left
         say(f"{step.label}: up to date in {step.folder}")
         return None
     record = _Record(step)
@@ -79,7 +81,9 @@ def build_held(step: Step, kept_s: float = 0.0) -> None:
     kept_s: seconds that lie in what is gone on from, whatever the record knows of them.
     """
     refuse_if_stale(step)
-    if not step.is_complete():
+    if step.is_complete():
+        _remove(_found(step, step.scratch))
+    else:
         _build(step, _Record(step, kept_s))
 
 
@@ -104,6 +108,8 @@ class _Record:
         goes_on = recorded is not None and bool(_found(step, step.resumable))
         told_s, self._is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
         self._earlier_s = max(told_s, kept_s)
+        if recorded is not None and recorded.status == "building" and not goes_on:
+            _remove(_found(step, step.owned))  # it may be of other settings, and is not to be taken for this build's
         self._provenance = new_provenance(step.label, step.settings(), step.inputs())
         step.save_config()
         # As it is to be read if this process is killed: its own seconds are then unknown.
@@ -131,6 +137,7 @@ class _Record:
                 "is_resumed": not self._is_known,
             }
         )
+        _remove(_found(self._step, self._step.scratch))  # not before: until then a kill loses nothing
 
     def _write(self, update: dict[str, Any]) -> None:
         write_provenance(self._step.folder, self._provenance.model_copy(update=update))
@@ -159,7 +166,8 @@ def refuse_if_stale(step: Step) -> None:
     if recorded is None:
         if step.is_copy or step.is_complete():
             return  # a cache from elsewhere, without its record
-        if foreign := _found(step, step.owned):
+        begun = partial_of(step.folder / PROVENANCE_NAME)  # all that is left by a kill before the first record
+        if foreign := [path for path in _found(step, step.owned) if path != begun]:
             raise StaleError(
                 f"{step.folder}: holds {foreign[0].name} but no {PROVENANCE_NAME}, so it was not made by "
                 f"`tristill {step.command}`; use another folder, or remove it yourself"
@@ -244,7 +252,11 @@ def _clear(step: Step) -> None:
     else:
         if recorded is None or recorded.step.split()[0] != step.command:
             return
-    for path in _found(step, (*step.owned, PROVENANCE_NAME)):
+    _remove(_found(step, (*step.owned, PROVENANCE_NAME)))
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -24,6 +24,9 @@ class Step(ABC):
     resumable: ClassVar[tuple[str, ...]]
     """Patterns of what an unfinished build can go on from."""
 
+    scratch: ClassVar[tuple[str, ...]] = ()
+    """Patterns of what nobody needs once the artefact is complete."""
+
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.config = workspace.config.for_student(workspace.name)

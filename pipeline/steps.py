@@ -63,9 +63,11 @@ class Tokenize(Step):
 
     def build(self) -> str:
         """Write token files and tokenizer."""
+        from stages.data.files import refuse_changed_corpus
         from stages.data.tokenize import tokenize_corpus
 
-        return tokenize_corpus(self.config.data, self.folder).fingerprint
+        with refuse_changed_corpus(self.config.data.source):
+            return tokenize_corpus(self.config.data, self.folder).fingerprint
 
 
 class Teacher(Step):
@@ -84,6 +86,7 @@ class Teacher(Step):
         ".*.partial",
     )
     resumable = ("checkpoints/step-*",)
+    scratch = ("checkpoints",)
 
     @property
     def folder(self) -> Path:
@@ -227,6 +230,7 @@ class Distill(Step):
     products = ("config.json", "model.safetensors", "tokenizer.json", "summary.json")
     owned = (*Teacher.owned, "co_teacher")
     resumable = Teacher.resumable
+    scratch = Teacher.scratch
 
     def __init__(self, workspace: Workspace, name: str) -> None:
         super().__init__(workspace.link(name))
@@ -338,7 +342,10 @@ class Distill(Step):
         )
         device = pick_device(self.config.distill.training.device)
         depth = self.shape().layers
-        source = choose_source(self.config.distill, self.config.cache, depth, places, device)
+        config = self.config.distill
+        if self.targets() == "cached":  # as its record says: a cache that loses a file from now on is an error
+            config = config.model_copy(update={"targets": "cached"})
+        source = choose_source(config, self.config.cache, depth, places, device)
         summary = distill(
             self.config.distill,
             self.config.student,

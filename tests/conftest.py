@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from cache import Cache, CacheSpec, CacheWriter, HiddenSpec, PlainTopKProfile, SplitSpec, open_cache
+
+if TYPE_CHECKING:
+    from survival import Runs
 
 pytest_plugins = ["s3_server"]
 
@@ -118,6 +122,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert outcome.code == 0, outcome.stderr
     (run_dir / "stdout.txt").write_text(outcome.stdout)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Runs]":
+    """A run of every stage for the tests of kills and failing systems, and forked processes for more of them."""
+    from survival import started_runs
+
+    yield from started_runs(tmp_path_factory.mktemp("survival"))
 
 
 @pytest.fixture

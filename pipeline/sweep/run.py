@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from cache.atomic import partial_of
 from cache.manifest import cache_fingerprint, load_manifest
 from pipeline.errors import BusyError
 from pipeline.provenance import locked, read_provenance
@@ -53,6 +54,7 @@ def run_sweep(sweep: SweepConfig, base: Base, *, force: bool = False, take_over:
     check_sweep(sweep, base)
     if force:
         _clear(sweep, base, take_over=take_over)
+    shutil.rmtree(_cleared(base), ignore_errors=True)  # now, or what an earlier one that was killed has left
     with open_study(sweep, base.name, base.folder, _identity(sweep, base), take_over=take_over) as study:
         return _Worker(sweep, base, study).run()
 
@@ -75,9 +77,16 @@ def _clear(sweep: SweepConfig, base: Base, *, take_over: bool) -> None:
         for folder in sorted(students.glob("*")):
             locks.enter_context(locked(folder))
         delete_study(sweep, base.name, base.folder, take_over=take_over)
-        shutil.rmtree(students, ignore_errors=True)
-        for name_of_results in ("results.csv", "results.json"):
+        for name_of_results in ("results.json", "results.csv"):
             (base.folder / name_of_results).unlink(missing_ok=True)
+        shutil.rmtree(_cleared(base), ignore_errors=True)
+        if students.is_dir():
+            students.rename(_cleared(base))  # in one step: no student is to be found that has lost some of its files
+
+
+def _cleared(base: Base) -> Path:
+    """Where students are that are being removed."""
+    return partial_of(base.folder / "students")
 
 
 class _Worker:

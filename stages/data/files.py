@@ -4,7 +4,8 @@ import glob
 import os
 import posixpath
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -95,6 +96,23 @@ def corpus_signature(
     the folder that all files share. The files of a synthetic corpus are its model and prompts.
     """
     return None if isinstance(source, HuggingFaceDataset) else _files_signature(source)
+
+
+@contextmanager
+def refuse_changed_corpus(
+    source: PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset | SyntheticText,
+) -> Iterator[None]:
+    """Raises CorpusError after the block if the files of the corpus are others than before it."""
+    before = corpus_signature(source)
+    yield
+    if isinstance(source, HuggingFaceDataset):
+        return
+    _files_signature.cache_clear()
+    if corpus_signature(source) != before:
+        raise CorpusError(
+            f"the corpus ({source.kind}): its files changed while they were read; run `tristill tokenize` again once "
+            "they stay as they are"
+        )
 
 
 def template_signature(config: DataConfig) -> str | None:

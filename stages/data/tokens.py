@@ -1,5 +1,7 @@
-"""Token ids on disk: a one-dimensional `.npy`, written as a stream and read through a memory map."""
+"""Token ids on disk: a one-dimensional `.npy`, written as a stream and read window by window."""
 
+import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,8 @@ import numpy as np
 
 from cache.atomic import atomic_file
 from stages.errors import CorpusError
+
+_BLOCK_TOKENS = 2**22
 
 
 class TokenFileWriter:
@@ -53,9 +57,9 @@ class TokenWindows:
         self, path: Path, context_length: int, max_windows: int | None = None, mask_path: Path | None = None
     ) -> None:
         """`max_windows` keeps only the first ones. mask_path: which tokens count as labels; None if all do."""
-        self._tokens = _memory_map(path)
-        self._mask = None if mask_path is None else _memory_map(mask_path)
-        if self._mask is not None and self._mask.shape != self._tokens.shape:
+        self._tokens = _TokenFile(path)
+        self._mask = None if mask_path is None else _TokenFile(mask_path)
+        if self._mask is not None and len(self._mask) != len(self._tokens):
             raise CorpusError(
                 f"{mask_path}: found {len(self._mask)} tokens, expected {len(self._tokens)} as in {path}; run "
                 "`tristill tokenize` again"
@@ -72,27 +76,68 @@ class TokenWindows:
     def read(self, windows: list[int] | np.ndarray) -> np.ndarray:
         """The ids of these windows, (B, T + 1)."""
         size = self.context_length
-        return np.stack([self._tokens[window * size : window * size + size + 1] for window in windows])
+        return np.stack([self._tokens.read(int(window) * size, size + 1) for window in windows])
 
     def mask(self, windows: list[int] | np.ndarray) -> np.ndarray | None:
         """(B, T) bool: whether the position counts, its label being a token that does; None if all count."""
         if self._mask is None:
             return None
         size = self.context_length
-        return np.stack([self._mask[window * size + 1 : window * size + size + 1] != 0 for window in windows])
+        return np.stack([self._mask.read(int(window) * size + 1, size) != 0 for window in windows])
 
     def counts(self) -> np.ndarray:
         """How many positions of every window count, int64."""
         if self._mask is None:
             return np.full(self.num_windows, self.context_length)
-        labels = self._mask[1 : self.num_windows * self.context_length + 1]
-        counts: np.ndarray = labels.reshape(self.num_windows, self.context_length).sum(axis=1, dtype=np.int64)
-        return counts
+        size, counts = self.context_length, []
+        at_once = max(1, _BLOCK_TOKENS // size)
+        for first in range(0, self.num_windows, at_once):
+            num_windows = min(at_once, self.num_windows - first)
+            labels = self._mask.read(first * size + 1, num_windows * size)
+            counts.append(labels.reshape(num_windows, size).sum(axis=1, dtype=np.int64))
+        return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
 
-def _memory_map(path: Path) -> np.ndarray:
-    try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
-        raise CorpusError(f"{path}: cannot be read as token ids ({exc}); run `tristill tokenize` again") from exc
-    return found
+class _TokenFile:
+    """Reads a `.npy` of ids part by part, with `pread`: one that shrinks under a memory map would end the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                self._read_header(file)
+                self._descriptor = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._descriptor)
+        except (OSError, ValueError, EOFError) as exc:
+            raise self._refused(exc) from exc
+
+    def _read_header(self, file: BinaryIO) -> None:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"found .npy version {version}, expected (1, 0)")
+        shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
+        (self._num_tokens,) = shape
+        self._header_bytes = file.tell()
+        found, expected = file.seek(0, os.SEEK_END), self._offset(self._num_tokens)
+        if self._dtype.kind != "u" or found < expected:
+            raise ValueError(f"found {found} bytes of {self._dtype}, expected {expected} of unsigned integers")
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """The ids from `first` on. Raises CorpusError if the file has become shorter."""
+        wanted = count * self._dtype.itemsize
+        try:
+            found = os.pread(self._descriptor, wanted, self._offset(first))
+        except OSError as exc:
+            raise self._refused(exc) from exc
+        if len(found) != wanted:
+            raise self._refused(f"found {len(found)} bytes at {self._offset(first)}, expected {wanted}")
+        return np.frombuffer(found, self._dtype)
+
+    def _offset(self, token: int) -> int:
+        return self._header_bytes + token * self._dtype.itemsize
+
+    def _refused(self, why: object) -> CorpusError:
+        return CorpusError(f"{self._path}: cannot be read as token ids ({why}); run `tristill tokenize` again")

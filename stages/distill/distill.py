@@ -127,7 +127,6 @@ def distill(
     )
     if ranks.is_first:
         write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
-    training.clear_checkpoints()
     return summary
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,15 @@ def write_gguf(
             os.fsync(file.fileno())
         writer.close()
         partial.replace(path)
-    except BaseException:
-        writer.close()
+    except BaseException as exc:
+        with suppress(OSError):  # of what is still to be written
+            writer.close()
         partial.unlink(missing_ok=True)
+        if isinstance(exc, OSError) and exc.errno is None:  # numpy counts what it could not write, and says no more
+            raise ExportError(
+                f"{path}: could not be written whole ({exc}), as on a full disk; free some space and run the same "
+                "command again"
+            ) from exc
         raise
     sync_folder(path.parent)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cache.atomic import write_atomically
+from cache.atomic import sync_file, write_atomically
 from stages.data.tokenizer import load_tokenizer
 from stages.errors import ExportError
 from stages.models.description import TOKENIZER_NAME
@@ -25,6 +25,8 @@ def write_own_format(
         settings.eos_token_id = settings.bos_token_id = end_of_text_id
         settings.pad_token_id = None
     inner.save_pretrained(folder)
+    for path in folder.iterdir():
+        sync_file(path)
     write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
     end_of_text = load_tokenizer(tokenizer_json).id_to_token(end_of_text_id)
     about = {

@@ -1,7 +1,6 @@
 """A model's folder: `config.json`, `model.safetensors`, `tokenizer.json`; a teacher's is a Hugging Face Llama."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def _write_model(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_json.resolve() != (folder / TOKENIZER_NAME).resolve():
-        shutil.copyfile(tokenizer_json, folder / TOKENIZER_NAME)
+        write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     _write_json(folder / CONFIG_NAME, _description(model, context_length, end_of_text_id))
@@ -177,7 +176,8 @@ def load_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
     try:
-        return safetensors.torch.load_file(path)
+        with path.open("rb"):  # the library says of every file that cannot be opened that it is not there
+            return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
 

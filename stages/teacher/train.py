@@ -64,5 +64,4 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     )
     if ranks.is_first:
         summary.save(folder)
-    training.clear_checkpoints()
     return summary

@@ -5,7 +5,6 @@ a part with its own rows: a tensor is then the rows of all parts in a row, and w
 any number of ranks resumes from any number of parts.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cache.atomic import sync_folder
+from cache.atomic import sync_folder, write_atomically
 from stages.errors import CheckpointError
 from stages.ranks import ALONE, Ranks
 from stages.training.parallel import first_own_row
@@ -55,7 +54,8 @@ def save_checkpoint(
     path = folder / f"step-{progress.step:08d}"
     partial = folder / f".step-{progress.step:08d}.partial"
     if ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".step-*.partial"):  # by a kill or a full disk, of any step: it takes room
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     ranks.wait_for_all()
     tensors = _own_tensors(module)
@@ -67,11 +67,16 @@ def save_checkpoint(
     }
     parts = ranks.world_size if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1
     if ranks.rank < parts:
-        _write_part(partial, "module", tensors, ranks)
-        _write_part(partial, "optimizer", {**state, _RNG: torch.get_rng_state()}, ranks)
+        try:
+            _write_part(partial, "module", tensors, ranks)
+            _write_part(partial, "optimizer", {**state, _RNG: torch.get_rng_state()}, ranks)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is wanted
+            raise
     ranks.wait_for_all()
     if ranks.is_first:
-        _write(partial / "state.json", progress.model_copy(update={"parts": parts}).model_dump_json().encode())
+        state_json = progress.model_copy(update={"parts": parts}).model_dump_json().encode()
+        write_atomically(partial / "state.json", state_json)
         sync_folder(partial)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
@@ -216,11 +221,4 @@ def _write_part(folder: Path, kind: str, tensors: Mapping[str, Tensor], ranks: R
         for name, tensor in tensors.items()
         if ranks.is_first or isinstance(tensor, DTensor)
     }
-    _write(folder / _part_name(kind, ranks.rank), safetensors.torch.save(own))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(folder / _part_name(kind, ranks.rank), safetensors.torch.save(own))

@@ -22,7 +22,7 @@ from stages.losses.term import LossValues
 from stages.progress import Progress
 from stages.ranks import ALONE, Ranks
 from stages.resources import keep_freed_memory, peak_rss_mib
-from stages.training.checkpoint import TrainingState, clear_checkpoints, load_checkpoint, save_checkpoint
+from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.interrupt import deferred_interrupt
 from stages.training.metrics import MetricsLog
@@ -170,11 +170,6 @@ class Training(Generic[Batch]):
             peak_rss_mib=max(self._ranks.gathered(peak_rss_mib())),
             loss_terms=terms,
         )
-
-    def clear_checkpoints(self) -> None:
-        """Remove what `run` would resume from; to be called once its result is safe on disk."""
-        if self._ranks.is_first:
-            clear_checkpoints(self._folder / "checkpoints")
 
     def weights_outside_blocks(self) -> AbstractContextManager[None]:
         """Within, the module can be forwarded apart from its loss, by all ranks at once, if tensors are shared out."""

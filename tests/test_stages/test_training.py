@@ -18,6 +18,7 @@ from toy_training import batches_from, config, logged, make_module, state, train
 from stages.errors import CheckpointError, CorpusError, StageError
 from stages.losses.term import LossValues
 from stages.targets.source import Epoch, Signals, endless_batches
+from stages.training.checkpoint import clear_checkpoints
 from stages.training.loop import StepInfo, Training
 from stages.training.optimizer import make_optimizer
 from stages.training.schedule import learning_rate
@@ -38,11 +39,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, s
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as log:
         log.write('\0\0\0\n{"step": 1')  # a loss of power, then a kill in the middle of a line
     resumed = make_module()
-    again = training(tmp_path / "cut", resumed, settings)
-    again.run()
+    training(tmp_path / "cut", resumed, settings).run()
     assert all(torch.equal(a, b) for a, b in zip(state(whole), state(resumed), strict=True))
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
-    again.clear_checkpoints()
+    clear_checkpoints(tmp_path / "cut" / "checkpoints")
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
@@ -65,9 +65,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_taken_for_one(tmp_path: Path)
     (tmp_path / "checkpoints" / "step-00000003").mkdir()
     (tmp_path / "checkpoints" / "step-00000099").mkdir()
     resumed = make_module()
-    again = training(tmp_path, resumed, settings)
-    again.run()
-    again.clear_checkpoints()
+    training(tmp_path, resumed, settings).run()
+    clear_checkpoints(tmp_path / "checkpoints")
     assert not (tmp_path / "checkpoints").exists()
     (tmp_path / "whole").mkdir()
     whole = make_module()
