@@ -74,7 +74,10 @@ class Cache:
         self._lock = threading.Lock()
         for record in self.manifest.shards:
             path = folder / record.name
-            found_bytes = path.lstat().st_size if path.exists() else None
+            try:
+                found_bytes = path.lstat().st_size
+            except FileNotFoundError:
+                found_bytes = None
             if found_bytes != record.file_bytes:
                 what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
                 raise corrupt(str(path), f"{what}, expected {record.file_bytes} bytes")

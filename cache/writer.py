@@ -11,7 +11,7 @@ import zstandard
 from cache.atomic import write_atomically
 from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
-from cache.manifest import Manifest, ShardRecord, save_manifest
+from cache.manifest import Manifest, ShardRecord, refuse_too_many_shards, save_manifest
 from cache.parts import MASK_NAME, PartCoder, part_coders
 from cache.profiles.profile import Place
 from cache.shard import OpenShard, shard_image
@@ -37,8 +37,10 @@ class CacheWriter:
     ) -> None:
         """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache.
 
-        `tables_image` are the bytes of `tables.h5`, for a spec that has tables.
+        Likewise CacheRequestError, if the spec has more shards than a manifest has room for. `tables_image` are the
+        bytes of `tables.h5`, for a spec that has tables.
         """
+        refuse_too_many_shards(spec)
         self.folder = folder
         self.spec = spec
         self._compression_level = compression_level

@@ -1,4 +1,4 @@
-"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and the tables of README.md.
+"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and marked tables.
 
     python -m pipeline.reference            (`make docs`)
 
@@ -34,8 +34,9 @@ _SWEEP_INTRODUCTION = """# Sweeps
 Likewise, the settings of what `tristill sweep` reads; see [sweeps.md](sweeps.md).
 """
 ROOT = Path(__file__).resolve().parent.parent
+PAGES_WITH_TABLES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "scale.md")
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_MARKED = re.compile(r"<!-- table: (?P<name>\w+)(?P<part>\.\w+)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def documents() -> dict[Path, str]:
@@ -44,7 +45,7 @@ def documents() -> dict[Path, str]:
     return {
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "config.md": config_reference(),
-        **{page: with_tables(page.read_text(encoding="utf-8")) for page in (readme, ROOT / "docs" / "methods.md")},
+        **{page: with_tables(page.read_text(encoding="utf-8")) for page in (readme, *PAGES_WITH_TABLES)},
     }
 
 
@@ -147,13 +148,19 @@ def _default(field: FieldInfo) -> str:
 
 
 def with_tables(readme: str) -> str:
-    """README with every marked table made anew from the measured JSON; it says so where nothing is measured yet."""
+    """README with every marked table made anew from the measured JSON; it says so where nothing is measured yet.
+
+    A name is that of the JSON, with a part where it holds several tables: `scale.bytes`.
+    """
 
     def table(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, part = match["name"], match["part"] or ""
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
-        text = json.loads(path.read_text())["markdown"] if path.is_file() else f"Not yet: see `benchmarks/{name}.py`."
-        return f"<!-- table: {name} -->\n{text}\n<!-- end -->"
+        text = f"Not yet: see `benchmarks/{name}.py`."
+        if path.is_file():
+            found = json.loads(path.read_text())
+            text = found["tables"][part[1:]] if part else found["markdown"]
+        return f"<!-- table: {name}{part} -->\n{text}\n<!-- end -->"
 
     return _MARKED.sub(table, readme)
 
