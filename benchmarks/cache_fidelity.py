@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def is_in_short_table(row: dict[str, Any]) -> bool:
-    """Whether README shows it."""
+    """Whether docs/measured.md shows it."""
     settings = row["settings"]
     match row["profile"]:
         case "sampled":

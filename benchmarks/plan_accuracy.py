@@ -5,7 +5,7 @@
 The folder must be new. `--in-turn` plans again, what is left, when the teacher is there and when a cache is, and
 compares each step with the plan before it: for a machine that has other work, where only what is measured close
 together can be compared; it also says what the cache's bytes are predicted as once its teacher is there. Writes
-benchmarks/results/plan_accuracy.json, which README quotes, for the config's name; other configs stay.
+benchmarks/results/plan_accuracy.json, which docs/measured.md quotes, for the config's name; other configs stay.
 """
 
 import argparse

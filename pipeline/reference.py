@@ -1,4 +1,4 @@
-"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and marked tables.
+"""Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and the marked tables of all.
 
     python -m pipeline.reference            (`make docs`)
 
@@ -34,18 +34,17 @@ _SWEEP_INTRODUCTION = """# Sweeps
 Likewise, the settings of what `tristill sweep` reads; see [sweeps.md](sweeps.md).
 """
 ROOT = Path(__file__).resolve().parent.parent
-PAGES_WITH_TABLES = (ROOT / "docs" / "methods.md", ROOT / "docs" / "scale.md")
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _MARKED = re.compile(r"<!-- table: (?P<name>\w+)(?P<part>\.\w+)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def documents() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    readme = ROOT / "README.md"
+    pages = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
     return {
+        **{page: with_tables(text) for page, text in pages.items() if _MARKED.search(text)},
         ROOT / "docs" / "cli.md": cli_reference(),
         ROOT / "docs" / "config.md": config_reference(),
-        **{page: with_tables(page.read_text(encoding="utf-8")) for page in (readme, *PAGES_WITH_TABLES)},
     }
 
 
@@ -147,8 +146,8 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(default)}`"
 
 
-def with_tables(readme: str) -> str:
-    """README with every marked table made anew from the measured JSON; it says so where nothing is measured yet.
+def with_tables(page: str) -> str:
+    """A page with every marked table made anew from the measured JSON; it says so where nothing is measured yet.
 
     A name is that of the JSON, with a part where it holds several tables: `scale.bytes`.
     """
@@ -162,7 +161,7 @@ def with_tables(readme: str) -> str:
             text = found["tables"][part[1:]] if part else found["markdown"]
         return f"<!-- table: {name}{part} -->\n{text}\n<!-- end -->"
 
-    return _MARKED.sub(table, readme)
+    return _MARKED.sub(table, page)
 
 
 def _one_paragraph(text: str | None) -> str:
