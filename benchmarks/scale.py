@@ -22,24 +22,19 @@ import numpy as np
 
 from benchmarks import scale_model, scale_reader
 from benchmarks.environment import environment
-from cache import CacheWriter, SplitName, open_cache
+from cache import CacheWriter, open_cache
 from cache.layout import TABLES_NAME
+from cache.manifest import load_manifest
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import TopKProfile
 from cache.reader import Cache
-from cache.tables import load_tables
+from cache.verify import checked_shards
 from pipeline.cache_info import cache_info
 from pipeline.config import load_config
 from pipeline.provenance import read_provenance
-from stages.data.tokenized import load_corpus, split_windows
-from stages.data.tokens import TokenWindows
-from stages.dump.config import DenseSettings, DumpConfig, ProfileSettings
-from stages.dump.dump import write_missing_shards
-from stages.dump.prepare import prepare
-from stages.models.folder import load_model
-from stages.models.language_model import LanguageModel
-from stages.models.origin import model_fingerprint
-from stages.progress import Progress
+from stages.data.tokenized import load_corpus
+from stages.dump.config import DenseSettings, ProfileSettings
+from stages.dump.dump import dump_logits
 from stages.threads import torch_threads
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -121,37 +116,16 @@ def largest_first(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.take_along_axis(arrays[name], order, axis=-1) for name in ("head_ids", "head_logits")}
 
 
-def dumped_sample(
-    settings: DumpConfig, data: Path, teacher_folder: Path, teacher: LanguageModel, num_windows: int, folder: Path
-) -> None:
-    """A cache of some windows of the train split, in `folder`."""
-    corpus = load_corpus(data)
-    splits: dict[SplitName, TokenWindows] = {
-        "train": split_windows(data, "train"),
-        "validation": split_windows(data, "validation"),
-    }
-    settings = settings.model_copy(update={"max_train_windows": num_windows})
-    made = prepare(settings, corpus, teacher, model_fingerprint(teacher_folder), splits, folder)
-    spec = made.spec.model_copy(update={"splits": {"train": made.spec.splits["train"]}})
-    writer = CacheWriter(folder, spec, (data / "tokenizer.json").read_bytes(), made.tables_image)
-    assert load_tables(folder, spec).keys() == {table.name for table in spec.tables}
-    with Progress("dump", spec.num_positions("train"), "positions") as progress:
-        write_missing_shards(writer, teacher, {"train": splits["train"]}, settings, progress, num_workers=1)
-    writer.finish()
-
-
 def measured_profiles(config_path: Path, run_dir: Path, num_windows: int) -> dict[str, Any]:
     """measured_cache of the run's own cache, and of samples of the other profiles, by kind."""
     config = load_config(config_path).cache
-    found = {}
     own = measured_cache(run_dir / "cache")
-    data, teacher_folder = run_dir / "data", run_dir / "teacher"
-    teacher = load_model(teacher_folder).eval()
+    found = {}
     with torch_threads(1):
         for profile in SAMPLED_PROFILES:
             with tempfile.TemporaryDirectory() as folder:
-                settings = config.model_copy(update={"profile": profile})
-                dumped_sample(settings, data, teacher_folder, teacher, num_windows, Path(folder))
+                settings = config.model_copy(update={"profile": profile, "max_train_windows": num_windows})
+                dump_logits(settings, run_dir / "data", run_dir / "teacher", Path(folder))
                 found[profile.kind] = measured_cache(Path(folder))
     return {**found, own["profile"]["kind"]: own}
 
@@ -187,11 +161,19 @@ def tokenized_per_s(data: Path) -> float:
     return sum(split.tokens for split in corpus.splits.values()) / record.elapsed_s
 
 
+def verified_bytes_per_s(folder: Path) -> float:
+    """Bytes of shards on disk that one core verifies in a second: decompressed, and hashed."""
+    sizes: list[int] = []
+    started = time.process_time()
+    checked_shards(folder, load_manifest(folder).spec, sizes.append, workers=1)
+    return sum(sizes) / (time.process_time() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/demo.toml"))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--windows", type=int, default=256, help="of the train split, in a sample of another profile")
+    parser.add_argument("--windows", type=int, default=128, help="of the train split, in samples of other profiles")
     parser.add_argument("--tables", action="store_true", help="measure nothing, make the tables again")
     arguments = parser.parse_args()
     if arguments.tables:
@@ -201,6 +183,7 @@ def main() -> None:
             "profiles": measured_profiles(arguments.config, arguments.run_dir, arguments.windows),
             "hidden_bytes_per_width": hidden_bytes(),
             "tokenized_per_s": tokenized_per_s(arguments.run_dir / "data"),
+            "verified_bytes_per_s": verified_bytes_per_s(arguments.run_dir / "cache"),
             **measured_reader(arguments.run_dir / "cache"),
             "environment": environment(),
         }

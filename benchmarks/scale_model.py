@@ -90,12 +90,13 @@ def buffer_bytes(profile: Measured, teacher: Teacher) -> float:
 def tables(result: Measured) -> dict[str, str]:
     """Every table of the page by its name there."""
     profiles = {kind: result["profiles"][kind] for kind in PROFILES}
+    verified_rate = result["verified_bytes_per_s"] / bytes_per_position(profiles["transform"], TEACHERS[0])
     record_bytes = max(found["manifest_bytes"] / int(count) for count, found in result["opening"].items())
     return {
         "measured": measured_table(profiles),
         "bytes": bytes_table(profiles, result["hidden_bytes_per_width"]),
         "assumptions": assumptions_table(),
-        "time": time_table(result["tokenized_per_s"]),
+        "time": time_table(result["tokenized_per_s"], verified_rate),
         "cores": cores_table(profiles),
         "memory": memory_table(profiles),
         "files": files_table(profiles["transform"], record_bytes, result["reading"]["1000"]["fetches"]),
@@ -113,7 +114,7 @@ def assumptions_table() -> str:
         "width": "`dense` and hidden states grow with it, targets of `transform` by "
         f"{GROWTH_PER_DOUBLED_WIDTH - 1:.0%} for each doubling (11.6 and 13.4 bytes at 128 and 256), others do not",
         "teachers": ", ".join(f"{teacher.name}: width {teacher.width:,}" for teacher in TEACHERS),
-        "student": f"{STUDENT_PARAMETERS:.0e} parameters, ternary, of either teacher's cache",
+        "student": f"{STUDENT_PARAMETERS / 1e9:g}B parameters, ternary, of either teacher's cache",
         "context": f"{CONTEXT_LENGTH:,} positions",
         "GPU": f"NVIDIA H100 SXM, {GPU_FLOPS / 1e12:.0f} TFLOP/s dense in bfloat16 by its data sheet, "
         f"{GPUS_PER_MACHINE} in a machine",
@@ -201,8 +202,8 @@ def memory_table(profiles: Measured) -> str:
     return text_table(rows)
 
 
-def time_table(tokenized_per_s: float) -> str:
-    """Of the dump, and of one epoch of a student; of tokenizing, one process on the machine of the measurements."""
+def time_table(tokenized_per_s: float, verified_per_s: float) -> str:
+    """Of the dump, and of one epoch of a student; of what one process does, on the machine of the measurements."""
     rows = [["what", "positions", "positions/s, a GPU", "FLOP", "GPU hours", *(f"{count:,} GPUs" for count in GPUS)]]
     stages = [(f"dump, teacher {teacher.name}", 2 * teacher.parameters, teacher.dump_rate) for teacher in TEACHERS]
     stages.append(("one epoch of a 1B student", 6 * STUDENT_PARAMETERS, STUDENT_RATE))
@@ -210,10 +211,11 @@ def time_table(tokenized_per_s: float) -> str:
         for name, count in RUNS.items():
             seconds = count / rate
             walls = [time_text(seconds / gpus) for gpus in GPUS]
-            rows.append([label, name, f"{rate:,.0f}", f"{flop * count:.1e}", f"{seconds / 3600:,.0f}", *walls])
-    for name, count in RUNS.items():
-        seconds = count / tokenized_per_s
-        rows.append(["tokenize, one process", name, f"{tokenized_per_s:,.0f}", "-", "-", time_text(seconds), "-", "-"])
+            hours = f"{seconds / 3600:,.{1 if seconds < 360_000 else 0}f}"
+            rows.append([label, name, f"{rate:,.0f}", f"{flop * count:.1e}", hours, *walls])
+    for label, rate in (("tokenize, one process", tokenized_per_s), ("verify, 1B, one core", verified_per_s)):
+        for name, count in RUNS.items():
+            rows.append([label, name, f"{rate:,.0f}", "-", "-", time_text(count / rate), "-", "-"])
     return text_table(rows)
 
 
@@ -237,9 +239,9 @@ def cores_table(profiles: Measured) -> str:
 
 def files_table(profile: Measured, record_bytes: float, fetches: float) -> str:
     """What the number of positions in a shard decides; `fetches` of every shard in an epoch of 1,000 ranks."""
-    lost = [f"work of 8 GPUs in a shard: {teacher.name}" for teacher in TEACHERS]
+    lost = ["a shard is dumped in: 1B, one GPU", f"70B, {GPUS_PER_MACHINE} GPUs"]
     titles = [title for name in RUNS for title in (f"{name}: files", "manifest")]
-    rates = ["files/s written, 1B, 1,000 GPUs", "read"]
+    rates = ["files/s written, 1B, 1,000 GPUs", "files/s read"]
     rows = [["shard_positions", *(f"file, {teacher.name}" for teacher in TEACHERS), *titles, *rates, *lost]]
     for positions in SHARD_POSITIONS:
         row = [f"2^{positions.bit_length() - 1}"]
@@ -248,7 +250,8 @@ def files_table(profile: Measured, record_bytes: float, fetches: float) -> str:
             files = math.ceil(count / positions)
             row += [f"{files:,}", size_text(files * record_bytes)]
         row += [f"{1000 * rate / positions:,.0f}" for rate in (TEACHERS[0].dump_rate, STUDENT_RATE * fetches)]
-        row += [time_text(positions / teacher.dump_rate / GPUS_PER_MACHINE) for teacher in TEACHERS]
+        row += [time_text(positions / TEACHERS[0].dump_rate)]
+        row += [time_text(positions / TEACHERS[1].dump_rate / GPUS_PER_MACHINE)]
         rows.append(row)
     return text_table(rows)
 
