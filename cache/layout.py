@@ -41,6 +41,11 @@ def shard_ranges(spec: CacheSpec) -> Iterator[ShardRange]:
             yield ShardRange(split, index, first, min(spec.windows_per_shard, num_windows - first))
 
 
+def num_shards(spec: CacheSpec) -> int:
+    """How many there are, by arithmetic: a hostile spec may declare more than memory has room to list."""
+    return sum(-(-split.num_windows // spec.windows_per_shard) for split in spec.splits.values())
+
+
 def default_windows_per_chunk(context_length: int) -> int:
     """Windows that make up about 8192 positions: enough to compress well, few enough to shuffle finely."""
     return max(1, _POSITIONS_PER_CHUNK // context_length)

@@ -1,5 +1,6 @@
 """`cache.json`: the list of shards with their sizes and checksums (docs/format.md, section 7)."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -16,9 +17,9 @@ from pydantic import (
 from cache.atomic import write_atomically
 from cache.calibration import Calibration
 from cache.copies import copy_in
-from cache.errors import CacheCorruptError, CacheMissingError
+from cache.errors import CacheCorruptError, CacheMissingError, CacheRequestError
 from cache.hashing import canonical_json, fingerprint_of
-from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, shard_ranges
+from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, num_shards, shard_ranges
 from cache.regular_file import IrregularFileError, read_regular
 from cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
@@ -57,11 +58,7 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _shards_are_those_of_the_spec(self) -> Self:
-        # Counted by arithmetic first: a hostile spec may declare more shards than memory has room to list.
-        expected_shards = sum(
-            -(-split.num_windows // self.spec.windows_per_shard) for split in self.spec.splits.values()
-        )
-        if len(self.shards) != expected_shards:
+        if len(self.shards) != (expected_shards := num_shards(self.spec)):
             raise ValueError(f"found {len(self.shards)} shards, expected the {expected_shards} that the spec declares")
         names = {dataset.name for dataset in self.spec.datasets}
         if any(shard.stored_bytes.keys() != names for shard in self.shards):
@@ -86,6 +83,30 @@ class Manifest(_Strict):
     def to_json(self) -> str:
         """Canonical JSON, as stored."""
         return canonical_json(self.model_dump(mode="json"))
+
+
+def refuse_too_many_shards(spec: CacheSpec) -> None:
+    """Raises CacheRequestError, before anything is dumped, if the manifest would be larger than readers take."""
+    longest = ShardRecord(
+        name="validation-00000000.h5",
+        split="validation",
+        first_window=2**40,
+        num_windows=spec.windows_per_shard,
+        file_bytes=2**40,
+        sha256="0" * 64,
+        stored_bytes={dataset.name: 2**40 for dataset in spec.datasets},
+    )
+    found, most = (
+        num_shards(spec),
+        LARGEST_MANIFEST_BYTES // len(canonical_json(longest.model_dump(mode="json")) + ","),
+    )
+    if found > most:
+        positions = spec.windows_per_shard * spec.context_length
+        enough = 1 << math.ceil(positions * found / most).bit_length()
+        raise CacheRequestError(
+            f"the cache would have {found} shards of {positions} positions, expected at most {most}, which is what "
+            f"{MANIFEST_NAME} has room for; set cache.shard_positions to {enough}"
+        )
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 """Reads a finished cache: single windows, and shuffled batches in bounded memory."""
 
+import stat
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -92,9 +93,13 @@ class Cache:
         self._lock = threading.Lock()
         for record in () if copy else self.manifest.shards:
             path = folder / record.name
-            if path.is_symlink():
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                found = None
+            if found is not None and stat.S_ISLNK(found.st_mode):
                 raise corrupt(str(path), "is a link, not a regular file")
-            found_bytes = path.lstat().st_size if path.exists() else None
+            found_bytes = found.st_size if found else None
             if found_bytes != record.file_bytes:
                 if found_bytes is None and (url := copied_from(folder)):
                     raise CacheMissingError(
@@ -104,14 +109,14 @@ class Cache:
                 what = "is missing" if found_bytes is None else f"found {found_bytes} bytes"
                 raise corrupt(str(path), f"{what}, expected {record.file_bytes} bytes")
         try:
-            found = sha256_of_regular_file(self.tokenizer_path)
+            sha256 = sha256_of_regular_file(self.tokenizer_path)
         except FileNotFoundError as exc:
             raise CacheCorruptError(f"{self.tokenizer_path}: is missing; run `tristill cache repair`") from exc
         except IrregularFileError as exc:
             raise CacheCorruptError(f"{self.tokenizer_path}: {exc}; run `tristill cache repair`") from exc
-        if found != self.spec.tokenizer_fingerprint:
+        if sha256 != self.spec.tokenizer_fingerprint:
             raise CacheMismatchError(
-                f"{self.tokenizer_path}: found a tokenizer with fingerprint {found}, expected "
+                f"{self.tokenizer_path}: found a tokenizer with fingerprint {sha256}, expected "
                 f"{self.spec.tokenizer_fingerprint}, which made this cache; run `tristill cache repair`"
             )
         self.tables = load_tables(folder, self.spec)

@@ -12,7 +12,7 @@ import zstandard
 from cache.atomic import write_atomically
 from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
-from cache.manifest import Manifest, ShardRecord, save_manifest
+from cache.manifest import Manifest, ShardRecord, refuse_too_many_shards, save_manifest
 from cache.parts import MASK_NAME, PartCoder, part_coders
 from cache.profiles.profile import Place
 from cache.remote import remote_copy
@@ -41,10 +41,13 @@ class CacheWriter:
     ) -> None:
         """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache.
 
+        Likewise CacheRequestError, if the spec has more shards than a manifest has room for.
+
         `tables_image` are the bytes of `tables.h5`, for a spec that has tables; without it, and without
         `tokenizer_json`, these files are there already. `found` are the shards on disk where they were verified
         before; without it all are verified here.
         """
+        refuse_too_many_shards(spec)
         self.folder = folder
         self.spec = spec
         self._compression_level = compression_level

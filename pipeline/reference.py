@@ -35,7 +35,7 @@ Likewise, the settings of what `tristill sweep` reads; see [sweeps.md](sweeps.md
 """
 ROOT = Path(__file__).resolve().parent.parent
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_MARKED = re.compile(r"<!-- table: (?P<name>\w+) -->\n.*?<!-- end -->", re.DOTALL)
+_MARKED = re.compile(r"<!-- table: (?P<name>\w+)(?P<part>\.\w+)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def documents() -> dict[Path, str]:
@@ -147,13 +147,19 @@ def _default(field: FieldInfo) -> str:
 
 
 def with_tables(page: str) -> str:
-    """A page with every marked table made anew from the measured JSON; it says so where nothing is measured yet."""
+    """A page with every marked table made anew from the measured JSON; it says so where nothing is measured yet.
+
+    A name is that of the JSON, with a part where it holds several tables: `scale.bytes`.
+    """
 
     def table(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, part = match["name"], match["part"] or ""
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
-        text = json.loads(path.read_text())["markdown"] if path.is_file() else f"Not yet: see `benchmarks/{name}.py`."
-        return f"<!-- table: {name} -->\n{text}\n<!-- end -->"
+        text = f"Not yet: see `benchmarks/{name}.py`."
+        if path.is_file():
+            found = json.loads(path.read_text())
+            text = found["tables"][part[1:]] if part else found["markdown"]
+        return f"<!-- table: {name}{part} -->\n{text}\n<!-- end -->"
 
     return _MARKED.sub(table, page)
 
