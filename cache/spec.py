@@ -128,10 +128,11 @@ class CacheSpec(_Strict):
                 f"a chunk of {self.windows_per_chunk} windows takes {chunk_bytes} bytes, expected at most "
                 f"{LARGEST_CHUNK_BYTES}; keep fewer logits or hidden values per position, or shorten the context"
             )
-        if sum(table.num_bytes for table in self.tables) > LARGEST_TABLE_BYTES:
+        table_bytes = sum(table.num_bytes for table in self.tables)
+        if table_bytes >= LARGEST_TABLE_BYTES:  # which HDF5 does not take as one chunk either
             raise ValueError(
-                f"the tables take more than {LARGEST_TABLE_BYTES} bytes; choose a smaller basis_rank, or keep fewer "
-                "hidden layers"
+                f"the tables take {table_bytes} bytes, expected fewer than {LARGEST_TABLE_BYTES}; choose a smaller "
+                "basis_rank, keep fewer hidden layers, or another profile than dense, which keeps the output matrix"
             )
         contexts = sum(shape[0] for part in self.parts for shape in part.models.values())
         if contexts > LARGEST_NUM_CONTEXTS:

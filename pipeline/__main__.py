@@ -22,9 +22,9 @@ def main() -> None:
     except KeyboardInterrupt:
         interrupts.are_over = True
         _end_interrupted()
-    if code and announced_ranks().are_many:  # torchrun ends the others, and sends a signal to this one too
-        interrupts.are_over = True
-        _end(code)
+    if announced_ranks().are_many:
+        interrupts.are_over = True  # torchrun ends the others, and sends a signal to this one too
+        _end(code)  # at once: threads of gloo may outlive their group, and C++ aborts if the interpreter goes first
     sys.exit(code)
 
 

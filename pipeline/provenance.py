@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache.atomic import write_atomically
+from cache.layout import DEFAULT_SHARD_POSITIONS
 from pipeline.errors import BusyError, StaleError
 
 PROVENANCE_NAME = "provenance.json"
@@ -25,7 +26,10 @@ _PACKAGES = ("tristill", "torch", "numpy", "h5py", "zstandard", "tokenizers", "d
 
 
 # What records mean that were written before these settings were there. See also Section.newer.
-_SETTINGS_SINCE: dict[str, Any] = {"cache.hidden.output": "residual"}
+_SETTINGS_SINCE: dict[str, Any] = {
+    "cache.hidden.output": "residual",
+    "distill.windows.shard_positions": DEFAULT_SHARD_POSITIONS,
+}
 
 
 class Provenance(BaseModel):

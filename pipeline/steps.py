@@ -22,6 +22,7 @@ from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME,
 from stages.models.hub import find_model, is_hub_name
 from stages.models.hugging_face_shape import Shape
 from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
+from stages.ranks import current_ranks
 
 
 class Tokenize(Step):
@@ -133,7 +134,11 @@ class Teacher(Step):
         config, data, evaluate = self.config.teacher, self.workspace.data, self.config.evaluate
         if config.path is None:
             return train_teacher(config, data, self.folder, evaluate).fingerprint
-        return take_teacher(config, data, self.folder, self.config.cache.device, evaluate).fingerprint
+        ranks, taken = current_ranks(), ""
+        with ranks.agreeing():
+            if ranks.is_first:
+                taken = take_teacher(config, data, self.folder, self.config.cache.device, evaluate).fingerprint
+        return str(ranks.from_first(taken))
 
 
 def teacher_step(workspace: Workspace) -> Step:
@@ -299,6 +304,7 @@ class Distill(Step):
                 "max_train_windows": cache.max_train_windows,
                 "temperature": cache.profile.temperature,
                 "hidden_stride": cache.hidden.stride,
+                "shard_positions": cache.shard_positions,  # the order of windows goes by shards
             }
         shape = self._co_trained_shape()
         return {"student": student, "distill": distill} | ({"co_teacher": shape.numbers()} if shape else {})

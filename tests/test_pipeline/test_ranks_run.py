@@ -1,5 +1,6 @@
 """Heavy steps on many ranks through the command line: the same bytes, one message, and nothing lost with a rank."""
 
+import json
 import os
 import random
 import shutil
@@ -174,12 +175,17 @@ def test_an_error_on_one_rank_alone_ends_all_and_is_told(many_shards: Path, tmp_
     assert "interrupted" not in failed.stderr
 
 
-@pytest.mark.skip(reason="until trainings share their windows among ranks, each would train and write the whole")
-def test_a_whole_run_on_two_ranks_ends_as_one_does(tmp_path: Path) -> None:
-    arguments = of_run(tmp_path, "teacher.training.steps=6", "distill.training.steps=6")
+def test_a_whole_run_on_two_ranks_ends_as_one_does(finished_run: Path, tmp_path: Path) -> None:
+    arguments = of_run(tmp_path)
     done = tristill("run", "--ranks", "2", *arguments)
     assert done.code == 0, done.stderr
     assert done.stdout.startswith("| model ")
+    for model in ("teacher", "students/student"):
+        found, expected = (
+            json.loads((run / model / "summary.json").read_text())["validation"]["loss_nats"]
+            for run in (tmp_path, finished_run)
+        )
+        assert found == pytest.approx(expected, rel=2e-3)
     again = tristill("run", "--dry-run", *arguments)
     assert again.stdout == "nothing to do\n"
 
