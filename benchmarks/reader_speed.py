@@ -7,7 +7,7 @@ Needs the data and teacher of a run (`make teacher`); dumps a cache per profile 
 the demo's student trains a few steps from the transform cache on all cores; then the process stays on one core. Every
 round reads each cache once, shuffled, batch by batch, as training does, and the peers' files of the same decoded
 arrays, at the same level of Zstandard, in stored order: once from what they compressed (MDS shards are decompressed
-into files first), once more from what that left. Ratios are taken round by round.
+into files first), once more from what that left. All become the same tensors. Ratios are taken round by round.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.distill_speed import Runner
 from benchmarks.environment import environment
-from benchmarks.peer_readers import Litdata, Mosaic, PeerReader, windows_of
+from benchmarks.peer_readers import Litdata, Mosaic, PeerReader, window_batch, windows_of
 from cache import Cache, open_cache
 from pipeline.config import load_config
 from pipeline.results import text_table
@@ -133,7 +133,8 @@ def measure(cache: Cache, folder: Path, rounds: int, clock: Callable[[], float])
         return sum(batch.input_ids_BT.numel() for batch in batches)
 
     def theirs(peer: PeerReader) -> int:
-        return sum(len(batch["input_ids"]) * cache.spec.context_length for batch in peer.batches(BATCH_WINDOWS))
+        batches = (window_batch(cache, arrays, layers) for arrays in peer.batches(BATCH_WINDOWS))
+        return sum(source._to_tensors(batch, signals).input_ids_BT.numel() for batch in batches)  # noqa: SLF001
 
     for epoch in range(rounds + 1):
         note("tristill", lambda: own(epoch))  # noqa: B023 - called at once
