@@ -63,6 +63,10 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.hidden_fidelity
 	$(BIN)/python -m benchmarks.cache_students
 	$(BIN)/python -m benchmarks.distill_speed
+	$(BIN)/pip install --quiet $(PIP_ARGS) --no-deps --requirement benchmarks/peers.txt
+	$(BIN)/python -m benchmarks.reader_speed
+	$(BIN)/python -m benchmarks.order_quality
+	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.loss_memory
 	$(BIN)/python -m benchmarks.step_speed
 	$(BIN)/python -m benchmarks.deployment

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from cache import Cache
+from cache import Cache, WindowBatch
 
 Window = dict[str, np.ndarray]
 _LEVEL = 3
@@ -26,7 +24,7 @@ _SHARD_BYTES = 2**26
 class PeerReader(Protocol):
     """Reads what was written into its folder; `forget` has it decompress again next time."""
 
-    def batches(self, batch_windows: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, batch_windows: int) -> Iterator[Window]:
         """All windows, in the order in which they lie in the files."""
         ...
 
@@ -49,13 +47,24 @@ def windows_of(cache: Cache, layers: tuple[int, ...]) -> Iterator[Window]:
         yield {name: array[0] for name, array in arrays.items()}
 
 
-def _tensors(samples: Iterator[dict[str, Any]], batch_windows: int) -> Iterator[dict[str, Tensor]]:
+def _stacked(samples: Iterator[dict[str, Any]], batch_windows: int) -> Iterator[Window]:
     rows = []
     for sample in samples:
         rows.append(sample)
         if len(rows) == batch_windows:
-            yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}
             rows = []
+
+
+def window_batch(cache: Cache, arrays: Window, layers: tuple[int, ...]) -> WindowBatch:
+    """What the cache's own reader would give."""
+    return WindowBatch(
+        arrays["input_ids"],
+        {array.name: arrays[array.name] for array in cache.spec.target_part.arrays},
+        {name: arrays[name] for name in ("teacher_entropy", "label_log_prob")},
+        {layer: arrays[f"hidden_{layer}"] for layer in layers},
+        {layer: arrays[name] for layer in layers if (name := f"hidden_{layer}_scale") in arrays},
+    )
 
 
 class Mosaic:
@@ -89,13 +98,13 @@ class Mosaic:
         for path in self._folder.glob("*.mds"):
             path.unlink()
 
-    def batches(self, batch_windows: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, batch_windows: int) -> Iterator[Window]:
         """See PeerReader."""
         from streaming import StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
         clean_stale_shared_memory()
-        yield from _tensors(StreamingDataset(local=str(self._folder), batch_size=batch_windows), batch_windows)
+        yield from _stacked(StreamingDataset(local=str(self._folder), batch_size=batch_windows), batch_windows)
 
 
 class Litdata:
@@ -121,8 +130,8 @@ class Litdata:
     def forget(self) -> None:
         """Nothing is kept decompressed."""
 
-    def batches(self, batch_windows: int) -> Iterator[dict[str, Tensor]]:
+    def batches(self, batch_windows: int) -> Iterator[Window]:
         """See PeerReader."""
         from litdata import StreamingDataset
 
-        yield from _tensors(iter(StreamingDataset(input_dir=str(self._folder))), batch_windows)
+        yield from _stacked(iter(StreamingDataset(input_dir=str(self._folder))), batch_windows)

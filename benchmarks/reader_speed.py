@@ -7,7 +7,7 @@ Needs the data and teacher of a run (`make teacher`); dumps a cache per profile 
 the demo's student trains a few steps from the transform cache on all cores; then the process stays on one core. Every
 round reads each cache once, shuffled, batch by batch, as training does, and the peers' files of the same decoded
 arrays, at the same level of Zstandard, in stored order: once from what they compressed (MDS shards are decompressed
-into files first), once more from what that left. Ratios are taken round by round.
+into files first), once more from what that left. All become the same tensors. Ratios are taken round by round.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.distill_speed import Runner
 from benchmarks.environment import environment
-from benchmarks.peer_readers import Litdata, Mosaic, PeerReader, windows_of
+from benchmarks.peer_readers import Litdata, Mosaic, PeerReader, window_batch, windows_of
 from cache import Cache, open_cache
 from pipeline.config import load_config
 from pipeline.results import text_table
@@ -63,24 +63,29 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--windows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES)[:-1], help="all but coded states")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not the clock's: beside other work")
     arguments = parser.parse_args()
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     keep_freed_memory()
     folder = arguments.run_dir / "benchmark-caches"
     caches = {name: dumped(arguments.run_dir, folder, name, arguments.windows) for name in arguments.caches}
-    student = student_positions_per_s(arguments.config, dumped(arguments.run_dir, folder, "transform", 1024))
+    student = student_positions_per_s(
+        arguments.config, dumped(arguments.run_dir, folder, "transform", arguments.windows)
+    )
 
     core = max(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     measured = {}
     for name, cache in caches.items():
-        measured[name] = measure(cache, folder / "peers", arguments.rounds)
+        measured[name] = measure(cache, folder / "peers", arguments.rounds, clock)
         print(name, measured[name]["positions_per_s"], flush=True)
     result = {
         "student_positions_per_s": student,
         "windows": arguments.windows,
         "rounds": arguments.rounds,
+        "clock": clock.__name__,
         "measured": measured,
         "environment": environment(),
         "markdown": table(measured, student),
@@ -106,7 +111,7 @@ def student_positions_per_s(config_path: Path, cache: Cache) -> float:
     return positions / statistics.median(runner.seconds(1) for _ in range(12))
 
 
-def measure(cache: Cache, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(cache: Cache, folder: Path, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     """Positions/s of every reader in every round, and what they read."""
     layers = cache.spec.hidden.layers if cache.spec.hidden else ()
     peers: dict[str, PeerReader] = {
@@ -119,16 +124,17 @@ def measure(cache: Cache, folder: Path, rounds: int) -> dict[str, Any]:
 
     def note(name: str, read: Callable[[], int]) -> None:
         gc.collect()
-        started = time.perf_counter()
+        started = clock()
         positions = read()
-        found.setdefault(name, []).append(positions / (time.perf_counter() - started))
+        found.setdefault(name, []).append(positions / (clock() - started))
 
     def own(epoch: int) -> int:
         batches = source.batches("train", BATCH_WINDOWS, signals, Epoch(seed=0, number=epoch))
         return sum(batch.input_ids_BT.numel() for batch in batches)
 
     def theirs(peer: PeerReader) -> int:
-        return sum(len(batch["input_ids"]) * cache.spec.context_length for batch in peer.batches(BATCH_WINDOWS))
+        batches = (window_batch(cache, arrays, layers) for arrays in peer.batches(BATCH_WINDOWS))
+        return sum(source._to_tensors(batch, signals).input_ids_BT.numel() for batch in batches)  # noqa: SLF001
 
     for epoch in range(rounds + 1):
         note("tristill", lambda: own(epoch))  # noqa: B023 - called at once

@@ -115,9 +115,8 @@ class RaggedIds:
         sink.write(name, self.ranks_E - before_E - 1, id_contexts(self.counts_N[position_E], place_E))
 
     @classmethod
-    def read(cls, name: str, counts_N: np.ndarray) -> Reading["RaggedIds"]:
-        """The inverse of `write`."""
-        position_E, place_E = places_of(counts_N)
+    def read(cls, name: str, counts_N: np.ndarray, position_E: np.ndarray, place_E: np.ndarray) -> Reading["RaggedIds"]:
+        """The inverse of `write`; with the `places_of` the counts."""
         steps_E = (yield Request(name, len(position_E), id_contexts(counts_N[position_E], place_E))) + 1
         sums_E = np.cumsum(steps_E)
         first_N = np.cumsum(counts_N) - counts_N
@@ -201,8 +200,8 @@ class HeadCoder:
             raise CacheCorruptError(
                 f"holds heads of {counts_N.min()} to {counts_N.max()} entries, expected {smallest} to {largest}"
             )
-        ragged = yield from RaggedIds.read("head_id", counts_N)
         position_E, place_E = places_of(counts_N)
+        ragged = yield from RaggedIds.read("head_id", counts_N, position_E, place_E)
         count_context_N = np.minimum(counts_N, _COUNT_CONTEXTS) - 1
         gaps_E = yield Request("head_gap", len(position_E), count_context_N[position_E])
         arrays = {

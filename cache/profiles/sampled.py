@@ -113,16 +113,17 @@ class SampledCoder:
             raise CacheCorruptError(
                 f"holds {unique_N.min()} to {unique_N.max()} unique ids, expected 1 to {self._draws}"
             )
-        ragged = yield from RaggedIds.read("draw_id", unique_N)
         position_E, place_E = places_of(unique_N)
-        coded_E = place_E < unique_N[position_E] - 1
+        ragged = yield from RaggedIds.read("draw_id", unique_N, position_E, place_E)
+        unique_E = unique_N[position_E]
+        coded = np.flatnonzero(place_E < unique_E - 1)
         counts_E = np.zeros(len(position_E), np.int64)
-        contexts = self._contexts(unique_N[position_E][coded_E])
-        counts_E[coded_E] = (yield Request("draw_count", len(contexts), contexts)) + 1
+        contexts = self._contexts(unique_E[coded])
+        counts_E[coded] = (yield Request("draw_count", len(contexts), contexts)) + 1
         rest_N = self._draws - np.bincount(position_E, weights=counts_E, minlength=len(unique_N)).astype(np.int64)
         if (rest_N[unique_N > 0] < 1).any():
             raise CacheCorruptError(f"holds counts that sum to more than {self._draws} draws")
-        counts_E[~coded_E] = rest_N[unique_N > 0]
+        counts_E[(np.cumsum(unique_N) - 1)[unique_N > 0]] = rest_N[unique_N > 0]
         counts_NK = np.zeros((len(unique_N), self._draws), np.uint8)
         counts_NK[position_E, place_E] = counts_E
         return {

@@ -138,9 +138,9 @@ class HiddenStates:
             return self._transformed(stored, input_ids_BT[:, :: self._hidden.stride], layers)
         found = {}
         for layer in layers:
-            states = stored[layer].float()
-            if layer in scales:
-                states = states * scales[layer].float()[..., None]
+            # Of 8 bits the product converts as it goes, which gives the same floats in one pass.
+            scale = scales[layer].float()[..., None] if layer in scales else None
+            states = stored[layer].float() if scale is None else stored[layer] * scale
             projection = self._transforms.projections[layer]
             found[layer] = states if projection is None else projection.restored(states)
         return found

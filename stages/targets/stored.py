@@ -67,7 +67,7 @@ def make_targets(
             return lambda arrays, ids_N: Transformed(arrays, ids_N, profile, basis)
         case DenseProfile():
             return lambda arrays, _: ComputedTargets(
-                arrays["final"].float() * arrays["final_scale"].float()[:, None], arrays_of_tables["output_matrix"]
+                arrays["final"] * arrays["final_scale"].float()[:, None], arrays_of_tables["output_matrix"]
             )
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from small_training import CPU, SHAPE, distill_config, dump_config, make_run, places, student_of
 
+import cache.order
 from cache import CacheMismatchError, CacheWriter, HiddenSpec, PlainTopKProfile, open_cache
 from stages.data.tokenized import load_corpus, split_windows
 from stages.distill.choose import Places, choose_source
 from stages.distill.config import StudentConfig
 from stages.distill.distill import model_size
+from stages.dump.config import DumpConfig
 from stages.dump.dump import dump_logits, write_shards
 from stages.dump.prepare import cache_spec, split_specs
 from stages.errors import CheckpointError, TargetsError
@@ -27,6 +29,7 @@ from stages.models.transformer import Transformer
 from stages.progress import Progress
 from stages.quantize.config import QuantizeConfig
 from stages.targets.cached import CachedSource
+from stages.targets.source import Epoch, Signals
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,23 @@ def test_stage_two_needs_neither_teacher_nor_corpus(run: Path, tmp_path: Path) -
     assert (
         evaluate(student, CachedSource(open_cache(tmp_path / "cache"), CPU), EvaluateConfig(), "") == summary.validation
     )
+
+
+def test_online_windows_come_in_the_order_of_the_cache_that_the_same_settings_dump(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache.order, "SHARDS_PER_RUN", 1)
+    dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
+
+    def ids_of(targets: str, dump: DumpConfig) -> list[bytes]:
+        source = choose_source(
+            distill_config(targets=targets), dump, SHAPE.layers, places(run, tmp_path / "cache"), CPU
+        )
+        return [batch.input_ids_BT.numpy().tobytes() for batch in source.batches("train", 8, Signals(), Epoch(seed=1))]
+
+    cached = ids_of("cached", dump_config())
+    assert ids_of("online", dump_config()) == cached
+    assert ids_of("online", dump_config(shard_positions=2**17)) != cached, "one run instead of two"
 
 
 def test_the_teacher_agrees_with_its_own_cache(run: Path, tmp_path: Path) -> None:
