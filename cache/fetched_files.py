@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cache.atomic import atomic_file
-from cache.errors import CacheError, CacheRequestError, CacheWriteError
+from cache.errors import CacheError, CacheRequestError, CacheStoreError, CacheWriteError
 from cache.hashing import sha256_of_file
 from cache.locks import lock
 from cache.manifest import ShardRecord
@@ -109,6 +109,9 @@ class FetchedShardFiles:
             except CacheError as exc:
                 with self._lock:
                     self._failed[name] = exc
+            except Exception as exc:  # noqa: BLE001 - raised where the shard is asked for
+                with self._lock:
+                    self._failed[name] = CacheStoreError(f"{self._store.url}: {name} could not be fetched ({exc})")
 
     def _fetch(self, record: ShardRecord, *, is_ahead: bool = False) -> None:
         name = record.name

@@ -61,12 +61,13 @@ class CacheCopy:
             with lock(self.folder, _COPY_LOCK):
                 path = self.folder / MANIFEST_NAME
                 is_same = path.is_file() and path.read_bytes() == content
-                if not is_same and path.is_file() and not self._is_claimed():
+                if path.is_file() and not self._is_claimed() and (not is_same or self.lost_shards(manifest)):
+                    what = "the cache, more whole" if is_same else "another cache"
                     raise CacheMismatchError(
-                        f"{self.folder}: holds another cache than {self.store.url}, and is no copy of it; set "
-                        "cache.dir to another folder, or remove the cache in this one yourself"
+                        f"{self.folder}: holds {what} than {self.store.url}, and is no copy of it; set cache.dir to "
+                        "another folder, or remove the cache in this one yourself"
                     )
-                self.claim()
+                self._claim()
                 spec = manifest.spec
                 if spec.tables_fingerprint is not None:
                     self._bring(TABLES_NAME, spec.tables_fingerprint, _LARGEST_TABLES_BYTES)
@@ -118,12 +119,14 @@ class CacheCopy:
 
     def uploads(self, spec: CacheSpec) -> Uploads:
         """What brings finished shards to the URL."""
-        with lock(self.folder, _COPY_LOCK):
-            self.claim()
         return Uploads(self.folder, self.store, self.manifest_at_url(), spec, self.local_bytes)
 
     def claim(self) -> None:
         """Write down that the folder is a copy, so that what is newer at the URL may replace what is in it."""
+        with lock(self.folder, _COPY_LOCK):
+            self._claim()
+
+    def _claim(self) -> None:
         if not self._is_claimed():
             write_atomically(self.folder / COPY_NAME, json.dumps({"url": self.store.url}).encode("ascii"))
 

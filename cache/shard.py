@@ -229,6 +229,11 @@ def _read_attribute(file: Hdf5File, name: str, path: Path) -> str:
     return text.decode("ascii")
 
 
+def _most_frame_bytes(content_bytes: int) -> int:
+    """What Zstandard takes at most for so many bytes (ZSTD_compressBound), and some for its header and checksum."""
+    return content_bytes + content_bytes // 128 + 1024
+
+
 def _chunk_table(
     file: Hdf5File, path: Path, spec: CacheSpec, shard: ShardRange, declared: Dataset
 ) -> list[StoredChunk]:
@@ -244,6 +249,10 @@ def _chunk_table(
             raise corrupt(where, f"has type, shape and chunks {found}, expected {expected}")
         if dataset.filters != (ZSTANDARD_FILTER,):
             raise corrupt(where, f"has filters {[*dataset.filters]}, expected [{ZSTANDARD_FILTER}]")
-        return dataset.chunk_table(shard.num_chunks(spec))
+        chunks = dataset.chunk_table(shard.num_chunks(spec))
     except Hdf5Error as exc:
         raise corrupt(where, str(exc)) from exc
+    most_bytes = _most_frame_bytes(array.num_bytes * rows_per_chunk)
+    if (largest := max(chunk.num_bytes for chunk in chunks)) > most_bytes:
+        raise corrupt(where, f"has a stored chunk of {largest} bytes, expected at most {most_bytes}")
+    return chunks

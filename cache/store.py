@@ -63,7 +63,7 @@ def check_url(url: str) -> str:
     parts = urlsplit(url)
     if "://" not in url or not parts.scheme or "::" in url:
         raise ValueError("expected one URL such as s3://bucket/folder")
-    if "@" in parts.netloc or parts.query:
+    if "@" in parts.netloc or parts.query or parts.fragment:
         raise ValueError(
             "a URL with a user, password or signature would be written into records; give credentials in the "
             "environment, such as AWS_ACCESS_KEY_ID or FSSPEC_S3_KEY (docs/remote.md)"
@@ -103,9 +103,12 @@ class Store:
         if any(sign in path for sign in "*?["):
             found = self._tried("searched", path, lambda: self._call("glob", place, detail=True))
         else:
+            own = self.look(path)
+            if own is not None and own.num_bytes:
+                return {self._system()[0].unstrip_protocol(place): own}
             found = self._tried("searched", path, lambda: self._call("find", place, detail=True))
         system, _ = self._system()
-        return {system.unstrip_protocol(name): _stored(one) for name, one in found.items() if one["type"] == "file"}
+        return {system.unstrip_protocol(name): _stored(one) for name, one in found.items() if one.get("type") == "file"}
 
     def read(self, name: str, largest_bytes: int) -> bytes | None:
         """A whole file, None if it is not there. Raises CacheCorruptError if it is larger."""
@@ -241,6 +244,8 @@ def _open_system(url: str, patience: Patience) -> tuple[Any, str]:
 
     scheme = url.split("://", maxsplit=1)[0]
     options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in {"file", "local"}:
+        options["auto_mkdir"] = True
     if scheme in {"s3", "s3a"}:
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         ours = {"connect_timeout": patience.timeout_s, "read_timeout": patience.timeout_s}

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cache.errors import CacheError, CacheMismatchError, CacheRequestError
+from cache.errors import CacheError, CacheMismatchError, CacheRequestError, CacheStoreError
 from cache.hashing import canonical_json, fingerprint_of
 from cache.layout import MANIFEST_NAME, shard_ranges
 from cache.locks import lock
@@ -63,8 +63,11 @@ class Uploads:
         for name, content in contents.items():
             self._store.write(name, content)
 
-    def make_room(self, num_bytes: int) -> None:
-        """Return when a shard of this size may be written: local copies of those that have arrived make room for it."""
+    def make_room(self, name: str, num_bytes: int) -> None:
+        """Return when a shard may be written: local copies of those that have arrived make room for it.
+
+        Room is not reserved: of several processes that write, each may go beyond the bound by a shard.
+        """
         if self._local_bytes is None:
             return
         if num_bytes > self._local_bytes:
@@ -74,7 +77,7 @@ class Uploads:
             )
         while True:
             with lock(self._folder, ROOM_LOCK):
-                if free_room(self._folder, self._local_bytes, num_bytes, self._order):
+                if free_room(self._folder, self._local_bytes, num_bytes, self._order, own=name):
                     return
             with self._changed:
                 self._raise_failure()
@@ -112,9 +115,9 @@ class Uploads:
             except CacheError as exc:
                 with self._changed:
                     self._failure = exc
-            except OSError as exc:
+            except Exception as exc:  # noqa: BLE001 - raised where the dump waits; a thread that ends is waited for ever
                 with self._changed:
-                    self._failure = CacheError(f"{self._folder / record.name}: could not be read ({exc})")
+                    self._failure = CacheStoreError(f"{self._store.url}: {record.name} could not be written ({exc})")
             with self._changed:
                 self._num_pending -= 1
                 self._changed.notify_all()
@@ -122,10 +125,14 @@ class Uploads:
                     return
 
     def _upload(self, record: ShardRecord) -> None:
-        stored = self._store.write(record.name, (self._folder / record.name).read_bytes())
+        try:
+            content = (self._folder / record.name).read_bytes()
+        except OSError as exc:
+            raise CacheError(f"{self._folder / record.name}: could not be read ({exc})") from exc
+        stored = self._store.write(record.name, content)
         arrived = UploadRecord(spec=self._spec, version=stored.version, shard=record)
-        content = canonical_json(arrived.model_dump(mode="json")).encode("ascii")
-        self._store.write(_record_name(record.name), content)
+        as_json = canonical_json(arrived.model_dump(mode="json")).encode("ascii")
+        self._store.write(_record_name(record.name), as_json)
         with self._changed:
             self.records[record.name] = record
 

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CacheCorruptError, CacheError, CacheMismatchError
+from cache.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord, load_manifest
 from cache.regular_file import IrregularFileError, sha256_of_regular_file
-from cache.remote import remote_copy
+from cache.remote import copied_from, remote_copy
 from cache.shard_files import LocalShardFiles, ShardFiles
 from cache.spec import CacheSpec
 from cache.tables import stored_calibration
@@ -46,6 +46,12 @@ def find_damage(folder: Path, manifest: Manifest, on_shard: OnShard, workers: in
     `on_shard` is told the size of each shard when it and those before it are done.
     """
     copy = remote_copy(folder)
+    url = copied_from(folder) if copy is None else None
+    if url and not all(os.path.lexists(folder / record.name) for record in manifest.shards):
+        raise CacheMissingError(
+            f"{folder}: is a local copy of {url}, of which not all shards are here; set cache.url to that, or give it "
+            "in place of the folder"
+        )
     files = copy.shard_files(manifest) if copy else None
     found = checked_shards(folder, manifest.spec, on_shard, workers, files)
     damages = []

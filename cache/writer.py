@@ -12,6 +12,7 @@ import zstandard
 from cache.atomic import write_atomically
 from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
 from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.locks import lock
 from cache.manifest import Manifest, ShardRecord, refuse_too_many_shards, save_manifest
 from cache.parts import MASK_NAME, PartCoder, part_coders
 from cache.profiles.profile import Place
@@ -58,6 +59,8 @@ class CacheWriter:
         here = found_shards(folder, spec, self.missing_shards()) if found is None else found
         new = [record for record in here if record.name not in self._records]
         self.take(new)
+        if copy:
+            copy.claim()
         given = {TOKENIZER_NAME: tokenizer_json, TABLES_NAME: tables_image}
         once = {name: content for name, content in given.items() if content is not None}
         for name, content in once.items():
@@ -109,8 +112,12 @@ class CacheWriter:
         """Put a finished shard on disk."""
         image = shard_image(self.spec, shard, frames, self._compression_level)
         if self._uploads:
-            self._uploads.make_room(len(image))
-        self._write(self.folder / shard.name, image)
+            # Held as by a fetch: else another rank that makes room takes what is being written for what a kill left.
+            with lock(self.folder, shard.name):
+                self._uploads.make_room(shard.name, len(image))
+                self._write(self.folder / shard.name, image)
+        else:
+            self._write(self.folder / shard.name, image)
         stored_bytes = {name: sum(map(len, parts)) for name, parts in frames.items()}
         record = _record(shard, len(image), hashlib.sha256(image).hexdigest(), stored_bytes)
         self._records[shard.name] = record

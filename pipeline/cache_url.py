@@ -10,7 +10,7 @@ from cache.remote import keep_copy
 from cache.store import check_url
 from stages.progress import say
 
-_LOCAL_BYTES = 2**30
+_LOCAL_BYTES = 2**32
 """Of shards kept at once: a command reads a cache once, or a few of its chunks."""
 
 

@@ -25,6 +25,7 @@ from stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
 _SAYS_THE_SAME = {"losses": ("alpha", "temperature"), "alpha": ("losses",), "temperature": ("losses",)}
+_SECRET_IN_URL = re.compile(r"(://)[^/@\s]*@")
 _LONGEST_SHOWN = 300
 VARIANT_SECTIONS = {"student", "distill", "evaluate"}
 _STAGE_SECTIONS = VARIANT_SECTIONS | {"cache"}
@@ -262,6 +263,7 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__} too large to show"
+    text = _SECRET_IN_URL.sub(r"\1...@", text)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 

@@ -140,8 +140,8 @@ def joined_ranks() -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if announced_ranks().local_rank < torch.cuda.device_count():  # else whoever wants a GPU says that there is none
+        torch.cuda.set_device(announced_ranks().local_rank)
     try:
         with _ended_by_signals():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)

@@ -53,11 +53,11 @@ def save_checkpoint(
     """
     path = folder / f"step-{progress.step:08d}"
     partial = folder / f".step-{progress.step:08d}.partial"
-    if ranks.is_first:
-        for left in folder.glob(".step-*.partial"):  # by a kill or a full disk, of any step: it takes room
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
-    ranks.wait_for_all()
+    with ranks.agreeing():
+        if ranks.is_first:
+            for left in folder.glob(".step-*.partial"):  # by a kill or a full disk, of any step: it takes room
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
     tensors = _own_tensors(module)
     parameters = {id(parameter): name for name, parameter in module.named_parameters()}
     state = {
@@ -66,25 +66,32 @@ def save_checkpoint(
         for key, value in values.items()
     }
     parts = ranks.world_size if any(isinstance(tensor, DTensor) for tensor in tensors.values()) else 1
-    if ranks.rank < parts:
-        try:
-            _write_part(partial, "module", tensors, ranks)
-            _write_part(partial, "optimizer", {**state, _RNG: torch.get_rng_state()}, ranks)
-        except BaseException:
+    try:
+        with ranks.agreeing():
+            if ranks.rank < parts:
+                _write_part(partial, "module", tensors, ranks)
+                _write_part(partial, "optimizer", {**state, _RNG: torch.get_rng_state()}, ranks)
+        with ranks.agreeing():
+            if ranks.is_first:
+                state_json = progress.model_copy(update={"parts": parts}).model_dump_json().encode()
+                write_atomically(partial / "state.json", state_json)
+    except BaseException:
+        if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is wanted
-            raise
-    ranks.wait_for_all()
-    if ranks.is_first:
-        state_json = progress.model_copy(update={"parts": parts}).model_dump_json().encode()
-        write_atomically(partial / "state.json", state_json)
-        sync_folder(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-        sync_folder(folder)
-        for other in folder.glob("step-*"):  # also one that a kill has left half removed
-            if other != path:
-                shutil.rmtree(other)
-    ranks.wait_for_all()
+        raise
+    with ranks.agreeing():
+        if ranks.is_first:
+            _commit(partial, path)
+
+
+def _commit(partial: Path, path: Path) -> None:
+    sync_folder(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    sync_folder(path.parent)
+    for other in path.parent.glob("step-*"):  # also one that a kill has left half removed
+        if other != path:
+            shutil.rmtree(other)
 
 
 def load_checkpoint(

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,23 @@ def load_manifest_of(folder: Path) -> bytes:
     return (folder / "cache.json").read_bytes()
 
 
+def test_a_cache_of_which_the_url_holds_a_part_is_not_made_its_copy(
+    local: Cache, memory_url: str, tmp_path: Path
+) -> None:
+    shutil.copytree(local.folder, tmp_path / "own")
+    copy_of(memory_url, tmp_path / "own")  # all is there: nothing can be lost
+    (tmp_path / "own" / "copy.json").unlink()
+    fsspec.filesystem("memory").rm(memory_url.removeprefix("memory:/") + "/train-00002.h5")
+    with pytest.raises(CacheMismatchError, match="holds the cache, more whole than memory://"):
+        copy_of(memory_url, tmp_path / "own")
+    assert not (tmp_path / "own" / "copy.json").exists()
+    other = write_cache(tmp_path / "other", make_spec(train=30))
+    keep_copy(other.folder, memory_url, None, print, QUICK)
+    with pytest.raises(CacheMismatchError):
+        CacheWriter(other.folder, other.spec, TOKENIZER_JSON)
+    assert not (tmp_path / "other" / "copy.json").exists()
+
+
 def test_what_is_no_cache_at_a_url_is_said(tmp_path: Path) -> None:
     with pytest.raises(CacheMissingError, match="memory://nothing/here: found no cache; run `tristill dump-logits`"):
         copy_of("memory://nothing/here", tmp_path / "copy")
@@ -382,6 +400,58 @@ def test_a_dump_that_failed_goes_on_with_what_has_arrived_even_on_another_machin
         CacheWriter(tmp_path / "three", make_spec(vocab_size=299), TOKENIZER_JSON)
 
 
+RANK = """
+import sys
+from pathlib import Path
+from cache.remote import keep_copy
+from cache.writer import CacheWriter
+from conftest import make_spec, window_arrays
+
+rank, folder, url, local_bytes = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+keep_copy(folder, url, local_bytes, print)
+writer = CacheWriter(folder, make_spec(), None, None, found=[])
+print("ready", flush=True)
+input()
+for shard in writer.missing_shards()[rank::2]:
+    shard_writer = writer.shard(shard)
+    shard_writer.append(window_arrays(writer.spec, shard.split, range(shard.first_window, shard.first_window + shard.num_windows)))
+    shard_writer.commit()
+writer.settle()
+"""
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_two_ranks_of_a_dump_share_a_bounded_copy(local: Cache, tmp_path: Path, attempt: int) -> None:
+    largest = max(shard_sizes(local).values())
+    folder, url = tmp_path / "copy", f"file://{tmp_path}/url"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(TOKENIZER_JSON)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(folder), url, str(3 * largest)],
+            cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in ranks:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ends = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], ends
+    assert {path.name for path in (tmp_path / "url").glob("*.h5")} == set(shard_sizes(local))
+    for name in shard_sizes(local):
+        assert (tmp_path / "url" / name).read_bytes() == (local.folder / name).read_bytes()
+
+
 def test_shards_with_a_record_of_another_spec_or_other_bytes_are_not_taken(s3: S3, bucket: str, tmp_path: Path) -> None:
     url = f"s3://{bucket}/c"
     write_to(url, tmp_path / "one", at_most=3)
@@ -486,4 +556,4 @@ def test_a_reader_killed_in_mid_fetch_leaves_nothing_that_counts(
     with watched(folder) as seen:
         assert_streams_alike(copy_of(f"s3://{bucket}/c", folder, bound), local)
     assert max(seen) <= bound
-    assert not list(folder.glob(".*.partial"))
+    wait_until(lambda: not list(folder.glob(".*.partial")))  # what was fetched ahead may be under way

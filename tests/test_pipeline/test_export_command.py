@@ -158,6 +158,7 @@ def test_an_export_that_rounds_activations_as_training_did_not_is_refused(own_ru
     assert list((own_run / "exports" / "student").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_the_runtimes_files_are_read_back(own_run: Path) -> None:
     for arguments, packages, judge in (
         (("--format", "hf"), ("transformers",), "hf, computed by the files, read back"),

@@ -64,6 +64,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow  # the same bytes by a script: tests/test_stages/test_dump_on_ranks.py
 def test_a_cache_has_the_same_bytes_for_three_ranks_as_for_one(finished_run: Path, before_dump: Path) -> None:
     done = outcome(command(3, "dump-logits", *of_run(before_dump)))
     assert done.code == 0, done.stderr

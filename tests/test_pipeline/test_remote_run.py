@@ -146,8 +146,8 @@ def test_a_student_killed_while_it_fetches_goes_on_to_the_same_weights(
     assert not list((tmp_path / "cache").glob(".*.partial"))
 
 
-def test_cache_commands_take_a_url(finished_run: Path, s3: S3, bucket: str, dumped: str) -> None:
-    local = finished_run / "cache"
+def test_cache_commands_take_a_url(copied_run: Path, s3: S3, bucket: str, dumped: str) -> None:
+    local = copied_run / "cache"
     found = json.loads(tristill(s3, "cache", "info", "--json", dumped).stdout)
     expected = {**cache_info(local), **cache_details(local), "folder": dumped, "provenance": None}
     assert found == json.loads(json.dumps(expected))
@@ -167,11 +167,11 @@ def test_cache_commands_take_a_url(finished_run: Path, s3: S3, bucket: str, dump
     options = (
         *CONFIG,
         "--run-dir",
-        str(finished_run),
+        str(copied_run),
         "--set",
         f"cache.url={dumped}",
         "--set",
-        f"cache.dir={finished_run / 'other'}",
+        f"cache.dir={copied_run / 'other'}",
     )
     outcome = tristill(s3, "dump-logits", *options)
     assert outcome.code == 0, outcome.stderr

@@ -29,7 +29,8 @@ with joined_ranks() as ranks:
         end = None
     except StageError as exc:
         end = [type(exc).__name__, str(exc), exc.exit_code]
-    print(json.dumps([ranks.rank, found, word, current_ranks() == ranks, end]), flush=True)
+    sys.stdout.write(json.dumps([ranks.rank, found, word, current_ranks() == ranks, end]) + "\\n")
+    sys.stdout.flush()
 """
 
 

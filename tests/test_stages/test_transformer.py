@@ -142,7 +142,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         load_model(folder)
     config.write_text(good)
     (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: found 5 bytes, but .* parameters"):
         load_model(folder)
     with pytest.raises(CheckpointError, match="found no model there"):
         load_model(tmp_path / "nowhere")
