@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stages.errors import StageError
@@ -92,7 +92,10 @@ def test_quantising_again_changes_no_trit_and_with_twn_no_scale(per: ScalePer, s
 
 
 @settings(deadline=None)
-@given(SEEDS, SCALES, st.floats(0.05, 20), st.booleans())
+@example(
+    seed=0, scale=1.0, ratio=3.0, per_row=True
+)  # 1.5 times the largest over its step lies between two whole numbers
+@given(seed=SEEDS, scale=SCALES, ratio=st.floats(0.05, 20), per_row=st.booleans())
 def test_learned_and_seq_are_their_formulas_and_idempotent_at_their_step(
     seed: int, scale: float, ratio: float, per_row: bool
 ) -> None:
@@ -106,8 +109,9 @@ def test_learned_and_seq_are_their_formulas_and_idempotent_at_their_step(
         for column in range(9):
             own, own_wide = float(step.expand(4, 1)[row, 0]), float(wide.expand(4, 1)[row, 0])
             w = float(weight[row, column])
-            assert int(learned.trits_OI[row, column]) == round(max(-1, min(1, w / own)))
-            assert int(seq.trits_OI[row, column]) == round(1.5 * max(-0.99, min(0.99, w / own_wide)))
+            # The nearest whole number; between two, float32's quotient may fall on either side.
+            assert abs(int(learned.trits_OI[row, column]) - max(-1, min(1, w / own))) <= 0.5 + 1e-6
+            assert abs(int(seq.trits_OI[row, column]) - 1.5 * max(-0.99, min(0.99, w / own_wide))) <= 0.5 + 1e-6
     torch.testing.assert_close(seq.dequantized(), seq.trits_OI * wide * (2 / 3))
     assert torch.equal(learned_ternary(learned.dequantized(), step).trits_OI, learned.trits_OI)
     assert torch.equal(seq_ternary(seq.dequantized(), wide).trits_OI, seq.trits_OI)
