@@ -92,9 +92,7 @@ def test_quantising_again_changes_no_trit_and_with_twn_no_scale(per: ScalePer, s
 
 
 @settings(deadline=None)
-@example(
-    seed=0, scale=1.0, ratio=3.0, per_row=True
-)  # 1.5 times the largest over its step lies between two whole numbers
+@example(seed=0, scale=1.0, ratio=3.0, per_row=True)  # 1.5 times the largest over its step: between two levels
 @given(seed=SEEDS, scale=SCALES, ratio=st.floats(0.05, 20), per_row=st.booleans())
 def test_learned_and_seq_are_their_formulas_and_idempotent_at_their_step(
     seed: int, scale: float, ratio: float, per_row: bool
