@@ -32,9 +32,10 @@ report: $(VENV)/.installed-report
 	$(RUN) distill
 	$(TRISTILL) report --config $(CONFIG) $(ARGS)
 
-# Two at a time, with one thread of torch each; then those that want the machine for themselves.
+# Two at a time, with one thread of torch each, and files split as little as can be, since their fixtures are slow;
+# then those that want the machine for themselves.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not alone' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not slow and not alone' $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'alone and not slow' $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
@@ -67,6 +68,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.reader_speed
 	$(BIN)/python -m benchmarks.order_quality
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.loss_memory
 	$(BIN)/python -m benchmarks.step_speed
 	$(BIN)/python -m benchmarks.deployment

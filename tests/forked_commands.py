@@ -10,6 +10,7 @@ import importlib
 import json
 import mmap
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from types import TracebackType
 from typing import Any, Self
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
-_TICK_S = 0.001
 _LOADED = (
     *("datasets", "gguf", "h5py", "optuna", "torch._dynamo", "accelerate", "xllamacpp"),
     *("transformers.models.llama.modeling_llama", "transformers.models.bitnet.modeling_bitnet"),
@@ -36,11 +36,15 @@ _FAILED = 99
 
 @dataclass(frozen=True)
 class Request:
-    """One run. setup: Python that the process runs first, as a `sitecustomize` would be."""
+    """One run. setup: Python that the process runs first, as a `sitecustomize` would be.
+
+    changes_in: the folder whose changes are counted; None: they are not, nor is anything else watched.
+    """
 
     arguments: list[str]
-    run_dir: str
     output: str
+    cwd: str
+    changes_in: str | None = None
     kill_before_change: int | None = None
     kill_after_s: float | None = None
     counts_sql: bool = False
@@ -67,7 +71,7 @@ class Commands:
 
     def __init__(self, folder: Path, *, environment: dict[str, str], cwd: Path, launcher: tuple[str, ...] = ()) -> None:
         """`folder` takes what runs print; launcher: a command in front of the server's, such as `unshare -m`."""
-        self._folder = folder
+        self._folder, self._cwd = folder, cwd
         self._server = subprocess.Popen(
             [*launcher, sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -78,8 +82,12 @@ class Commands:
         )
 
     def run(self, *arguments: str, run_dir: Path, **how: Any) -> Ended:
-        """One command, in the run folder."""
-        request = Request([*arguments, "--run-dir", str(run_dir)], str(run_dir), str(self._folder / "out"), **how)
+        """One command in a run folder, whose changes are counted."""
+        return self.end(*arguments, "--run-dir", str(run_dir), changes_in=str(run_dir), **how)
+
+    def end(self, *arguments: str, cwd: Path | None = None, **how: Any) -> Ended:
+        """Any command."""
+        request = Request(list(arguments), str(self._folder / "out"), str(cwd or self._cwd), **how)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(asdict(request)) + "\n")
@@ -121,16 +129,11 @@ def _serve() -> None:
 
 def _wait(child: int, kill_at_s: float | None) -> int:
     """The status of a process, and the end of all that it started once it is gone."""
-    while kill_at_s is not None:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        if time.monotonic() >= kill_at_s:
-            _kill_group(child)
-            break
-        time.sleep(_TICK_S)
-    _, status = os.waitpid(child, 0)
+    descriptor = os.pidfd_open(child)
+    select.select([descriptor], [], [], None if kill_at_s is None else max(0.0, kill_at_s - time.monotonic()))
+    os.close(descriptor)
     _kill_group(child)
+    _, status = os.waitpid(child, 0)
     return status
 
 
@@ -148,7 +151,9 @@ def _be_the_command(request: Request, counter: mmap.mmap) -> None:
     code = _FAILED
     try:
         exec(request.setup, {})  # noqa: S102 - the test's own
-        _count_changes(request, counter)
+        os.chdir(request.cwd)
+        if request.changes_in is not None:
+            _count_changes(request.changes_in, request, counter)
         from pipeline.__main__ import main
 
         main()
@@ -164,9 +169,7 @@ def _be_the_command(request: Request, counter: mmap.mmap) -> None:
         os._exit(code)
 
 
-def _count_changes(request: Request, counter: mmap.mmap) -> None:
-    prefix = request.run_dir
-
+def _count_changes(prefix: str, request: Request, counter: mmap.mmap) -> None:
     def change() -> None:
         number = int.from_bytes(counter[:], "little") + 1
         if number == request.kill_before_change:

@@ -1,6 +1,5 @@
 """Ctrl-C and limits on files: the same command goes on. For kills and real full disks see test_survival/."""
 
-import json
 import os
 import resource
 import shutil
@@ -15,9 +14,6 @@ import pytest
 
 from conftest import ENVIRONMENT, ROOT
 
-pytestmark = pytest.mark.alone
-
-COMMANDS = ("tokenize", "teacher", "dump-logits", "distill")
 SLOW_DOWN = ("--set", "teacher.training.checkpoint_every=3", "--set", "distill.training.checkpoint_every=3")
 
 
@@ -36,26 +32,6 @@ def start(run_dir: Path, *arguments: str, limit_bytes: int | None = None) -> sub
         preexec_fn=limit,  # noqa: PLW1509 - no threads here
         start_new_session=True,
     )  # fmt: skip
-
-
-def test_a_killed_training_goes_on_from_its_checkpoint(finished_run: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished_run / "data", tmp_path / "data")
-    longer = ("--set", "teacher.training.steps=3000")
-    process = start(tmp_path, "teacher", *longer)
-    while not list(tmp_path.glob("teacher/checkpoints/step-*")) and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    saved = set(tmp_path.glob("teacher/checkpoints/step-*"))
-    process = start(tmp_path, "teacher", *longer)
-    while not set(tmp_path.glob("teacher/checkpoints/step-*")) - saved and process.poll() is None:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    steps = [json.loads(line)["step"] for line in (tmp_path / "teacher" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)), "no step was logged twice"
-    assert not list(tmp_path.glob("teacher/checkpoints/.*"))
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to run alone", "to all, as a terminal does"])
@@ -150,19 +126,3 @@ def test_a_full_disk_while_dumping_keeps_finished_shards_and_goes_on(finished_ru
     assert all(
         (tmp_path / "cache" / name).read_bytes() == (finished_run / "cache" / name).read_bytes() for name in names
     )
-
-
-@pytest.mark.parametrize(("command", "limit_bytes"), [("tokenize", 9_000), ("teacher", 9_000), ("distill", 9_000)])
-def test_a_full_disk_in_any_step_gives_one_message_and_loses_nothing(
-    finished_run: Path, tmp_path: Path, command: str, limit_bytes: int
-) -> None:
-    for folder in ("data", "teacher", "cache")[: COMMANDS.index(command)]:
-        shutil.copytree(finished_run / folder, tmp_path / folder)
-    process = start(tmp_path, command, limit_bytes=limit_bytes)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1, stderr
-    assert "File too large; mend that and run the same command again" in stderr
-    assert "Traceback" not in stderr
-    process = start(tmp_path, command)
-    process.communicate(timeout=60)
-    assert process.returncode == 0

@@ -23,8 +23,6 @@ from pipeline.steps import DumpLogits
 from pipeline.workspace import Workspace
 from stages.dump.dump import dump_logits
 
-pytestmark = pytest.mark.alone
-
 MANY_SHARDS = (
     "data.max_train_tokens=60_000",
     "teacher.training.steps=6",

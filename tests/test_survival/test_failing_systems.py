@@ -22,8 +22,6 @@ from survival import STAGES, Runs, Stage, content
 
 from conftest import ENVIRONMENT, ROOT
 
-pytestmark = pytest.mark.alone
-
 SEED = 11
 PAGE_BYTES = 4096
 WITHOUT_CHECKPOINTS = {name: ("--set", f"{name}.training.checkpoint_every=1000") for name in ("teacher", "distill")}

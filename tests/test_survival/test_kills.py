@@ -20,8 +20,6 @@ from pipeline.step import Step
 from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize
 from pipeline.workspace import Workspace
 
-pytestmark = pytest.mark.alone
-
 SEED = 7
 RECORDS = {"provenance.json", "summary.json", "metrics.jsonl"}
 MANY = [pytest.param(name, 60, marks=pytest.mark.slow) for name in STAGES]
