@@ -141,6 +141,8 @@ def _told_if_busy(folder: Path) -> Iterator[None]:
         yield
     except BlockingIOError as exc:
         raise BusyError(f"{folder}: another process is working on it; wait for it, or use another --run-dir") from exc
+    except OSError as exc:
+        raise OSError(exc.errno, f"this file system has no locks of folders ({exc.strerror})", str(folder)) from exc
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What counts as a change between a record and the settings of now, and what a record says of time."""
 
+import errno
+import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +15,7 @@ import pytest
 
 from conftest import ENVIRONMENT, ROOT
 from pipeline.config import load_config
-from pipeline.provenance import Provenance, differences, read_provenance, write_provenance
+from pipeline.provenance import Provenance, differences, locked, read_provenance, write_provenance
 from pipeline.runner import build_held
 from pipeline.steps import Tokenize
 from pipeline.workspace import Workspace
@@ -120,3 +123,13 @@ def test_a_step_that_begins_from_nothing_counts_only_itself(tmp_path: Path) -> N
     found = build(tmp_path, 0.0)
     assert found.elapsed_s is not None
     assert (found.elapsed_s < 1e5, found.is_resumed) == (True, False)
+
+
+def test_a_file_system_without_locks_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    expected = f"this file system has no locks of folders (Function not implemented): '{tmp_path}'"
+    with pytest.raises(OSError, match=re.escape(expected)), locked(tmp_path):
+        pass
