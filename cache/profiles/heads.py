@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cache.arrays import ArraySpec, ids_dtype
 from cache.coding.integers import num_tokens, unzigzag, zigzag
 from cache.coding.streams import Reading, Request, Sink
-from cache.errors import CacheCorruptError, CacheRequestError
+from cache.errors import CacheCorruptError
 
 GAP_STEP = 0.1
 """Nats between neighbouring values of the grid of gaps, at a gap of zero."""
@@ -48,7 +48,7 @@ class HeadSize(BaseModel):
     def checked(self, vocab_size: int) -> "HeadSize":
         """Itself; refuses more entries than the vocabulary has."""
         if self.max_entries > vocab_size:
-            raise CacheRequestError(
+            raise ValueError(
                 f"head.max_entries is {self.max_entries}, but the vocabulary has only {vocab_size} entries; set "
                 f"cache.profile.head.max_entries to {vocab_size} or less"
             )

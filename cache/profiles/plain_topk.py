@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cache.arrays import ArraySpec, ids_dtype
-from cache.errors import CacheRequestError
 from cache.profiles.head_needs import unserved_by_head
 from cache.profiles.profile import Need, Profile
 
@@ -37,7 +36,7 @@ class PlainTopKProfile(Profile):
     def arrays(self, vocab_size: int, context_length: int) -> tuple[ArraySpec, ...]:
         """The datasets that this profile stores."""
         if self.top_k > vocab_size:
-            raise CacheRequestError(
+            raise ValueError(
                 f"top_k is {self.top_k}, but the vocabulary has only {vocab_size} entries; "
                 f"set cache.profile.top_k to {vocab_size} or less"
             )

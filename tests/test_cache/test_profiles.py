@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from cache import (
     Cache,
     CacheCorruptError,
-    CacheRequestError,
     CacheSpec,
     CacheWriter,
     DenseProfile,
@@ -292,7 +291,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
         HeadSize(min_entries=9, max_entries=3)
     with pytest.raises(ValueError, match=r"basis_rank \(3\) is below rank \(7\)"):
         TransformProfile.model_validate({**TRANSFORM.model_dump(), "basis_rank": 3})
-    with pytest.raises(CacheRequestError, match=r"head\.max_entries is 9, but the vocabulary has only 5 entries"):
+    with pytest.raises(ValueError, match=r"head\.max_entries is 9, but the vocabulary has only 5 entries"):
         PROFILES["topk"].arrays(5, 4)
     with pytest.raises(ValueError, match="profile topk is not part of format version 1"):
         make_spec(format_version=1, profile=TopKProfile(), tables_fingerprint="0" * 64)

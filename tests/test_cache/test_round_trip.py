@@ -138,8 +138,8 @@ def test_spec_refuses_what_cannot_be_stored() -> None:
         make_spec(vocab_size=2**32 + 1)
     with pytest.raises(CacheRequestError, match="ids are stored in at most 32 bits"):
         ids_dtype(2**32 + 1)
-    with pytest.raises(CacheRequestError, match="top_k is 301, but the vocabulary has only 300 entries"):
-        make_spec(profile=PlainTopKProfile(top_k=301)).arrays  # noqa: B018 - the property computes
+    with pytest.raises(ValueError, match="top_k is 301, but the vocabulary has only 300 entries"):
+        make_spec(profile=PlainTopKProfile(top_k=301))
 
 
 def test_stream_can_be_abandoned(small_cache: Cache) -> None:
