@@ -31,6 +31,9 @@ FORMAT_VERSION = 2
 MASKED_VERSION = 3
 READABLE_VERSIONS = (1, FORMAT_VERSION, MASKED_VERSION)
 LARGEST_CHUNK_BYTES = 2**28
+MOST_WINDOWS_PER_CHUNK = 2**13
+MOST_CHUNKS_PER_SHARD = 2**16
+"""A reader lists the chunks of 64 shards, and the windows of 64 times 64 chunks: 300 MiB at these bounds."""
 LARGEST_TABLE_BYTES = 2**32
 LARGEST_NUM_CONTEXTS = 2**16
 """A reader takes 16 KiB for each."""
@@ -72,7 +75,7 @@ class CacheSpec(_Strict):
     profile: AnyProfile
     hidden: HiddenSpec | None = None
     splits: Annotated[dict[SplitName, SplitSpec], Field(min_length=1)]
-    windows_per_chunk: Annotated[int, Field(ge=1)]
+    windows_per_chunk: Annotated[int, Field(ge=1, le=MOST_WINDOWS_PER_CHUNK)]
     windows_per_shard: Annotated[int, Field(ge=1)]
     teacher_fingerprint: Fingerprint
     tokenizer_fingerprint: Fingerprint
@@ -149,6 +152,11 @@ class CacheSpec(_Strict):
             raise ValueError(
                 f"windows_per_shard ({self.windows_per_shard}) must be a multiple of "
                 f"windows_per_chunk ({self.windows_per_chunk})"
+            )
+        if self.windows_per_shard > (most := MOST_CHUNKS_PER_SHARD * self.windows_per_chunk):
+            raise ValueError(
+                f"windows_per_shard: found {self.windows_per_shard}, expected at most {MOST_CHUNKS_PER_SHARD} chunks, "
+                f"which are {most * self.context_length} positions; choose a smaller shard_positions"
             )
         return self
 

@@ -73,6 +73,26 @@ def test_a_manifest_of_any_bytes_is_refused_or_means_the_same_data(tmp_path: Pat
     assert tally["refused"] > num_cases / 2
 
 
+def test_windows_that_no_file_holds_take_little_memory(tmp_path: Path) -> None:
+    """As many chunks as a shard may have, each of a quarter of the windows that it may: few bytes are on disk."""
+    write_tiny_cache(tmp_path, "hidden")
+    path = tmp_path / "cache.json"
+    manifest = json.loads(path.read_bytes())
+    per_chunk, most = 2**11, 2**27
+    manifest["spec"] |= {"windows_per_chunk": per_chunk, "windows_per_shard": most}
+    manifest["spec"]["splits"]["train"]["num_windows"] = manifest["shards"][0]["num_windows"] = most
+    path.write_text(json.dumps(manifest))
+    assert len(load_manifest(tmp_path).shards) == 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(CacheError, match=str(tmp_path)):
+            everything(tmp_path)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2 * LARGEST_BYTES
+
+
 @counts
 @kinds
 def test_a_shard_of_any_bytes_is_refused_or_reads_as_before(tmp_path: Path, kind: str, num_cases: int) -> None:

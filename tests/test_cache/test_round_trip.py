@@ -134,6 +134,10 @@ def test_a_profile_says_which_temperatures_it_serves() -> None:
 def test_spec_refuses_what_cannot_be_stored() -> None:
     with pytest.raises(ValueError, match="must be a multiple of"):
         make_spec(per_chunk=3, per_shard=16)
+    with pytest.raises(ValueError, match=r"windows_per_chunk\n.*less than or equal to 8192"):
+        make_spec(per_chunk=2**17, per_shard=2**17)
+    with pytest.raises(ValueError, match="expected at most 65536 chunks, which are 1572864 positions"):
+        make_spec(per_shard=2**20)
     with pytest.raises(ValueError, match="less than or equal to 4294967296"):
         make_spec(vocab_size=2**32 + 1)
     with pytest.raises(CacheRequestError, match="ids are stored in at most 32 bits"):
