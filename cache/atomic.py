@@ -30,27 +30,35 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """An OSError in the block that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            exc.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write and seek in, that appears as `path` when the block ends and never before.
 
     It is written as `.<name>.partial` in the same folder, flushed, synced and renamed. If the block raises, the
     partial file is removed and an earlier `path` is untouched. After a kill the partial file stays; the next write of
-    the same path replaces it. One process at a time may write a path. An OSError that names no file, as that of a full
-    disk, names this one.
+    the same path replaces it. One process at a time may write a path. Errors name the file.
     """
     partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, _NEW_FILE, 0o666), "wb") as file:
+        with names_file(path), os.fdopen(os.open(partial, _NEW_FILE, 0o666), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException as exc:
+    except BaseException:
         with suppress(OSError):  # as of a file system that can only be read, which is told already
             partial.unlink(missing_ok=True)
-        if isinstance(exc, OSError) and exc.filename is None:
-            exc.filename = str(path)
         raise
     sync_folder(path.parent)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.atomic import sync_folder
+from cache.atomic import names_file, sync_folder
 from stages.errors import ExportError
 from stages.export.formats import BLOCK_COLUMNS, TernaryType
 from stages.export.gguf_layout import architecture, gguf_name, interleave, rotated_heads
@@ -75,7 +75,8 @@ def write_gguf(
                 f"{path}: could not be written whole ({exc}), as on a full disk; free some space and run the same "
                 "command again"
             ) from exc
-        raise
+        with names_file(path):
+            raise
     sync_folder(path.parent)
 
 

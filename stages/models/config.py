@@ -14,7 +14,7 @@ class ModelConfig(Section):
     """
 
     width: Annotated[int, Field(ge=8, description="D, width of the residual stream; multiples of 256 export to GGUF")]
-    layers: Annotated[int, Field(ge=1, description="number of blocks")]
+    layers: Annotated[int, Field(ge=1, le=10_000, description="number of blocks")]
     heads: Annotated[int, Field(ge=1, description="attention heads; their size is width / heads, an even number")]
     kv_heads: Annotated[
         int | None, Field(ge=1, description="key and value heads, a divisor of heads; none gives one per head")

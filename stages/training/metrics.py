@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cache.atomic import write_atomically
+from cache.atomic import names_file, write_atomically
 from stages.training.tensorboard import TensorBoardLog
 
 
@@ -31,7 +31,7 @@ class MetricsLog:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record at once, so that a running training can be watched."""
-        with self._path.open("a", encoding="ascii") as file:
+        with names_file(self._path), self._path.open("a", encoding="ascii") as file:
             file.write(json.dumps(record) + "\n")
         if self._scalars is not None:
             self._scalars.append(record)

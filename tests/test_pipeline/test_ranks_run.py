@@ -165,7 +165,7 @@ def test_an_error_on_one_rank_alone_ends_all_and_is_told(many_shards: Path, tmp_
     """Rank 1 finds something in its way where its shard is to lie; the others find nothing wrong."""
     run_dir = Path(shutil.copytree(many_shards, tmp_path / "run"))
     step = DumpLogits(Workspace(load_config(Path("configs/test.toml"), MANY_SHARDS), run_dir))
-    (step.folder / ".train-00001.h5.partial").mkdir(parents=True)
+    (step.folder / "train-00001.h5").mkdir(parents=True)
     write_provenance(step.folder, new_provenance(step.label, step.settings(), step.inputs()))
     failed = outcome([*ON_TWO_RANKS, "dump-logits", *of_run(run_dir, *MANY_SHARDS)])
     assert failed.code == 1
