@@ -240,9 +240,10 @@ def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:
         Config.model_validate(plain)
     except ValidationError as exc:
         for problem in exc.errors(include_url=False):
-            keys, siblings, kinds = _locate(problem["loc"])
+            is_unknown_key = problem["type"] == "extra_forbidden"
+            keys, siblings, kinds = _locate(problem["loc"], ends_in_key=is_unknown_key)
             path = ".".join(keys)
-            if problem["type"] == "extra_forbidden":
+            if is_unknown_key:
                 near = difflib.get_close_matches(keys[-1], siblings, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(siblings)}"
                 yield f"{path}: unknown key; {hint}"
@@ -267,22 +268,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _locate(location: tuple[int | str, ...]) -> tuple[list[str], list[str], list[str]]:
+def _locate(location: tuple[int | str, ...], *, ends_in_key: bool = False) -> tuple[list[str], list[str], list[str]]:
     """(keys of a problem as written in TOML, keys known beside it, kinds of table that may stand there).
 
-    Pydantic's tags of unions are left out of the keys.
+    Pydantic's tags of unions are left out of the keys; ends_in_key: the last part is none, whatever it looks like.
     """
     models: list[type[BaseModel]] = [Config]
     keys: list[str] = []
     siblings: list[str] = []
-    for part in location:
-        if not isinstance(part, int) and "[" in part:  # one of several types that may stand there
+    for number, part in enumerate(location, start=1):
+        is_key = ends_in_key and number == len(location)
+        if not isinstance(part, int) and "[" in part and not is_key:  # one of several types that may stand there
             continue
         if isinstance(part, int):  # of a list
             keys.append(str(part))
             continue
         tagged = [model for model in models if _kind(model) == part]
-        if (tagged or part == NUMBER) and not any(part in model.model_fields for model in models):
+        if (tagged or part == NUMBER) and not is_key and not any(part in model.model_fields for model in models):
             models = tagged
             continue
         siblings = sorted({name for model in models for name in model.model_fields})

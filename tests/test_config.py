@@ -113,6 +113,8 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
         ),
         ("variants.other.student.quantize.layers=['x*']", "variants.other.student.quantize.layers: found 'x"),
         ("zzz.a=3", "zzz: unknown key; expected one of: cache, data, distill"),
+        ("a[0]=3", r"a\[0\]: unknown key; expected one of: cache, data, distill"),
+        ("cache.profile={kind='sampled', sampled=3}", r"cache.profile.sampled: unknown key; expected one of: "),
         ("nonsense", r"--set nonsense: expected dotted.key=value"),
         ("teacher.model.width.x=3", r"--set teacher.model.width.x=3: width is a value, not a table"),
         ("variants.student.distill.alpha=1", "variants.student: expected another name"),

@@ -212,10 +212,11 @@ def _problems(error: ValidationError) -> Iterator[str]:
     sections = (SweepConfig, Range, Grid, RandomSearch, TpeSearch, MedianPruning, HalvingPruning)
     known = sorted({name for section in sections for name in section.model_fields})
     for problem in error.errors(include_url=False):
-        *_, last = keys = [str(part) for part in problem["loc"] if part not in _TAGS]
-        path, found = ".".join(keys), problem["input"]
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(last, known, n=1)
+        location, found = [str(part) for part in problem["loc"]], problem["input"]
+        unknown = [location.pop()] if problem["type"] == "extra_forbidden" else []  # no tag, whatever it looks like
+        path = ".".join([*(part for part in location if part not in _TAGS), *unknown])
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
             yield f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
         elif problem["type"] == "missing":
             yield f"{path}: is missing; it has no default"

@@ -63,6 +63,7 @@ def test_a_missing_cache_is_named_with_the_command_that_makes_it(tmp_path: Path)
         ("vary.teacher.training.steps=[3]", r"vary.teacher.training.steps: expected a key of distill, evaluate, student"),
         ("vary.distill.targets=['online']", r"vary.distill.targets: a sweep reads its cache"),
         ("vary.distill.training.seed=[1]", r"vary.distill.training.seed: is varied by seeds already"),
+        ("vary.distill.alpha={low=0.1, range=0.3}", r"alpha.range: unknown key"),
         ("distill.alhpa=0.3", r"distill.alhpa: unknown key; did you mean 'alpha'\?"),
     ],
 )  # fmt: skip
