@@ -217,6 +217,7 @@ print(peak_rss_mib())
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Three times the text, more by far than the allowed growth; below some 20 MiB the libraries' buffers still fill."""
     words = re.findall(r"\w+", (ROOT / "docs" / "format.md").read_text())
