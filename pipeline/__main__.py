@@ -18,7 +18,7 @@ def main() -> None:
     interrupts = _Interrupts()
     try:
         interrupts.catch()
-        code = _run()
+        code = _run(interrupts)
     except KeyboardInterrupt:
         interrupts.are_over = True
         _end_interrupted()
@@ -31,12 +31,16 @@ def main() -> None:
 class _Interrupts:
     """Turns SIGINT and SIGTERM into KeyboardInterrupt.
 
+    While modules load, when nothing is there to be saved, the process ends at once: extension modules print such an
+    exception that comes while they are set up, and go on with others.
+
     `run` sends a SIGTERM after the SIGINT that a terminal sends to all: that is one wish, not two. Handlers say so,
     and stay: Python complains of a signal that was noted by a handler that is no longer there.
     """
 
     def __init__(self) -> None:
         self._are_asked = False
+        self.are_loading = True
         self.are_over = False
 
     def catch(self) -> None:
@@ -45,6 +49,8 @@ class _Interrupts:
                 signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.are_loading:
+            _end_interrupted()
         if not self.are_over and not (self._are_asked and signum == signal.SIGTERM):
             self._are_asked = True
             signal.default_int_handler(signum, frame)
@@ -69,8 +75,8 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _run() -> int:
-    # Imported here, so that an interrupt while Python loads is handled like any other.
+def _run(interrupts: _Interrupts) -> int:
+    # Imported here, so that an interrupt while Python loads is handled too.
     import click
 
     from cache import CacheError
@@ -79,6 +85,7 @@ def _run() -> int:
     from stages.errors import LostRankError, OtherRankError, StageError
     from stages.progress import say
 
+    interrupts.are_loading = False
     show = tell if announced_ranks().are_many else say
     try:
         try:
