@@ -24,7 +24,14 @@ from stages.settings import Section
 from stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
-_SAYS_THE_SAME = {"losses": ("alpha", "temperature"), "alpha": ("losses",), "temperature": ("losses",)}
+_SAYS_THE_SAME = {
+    "losses": ("alpha", "temperature"),
+    "alpha": ("losses",),
+    "temperature": ("losses",),
+    "path": ("model", "training"),
+    "model": ("path", "revision"),
+}
+"""Settings that displace others of the same table, since they say the same in another way."""
 _SECRET_IN_URL = re.compile(r"(://)[^/@\s]*@")
 _LONGEST_SHOWN = 300
 VARIANT_SECTIONS = {"student", "distill", "evaluate"}
@@ -132,9 +139,9 @@ def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{path}: cannot be read as TOML: {exc}") from exc
     given: set[str] = set()
-    for assignment in assignments:
-        key, value = parse_assignment(assignment)
-        set_key(plain, key, value, given, f"--set {assignment}")
+    parsed = [(*parse_assignment(assignment), f"--set {assignment}") for assignment in assignments]
+    for key, value, where in sorted(parsed, key=lambda one: ".student.model." in f".{one[0]}"):
+        set_key(plain, key, value, given, where)  # fields of a shape last: it may be that of a teacher that is set too
     return plain
 
 
@@ -185,16 +192,46 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
 def set_key(plain: dict[str, Any], key: str, value: Any, given: set[str], where: str) -> None:
     """Set one dotted key, and take away what it displaces unless that was `given` too, to which the key is added."""
     *parents, last = key.split(".")
+    if parents[-2:] == ["student", "model"]:
+        _take_shape_of_teacher(plain, parents[:-2], where)
     table = plain
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: {parent} is a value, not a table")
     for other in displaced({last}):
-        if ".".join([*parents, other]) not in given:
+        path = ".".join([*parents, other])
+        if not any(one == path or one.startswith(f"{path}.") for one in given):
             table.pop(other, None)
     table[last] = value
     given.add(key)
+
+
+def _take_shape_of_teacher(plain: dict[str, Any], owner: Sequence[str], where: str) -> None:
+    """Fill in an absent student.model, of which one field is to be set, with the shape of the student's teacher.
+
+    owner: nothing, or the stage or variant whose student it is. The teacher is the run's, or the student of the last
+    stage before it that has a shape of its own. Raises ConfigError if a given teacher has it, outside of the config.
+    """
+    if any({"model", "path"} & table_at(plain, [*at, "student"]).keys() for at in ((), owner)):
+        return
+    stages = list(table_at(plain, ["stages"]))
+    before = stages[: stages.index(owner[1])] if owner and owner[1] in stages else stages
+    teachers = [table_at(plain, ["teacher"]), *(table_at(plain, ["stages", name, "student"]) for name in before)]
+    if shapes := [teacher["model"] for teacher in teachers if isinstance(teacher.get("model"), dict)]:
+        set_key(plain, ".".join([*owner, "student.model"]), dict(shapes[-1]), set(), where)
+    elif path := table_at(plain, ["teacher"]).get("path"):
+        raise ConfigError(
+            f"{where}: changes one field of the teacher's shape, and that of a given teacher ({path}) is not in the "
+            "config; give student.model whole, or student.path"
+        )
+
+
+def table_at(plain: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """The table at these keys of nested ones; empty where there is none."""
+    for key in keys:
+        plain = plain.get(key) if isinstance(plain, dict) else None
+    return plain if isinstance(plain, dict) else {}
 
 
 def problems_of(plain: dict[str, Any]) -> Iterator[str]:

@@ -81,6 +81,7 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
+        ("student.model=3", "student.model: Input should be a valid dictionary"),
         ("teacher.model.heads=3", r"teacher.model: width \(16\) must be an even multiple of heads \(3\)"),
         ("teacher.model.subln=true", "teacher.model: a teacher with subln is no Llama"),
         ("teacher.training.warmup_steps=2", r"warmup_steps \(2\) must not exceed steps \(1\)"),
@@ -193,3 +194,39 @@ def test_one_way_to_say_the_loss_takes_the_place_of_the_other(tmp_path: Path) ->
     hidden = config.for_student("b").distill.hidden
     assert hidden is not None
     assert hidden.layers == {1: 2}, "a map of layers is one setting"
+
+
+def test_a_given_path_takes_the_place_of_a_shape_and_its_training(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    teacher = load_config(path, ('teacher.path="owner/model"',)).teacher
+    assert (str(teacher.path), teacher.model, teacher.training) == ("owner/model", None, None)
+    for both in (("teacher.path=a", "teacher.training.steps=1"), ("teacher.training.steps=1", "teacher.path=a")):
+        with pytest.raises(ConfigError, match="teacher"):
+            load_config(path, both)
+    shaped = "student.model={width=16, layers=1, heads=2, mlp_width=16}"
+    assert load_config(path, (shaped,)).student.path is None
+    other = load_config(write(tmp_path, MINIMAL + "[student]\npath = 'a'\n[variants.b.student]\npath = 'b'\n"))
+    assert str(other.for_student("b").student.path) == "b"
+    student = load_config(write(tmp_path, MINIMAL + "[student]\npath = 'a'\nrevision = 'x'\n"), (shaped,)).student
+    assert (student.path, student.revision, student.model and student.model.width) == (None, None, 16)
+
+
+def test_a_field_of_an_absent_student_model_changes_the_shape_of_its_teacher(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ("student.model.subln=true", "teacher.model.width=32"))
+    assert config.student.model == config.teacher.model.model_copy(update={"subln": True})  # type: ignore[union-attr]
+    variant = load_config(path, ("variants.deep.student.model.layers=3",)).for_student("deep").student.model
+    assert variant
+    assert (variant.width, variant.layers) == (16, 3)
+    chain = load_config(ROOT / "configs" / "chain.toml", ("student.model.kv_heads=2",))
+    assert chain.student.model
+    assert (chain.student.model.layers, chain.student.model.mlp_width) == (1, 512), "that of the stage before it"
+    for given in (("student.model.subln=true", "teacher.path=a"), ("teacher.path=a", "student.model.subln=true")):
+        with pytest.raises(
+            ConfigError, match=r"that of a given teacher \(a\) is not in the config; give student.model"
+        ):
+            load_config(path, given)
+
+
+def test_a_student_reads_the_cache_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, MINIMAL)).distill.targets == "cached"

@@ -1,6 +1,7 @@
 """Documents that are made from the program are as it would make them, and what they name is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -8,6 +9,7 @@ import pytest
 
 from conftest import ROOT
 from pipeline.cli import cli
+from pipeline.config import load_config
 from pipeline.reference import documents, with_tables
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -53,10 +55,29 @@ def test_every_make_target_of_the_readme_exists() -> None:
 def test_examples_in_help_are_commands_that_parse() -> None:
     for command in commands(cli):
         for line in re.findall(r"^\s+tristill (.+)$", command.help or "", re.MULTILINE):
-            name, *rest = line.split()
-            assert name in cli.commands, line
-            if isinstance(cli.commands[name], click.Group):
-                assert rest[0] in cli.commands[name].commands, line  # type: ignore[attr-defined]
+            parsed(line)
+
+
+def parsed(line: str) -> tuple[str, ...]:
+    """The `--set` values of a command line that the program takes; of an example, words in capitals are places."""
+    command: click.Command = cli
+    words = shlex.split(line.split(" | ", maxsplit=1)[0])
+    while isinstance(command, click.Group):
+        command = command.commands[words.pop(0)]
+    return tuple(command.make_context("example", words).params.get("assignments", ()))
+
+
+USE = re.search(r"^## Use\n(.*?)^## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+assert USE
+SPANS = [span.replace(r"\|", "|") for span in re.findall(r"`([^`]+)`", USE[1])]
+LINES = [span.removeprefix("tristill ") for span in SPANS if span.startswith(("tristill ", "--set ", "--run-dir "))]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_of_the_readme_parses_and_every_setting_is_taken_by_the_default_config(line: str) -> None:
+    assert len(LINES) > 25
+    assignments = parsed(f"run {line}" if line.startswith("--") else line)
+    load_config(ROOT / "configs" / "demo.toml", tuple(one for one in assignments if one != "KEY=VALUE"))
 
 
 def test_a_table_that_is_not_measured_says_who_would_measure_it() -> None:

@@ -34,15 +34,17 @@ def choose_source(
 ) -> TargetSource:
     """The source that config.targets names; `auto` takes the cache if it serves the losses, else says why not.
 
-    Where several caches are to be mixed there is no else: one teacher online is not the same.
+    A mixture of several caches has no alternative: one teacher online is not the same.
     """
     if config.targets == "online":
         return online_source(config, dump, places, device)
     try:
         return cached_source(config, student_depth, places, device)
     except (CacheMissingError, TargetsError) as exc:
-        if config.targets == "cached" or config.caches:
+        if config.caches:
             raise
+        if config.targets == "cached":
+            raise type(exc)(f"{exc}, or forward the teacher at every step: --targets online") from exc
         say(f"targets: online, since the cache does not serve: {exc}")
         return online_source(config, dump, places, device)
 
@@ -61,8 +63,7 @@ def cached_source(config: DistillConfig, student_depth: int, places: Places, dev
             )
     if reasons := config.unserved_by(cache.spec, student_depth):
         raise TargetsError(
-            f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache, or forward "
-            "the teacher online"
+            f"{places.cache}: " + "; ".join(reasons) + "; change the student's losses, dump another cache"
         )
     return open_caches(cache, config, device)
 

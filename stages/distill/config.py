@@ -28,7 +28,10 @@ class StudentConfig(Section):
 
     model: Annotated[
         ModelConfig | None,
-        Field(description="its shape, of our own transformer; none takes that of path, or the teacher's"),
+        Field(
+            description="its shape, of our own transformer; none takes that of path, or the teacher's. --set of one "
+            "field of an absent shape changes that field of the teacher's"
+        ),
     ] = None
     path: Annotated[
         Path | None,
@@ -73,9 +76,10 @@ class DistillConfig(LossConfig):
     targets: Annotated[
         Literal["cached", "online", "auto"],
         neutral(
-            "cached: from the cache or not at all; online: forward the teacher; auto: cached if it serves, else online"
+            "cached: from the cache or not at all; online: forward the teacher at every step, which takes many times "
+            "as long; auto: cached if it serves, else online"
         ),
-    ] = "auto"
+    ] = "cached"
     caches: Annotated[
         tuple[FurtherCache, ...],
         Field(

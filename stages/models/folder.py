@@ -196,7 +196,8 @@ def pick_device(name: str | None) -> torch.device:
             device = torch.device("cuda", ranks.local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:  # torch says it either way
-        raise StageError(f"device {name!r}: cannot be used here ({str(exc).splitlines()[0]}); try cpu or cuda") from exc
+        others = "cpu or cuda" if torch.cuda.is_available() else "cpu: this machine has no CUDA that torch can use"
+        raise StageError(f"device {name!r}: cannot be used here ({str(exc).splitlines()[0]}); set {others}") from exc
     return device
 
 

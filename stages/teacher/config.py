@@ -22,9 +22,9 @@ class TeacherConfig(Section):
     path: Annotated[
         Path | None,
         neutral(
-            "a finished model whose tokenizer is that of `data`; nothing is trained then. A folder of ours, a teacher "
-            "or a student, quantised or not; or any causal language model of transformers in safetensors (extra `hf`), "
-            "by its folder or its name on the hub. Its content is what counts, not where it is"
+            "a finished model whose tokenizer is that of `data`, in place of model and training. A folder of ours, a "
+            "teacher or a student, quantised or not; or any causal language model of transformers in safetensors "
+            "(extra `hf`), by its folder or its name on the hub. Its content is what counts, not where it is"
         ),
     ] = None
     revision: Annotated[str | None, neutral("of a model on the hub: branch, tag or commit; none is main")] = None

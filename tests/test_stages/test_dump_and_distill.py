@@ -234,8 +234,8 @@ def test_what_the_cache_cannot_serve_is_refused_or_goes_online_with_the_reason(
 ) -> None:
     dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
     where = places(run, tmp_path / "cache")
-    with pytest.raises(TargetsError, match=message):
-        choose_source(distill_config(targets="cached", **changes), dump_config(), SHAPE.layers, where, CPU)
+    with pytest.raises(TargetsError, match=f"{message}.*, or forward the teacher at every step: --targets online"):
+        choose_source(distill_config(**changes), dump_config(), SHAPE.layers, where, CPU)
     capsys.readouterr()
     source = choose_source(distill_config(targets="auto", **changes), dump_config(), SHAPE.layers, where, CPU)
     assert source.kind == "online"
