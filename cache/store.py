@@ -100,13 +100,11 @@ class Store:
     def matching(self, path: str) -> dict[str, StoredFile]:
         """The files that a path below the URL leads to, by URL: itself, all in a folder, or those of a glob."""
         place = self._path(path)
-        if any(sign in path for sign in "*?["):
-            found = self._tried("searched", path, lambda: self._call("glob", place, detail=True))
-        else:
-            own = self.look(path)
-            if own is not None and own.num_bytes:
-                return {self._system()[0].unstrip_protocol(place): own}
-            found = self._tried("searched", path, lambda: self._call("find", place, detail=True))
+        own = self.look(path)
+        if own is not None and own.num_bytes:
+            return {self._system()[0].unstrip_protocol(place): own}
+        method = "glob" if any(sign in path for sign in "*?[") else "find"
+        found = self._tried("searched", path, lambda: self._call(method, place, detail=True))
         system, _ = self._system()
         return {system.unstrip_protocol(name): _stored(one) for name, one in found.items() if one.get("type") == "file"}
 

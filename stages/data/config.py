@@ -34,7 +34,7 @@ class PythonStdlib(Section):
 
 
 class TextFiles(Section):
-    """Text files in UTF-8."""
+    """Text files in UTF-8, plain or compressed (gzip, bzip2, xz, Zstandard, LZ4); empty ones are skipped."""
 
     kind: Annotated[Literal["text"], Field(description="this source")]
     paths: Paths
@@ -42,7 +42,7 @@ class TextFiles(Section):
         Literal["file", "paragraph", "line"],
         Field(
             description="what one document is; documents are the unit of the train/validation split and must fit in "
-            "memory, so a corpus in one large file needs `paragraph` (ends at an empty line) or `line`"
+            "memory, so a corpus in one large file needs `paragraph` (ends at a line of nothing or blanks) or `line`"
         ),
     ] = "file"
 
@@ -69,7 +69,11 @@ class _Rows(Section):
 
 
 class RecordFiles(_Rows):
-    """Files of records: JSON lines (.jsonl, .json), Parquet (.parquet) and Arrow (.arrow), told by their suffixes."""
+    """Files of records, told by their suffixes: JSON (.jsonl, .ndjson, .json), Parquet (.parquet), Arrow (.arrow).
+
+    JSON is an object per line or one list of objects, plain or compressed (.jsonl.gz and so on). Empty files are
+    skipped, and other columns than those asked for are not read.
+    """
 
     kind: Annotated[Literal["records"], Field(description="this source")]
     paths: Paths

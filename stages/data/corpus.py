@@ -1,51 +1,55 @@
-"""Documents of a corpus, one after the other, through `datasets`."""
+"""Documents of a corpus, one after the other."""
 
-import glob
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from datetime import date, time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
 from stages.data.chat import ChatTemplate, Document
 from stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, RecordFiles, TextFiles
-from stages.data.files import CorpusFile, corpus_files
+from stages.data.files import corpus_files
+from stages.data.records import RECORD_SUFFIXES, Row, is_record_file, record_rows
 from stages.data.remote_files import brought_here
+from stages.data.text_files import text_documents
 from stages.errors import CorpusError
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}
+_T = TypeVar("_T")
+_BATCH_ROWS = 1024
+OnEmpty = Callable[[str], object]
+"""Told the name of every file that holds nothing."""
 
 
-def documents(source: PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset) -> Iterator[str]:
+def documents(
+    source: PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset, on_empty: OnEmpty = lambda _: None
+) -> Iterator[str]:
     """The documents in a fixed order, empty ones left out; no more than one is held in memory at a time."""
     if isinstance(source, RecordFiles | HuggingFaceDataset):
-        yield from _text_column(source)
+        yield from _text_column(source, on_empty)
         return
-    sample_by = _SAMPLE_BY[source.documents] if isinstance(source, TextFiles) else "document"
-    for files, url in brought_here(_readable(corpus_files(source))):
-        yield from _text_documents(files, url, sample_by)
+    unit = source.documents if isinstance(source, TextFiles) else "file"
+    for path, where in brought_here(corpus_files(source)):
+        yield from _told_if_none(text_documents(path, where, unit), where, on_empty)
 
 
-def _text_documents(files: list[Path], url: str | None, sample_by: str) -> Iterator[str]:
-    try:
-        names = [glob.escape(str(file)) for file in files]
-        rows = datasets.load_dataset("text", data_files=names, sample_by=sample_by, split="train", streaming=True)
-        yield from (row["text"] for row in rows if row["text"])
-    except UnicodeDecodeError as exc:
-        raise CorpusError(
-            f"{url or _first_not_utf8(files)}: is not UTF-8 text ({exc.reason}); convert it or leave it out"
-        ) from exc
-    except OSError as exc:
-        raise CorpusError(f"{url or exc.filename or 'corpus'}: cannot be read ({exc.strerror or exc})") from exc
+def _told_if_none(found: Iterator[_T], where: str, on_empty: OnEmpty) -> Iterator[_T]:
+    first = next(found, None)
+    if first is None:
+        on_empty(where)
+        return
+    yield first
+    yield from found
 
 
-def chats(source: RecordFiles | HuggingFaceDataset, template: ChatTemplate) -> Iterator[Document]:
+def chats(
+    source: RecordFiles | HuggingFaceDataset, template: ChatTemplate, on_empty: OnEmpty = lambda _: None
+) -> Iterator[Document]:
     """The chats in a fixed order, rendered, empty ones left out; no more than one is held in memory at a time."""
     column = source.chat_column
     assert column is not None, "asked for only then"
-    for number, (where, row) in enumerate(_rows(source), start=1):
+    for number, (where, row) in enumerate(_rows(source, (column,), on_empty), start=1):
         messages = row.get(column)
         if messages is None and column in row:
             continue
@@ -76,11 +80,13 @@ def is_validation(document: str, config: DataConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.validation_fraction * 2**64
 
 
-def _text_column(source: RecordFiles | HuggingFaceDataset) -> Iterator[str]:
-    for where, row in _rows(source):
+def _text_column(source: RecordFiles | HuggingFaceDataset, on_empty: OnEmpty) -> Iterator[str]:
+    for where, row in _rows(source, (source.text_column,), on_empty):
         text = row.get(source.text_column)
         if not isinstance(text, str | None) or source.text_column not in row:
             found = f"no column {source.text_column!r}" if text is None else f"{type(text).__name__} in that column"
+            if isinstance(source, HuggingFaceDataset) and isinstance(text, date | time):
+                found += " (`datasets` takes ISO dates in JSON for such; data.source.kind = 'records' does not)"
             raise CorpusError(
                 f"{where}: found {found}, expected text in one of {sorted(row)}; set data.source.text_column"
             )
@@ -88,45 +94,50 @@ def _text_column(source: RecordFiles | HuggingFaceDataset) -> Iterator[str]:
             yield text
 
 
-def _rows(source: RecordFiles | HuggingFaceDataset) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row, and where it is from."""
+def _rows(
+    source: RecordFiles | HuggingFaceDataset, columns: tuple[str, ...], on_empty: OnEmpty
+) -> Iterator[tuple[str, Row]]:
+    """Every row, with these columns at least where it has them, and where it is from."""
     if isinstance(source, HuggingFaceDataset):
         where = f"data set {source.path!r}, split {source.split!r}"
-        arguments = {"split": source.split, "streaming": source.streaming, **source.arguments}
-        yield from ((where, row) for row in _loaded(where, source.path, source.name, **arguments))
+        yield from ((where, row) for row in _loaded(source, where, columns, on_empty))
         return
-    files = _readable(corpus_files(source))
-    if odd := [file for file in files if file.suffix not in _BUILDERS]:
+    files = corpus_files(source)
+    if odd := [file for file in files if not is_record_file(file.name)]:
         raise CorpusError(
-            f"{odd[0]}: found a file with suffix {odd[0].suffix!r}, expected one of {sorted(_BUILDERS)}; correct "
+            f"{odd[0]}: found a file with suffix {odd[0].suffix!r}, expected one of {RECORD_SUFFIXES}; correct "
             "data.source.paths, or read text with data.source.kind = 'text'"
         )
-    for batch, url in brought_here(files):
-        for file in batch:
-            names, where = [glob.escape(str(file))], url or str(file)
-            rows = _loaded(where, _BUILDERS[file.suffix], data_files=names, split="train", streaming=True)
-            yield from ((where, row) for row in rows)
+    for path, where in brought_here(files):
+        rows = _told_if_none(record_rows(path, where, columns), where, on_empty)
+        yield from ((where, row) for row in rows)
 
 
-def _loaded(where: str, *arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+def _loaded(source: HuggingFaceDataset, where: str, columns: tuple[str, ...], on_empty: OnEmpty) -> Iterator[Row]:
+    """Rows of a data set, of these columns alone if it says that it has them: others may hold what cannot be read."""
+    options = {"split": source.split, "streaming": source.streaming, **source.arguments}
+    if "data_files" in options:
+        options["data_files"] = _with_content(options["data_files"], on_empty)
+    if source.path == "parquet":
+        options.setdefault("batch_size", _BATCH_ROWS)  # without it files of no rows are refused
     try:
-        yield from datasets.load_dataset(*arguments, **options)
+        loaded = datasets.load_dataset(source.path, source.name, **options)
+        known = [column for column in columns if column in (loaded.column_names or ())]
+        yield from loaded.select_columns(known) if known else loaded
     except Exception as exc:  # the library raises many kinds: network, builder, arrow, parsers
-        raise CorpusError(f"{where}: cannot be loaded ({type(exc).__name__}: {exc})") from exc
+        raise CorpusError(
+            f"{where}: cannot be loaded ({type(exc).__name__}: {exc}); JSON lines, Parquet and Arrow are also read by "
+            "data.source.kind = 'records', which looks at no other column"
+        ) from exc
 
 
-def _readable(files: Sequence[CorpusFile]) -> Sequence[CorpusFile]:
-    if odd := [file for file in files if "::" in str(file)]:
-        raise CorpusError(f"{odd[0]}: a file name with '::' cannot be read by `datasets`; rename it")
-    return files
-
-
-def _first_not_utf8(files: list[Path]) -> Path:
-    for file in files:
-        try:
-            with file.open(encoding="utf-8") as lines:
-                for _ in lines:
-                    pass
-        except UnicodeDecodeError:
-            return file
-    return files[0]
+def _with_content(data_files: Any, on_empty: OnEmpty) -> Any:
+    """`data_files` without local files of no bytes, at which builders stop."""
+    if isinstance(data_files, dict):
+        return {split: _with_content(files, on_empty) for split, files in data_files.items()}
+    if not isinstance(data_files, list | tuple):
+        return data_files
+    empty = [file for file in data_files if Path(file).is_file() and not Path(file).stat().st_size]
+    for file in empty:
+        on_empty(file)
+    return [file for file in data_files if file not in empty]

@@ -52,15 +52,22 @@ def corpus_files(
                 raise CorpusError(f"{pattern}: found no file there; data.source.paths takes files, folders and globs")
             at_urls |= {file.url: file for file in remote}
             continue
-        expanded = Path(pattern).expanduser()
-        if expanded.is_dir():
-            here = [path for path in expanded.rglob("*") if path.is_file()]
-        else:
-            here = [Path(name) for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file()]  # noqa: PTH207
+        here = set(_local_files(Path(pattern).expanduser()))
         if not here:
             raise CorpusError(f"{pattern}: found no file there; data.source.paths takes files, folders and globs")
-        files |= set(here)
+        files |= here
     return [*sorted(files), *sorted(at_urls.values(), key=lambda file: PurePosixPath(file.url))]
+
+
+def _local_files(pattern: Path) -> Iterator[Path]:
+    """A file, all files in a folder, or those of a glob, whose signs may also stand in names that are there."""
+    there = next(path for path in [pattern, *pattern.parents] if os.path.exists(path))  # noqa: PTH110 - False where one may not look
+    if there != pattern:
+        matches = glob.iglob(str(pattern.relative_to(there)), root_dir=there, recursive=True)  # noqa: PTH207
+        found: Iterator[Path] = (there / name for name in matches)
+    else:
+        found = there.rglob("*") if there.is_dir() else iter([there])
+    yield from (path for path in found if path.is_file())
 
 
 def file_bytes(file: CorpusFile) -> int:

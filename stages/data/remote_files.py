@@ -28,6 +28,11 @@ class RemoteFile:
         return self.url
 
     @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return PurePosixPath(self.url).name
+
+    @property
     def suffix(self) -> str:
         """What the name ends with, with its dot."""
         return PurePosixPath(self.url).suffix
@@ -70,20 +75,11 @@ def remote_files(pattern: str, patience: Patience | None = None) -> list[RemoteF
     return sorted(files, key=lambda file: PurePosixPath(file.url))
 
 
-def brought_here(files: Sequence[Path | RemoteFile]) -> Iterator[tuple[list[Path], str | None]]:
-    """Batches of local files in the order of `files`, and the URL of a batch that was fetched: one file each.
-
-    Fetched files are there until the next batch is asked for.
-    """
-    local: list[Path] = []
+def brought_here(files: Sequence[Path | RemoteFile]) -> Iterator[tuple[Path, str]]:
+    """Every file on this machine, and its name or URL; one that was fetched is there until the next is asked for."""
     for file in files:
         if isinstance(file, Path):
-            local.append(file)
+            yield file, str(file)
             continue
-        if local:
-            yield local, None
-            local = []
         with file.here() as path:
-            yield [path], file.url
-    if local:
-        yield local, None
+            yield path, file.url

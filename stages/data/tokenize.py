@@ -6,6 +6,7 @@ Of chats, `train-mask.npy` and `validation-mask.npy` too: for every token 1 if i
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,12 @@ from stages.data.config import (
     DataConfig,
     ExistingTokenizer,
     HuggingFaceDataset,
+    PythonStdlib,
     RecordFiles,
     SyntheticText,
     TrainedTokenizer,
 )
-from stages.data.corpus import chats, documents, is_validation
+from stages.data.corpus import OnEmpty, chats, documents, is_validation
 from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
 from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, tokenizer_place, train_tokenizer
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
@@ -41,7 +43,8 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     """Write the token files of both splits and what belongs to them. Memory does not grow with the corpus."""
     datasets.disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
-    read_documents = _reader(config, folder)
+    empty: dict[str, None] = {}
+    read_documents = _reader(config, folder, empty.setdefault)
     tokenizer, tokenizer_json, end_of_text_id = _tokenizer(config, read_documents)
     write_atomically(folder / "tokenizer.json", tokenizer_json)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
@@ -64,6 +67,8 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
             if all(found.is_full for found in writers.values()):
                 break
         _refuse_short(writers, config, left_out)
+    if empty and not isinstance(config.source, PythonStdlib):
+        say(f"tokenize: skipped {len(empty):,} files that hold nothing: {', '.join(islice(empty, 3))}")
     if left_out:
         say(f"tokenize: left out {left_out:,} chats in which the assistant says nothing")
     corpus = TokenizedCorpus(
@@ -148,14 +153,14 @@ def _tokenized(documents: Iterator[Document], tokenizer: Tokenizer, end_of_text_
             yield _Tokens(document.text, ids, mask, text_bytes)
 
 
-def _reader(config: DataConfig, folder: Path) -> Callable[[], Iterator[Document]]:
+def _reader(config: DataConfig, folder: Path, on_empty: OnEmpty) -> Callable[[], Iterator[Document]]:
     """What goes through the documents, once a call; a synthetic corpus is written first."""
     source = config.source
     if isinstance(source, RecordFiles | HuggingFaceDataset) and source.chat_column is not None:
         assert isinstance(config.tokenizer, ExistingTokenizer), "checked with the config"
-        return partial(chats, source, ChatTemplate(tokenizer_place(config.tokenizer)))
+        return partial(chats, source, ChatTemplate(tokenizer_place(config.tokenizer)), on_empty)
     if not isinstance(source, SyntheticText):
-        return lambda: map(Document, documents(source))
+        return lambda: map(Document, documents(source, on_empty))
     from stages.data.synthetic import write_synthetic, written_documents  # loads torch, which no other source needs
 
     parts = write_synthetic(source, folder / "synthetic")

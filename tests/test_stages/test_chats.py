@@ -328,18 +328,6 @@ def test_rows_that_are_no_chats_are_refused(tmp_path: Path, rows: list[dict[str,
         tokenize_corpus(DataConfig.model_validate(settings), tmp_path / "data")
 
 
-def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    (tmp_path / "rows.jsonl").write_text("{ this is no JSON\n")
-    for name, message in (
-        ("rows.csv", r"rows\.csv: found a file with suffix '\.csv', expected one of \['\.arrow', '\.json', "),
-        ("rows.jsonl", r"rows\.jsonl: cannot be loaded \("),
-    ):
-        source = DataConfig.model_validate({"source": {"kind": "records", "paths": [str(tmp_path / name)]}}).source
-        with pytest.raises(CorpusError, match=message):
-            list(documents(source))  # type: ignore[arg-type]
-
-
 def test_a_chat_needs_a_template_and_says_so(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "rows.jsonl", [{"messages": HELLO}])
     with pytest.raises(ValidationError, match=r"source\.chat_column: found 'messages' with tokenizer\.kind 'bpe'"):
