@@ -18,7 +18,7 @@ THIRD_PARTY = {
     },
     "stages": {
         "torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers",
-        "accelerate", "gguf", "xllamacpp", "huggingface_hub",
+        "accelerate", "gguf", "xllamacpp", "huggingface_hub", "pyarrow",
     },
     "cache": {"fsspec", "numpy", "h5py", "zstandard", "pydantic"},
 }  # fmt: skip
