@@ -25,8 +25,9 @@ from pipeline.report_command import report
 from pipeline.runner import execute, run_steps
 from pipeline.runner import plan as steps_to_run
 from pipeline.step import COMMANDS_ON_RANKS, Step
-from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize
+from pipeline.steps import Distill, DumpLogits, Teacher
 from pipeline.sweep_command import sweep
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say
 from stages.ranks import announced_ranks

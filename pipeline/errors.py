@@ -5,6 +5,7 @@ PipelineError
     MissingInputError   a step's input is not there; says which command makes it
     StaleError          an artefact was made with other settings or inputs; names them
     BusyError           another process works on the same folder
+    MovedError          an input changed while it was read
     ChildError          a step that `run` started has failed; it has said why itself
     MissingPackageError an extra of this project is not installed
     StudyError          the Optuna study of a sweep cannot be read or written
@@ -34,6 +35,10 @@ class StaleError(PipelineError):
 
 class BusyError(PipelineError):
     """Another process works on the same artefact."""
+
+
+class MovedError(PipelineError):
+    """An input is not what it was when it was read."""
 
 
 class MissingPackageError(PipelineError):

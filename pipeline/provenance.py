@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,11 +110,13 @@ class Hold:
 def locked(folder: Path, *, wait: bool = False) -> Iterator[Hold]:
     """Hold the folder for this process; freed by the system when the process ends, however it ends.
 
-    Raises BusyError if another holds it, unless it is to `wait` for that one.
+    Raises BusyError if another holds or reads it, unless it is to `wait` for that one.
     """
     with _opened(folder) as descriptor:
         with _told_if_busy(folder):
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not _is_still(folder, descriptor):
+            raise BusyError(f"{folder}: another process has just removed it; run the same command again")
         yield Hold(folder, descriptor)
 
 
@@ -127,6 +129,25 @@ def held_with_others(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def held_to_read(folder: Path) -> Iterator[None]:
+    """Keep others from changing a folder while this process reads it; any number may read it at once.
+
+    Raises BusyError if another process is changing it. Where folders cannot be locked, nothing is held.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError), _told_if_busy(folder):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -135,12 +156,21 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _is_still(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def _told_if_busy(folder: Path) -> Iterator[None]:
     try:
         yield
     except BlockingIOError as exc:
-        raise BusyError(f"{folder}: another process is working on it; wait for it, or use another --run-dir") from exc
+        raise BusyError(
+            f"{folder}: another process is working on it or reads it; wait for it, or use another --run-dir"
+        ) from exc
     except OSError as exc:
         raise OSError(exc.errno, f"this file system has no locks of folders ({exc.strerror})", str(folder)) from exc
 

@@ -8,23 +8,27 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from cache.atomic import partial_of
-from pipeline.errors import ChildError, MissingInputError, StaleError
+from cache.atomic import write_atomically
+from pipeline.errors import BusyError, ChildError, MissingInputError, MovedError, StaleError
 from pipeline.provenance import (
     PROVENANCE_NAME,
     Provenance,
     differences,
+    held_to_read,
     held_with_others,
     locked,
     new_provenance,
     write_provenance,
 )
-from pipeline.step import COMMANDS_ON_RANKS, Step
+from pipeline.reading import Reading, reading
+from pipeline.step import COMMANDS_ON_RANKS, NOT_HERE, Step
 from pipeline.steps import all_steps
-from pipeline.workspace import Workspace
+from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import say
 from stages.ranks import Ranks, joined_ranks
 from stages.resources import peak_rss_mib
@@ -50,29 +54,46 @@ def execute(step: Step, *, force: bool = False) -> None:
         with ranks.agreeing():
             if not ranks.is_first:
                 held.enter_context(held_with_others(step.folder))
-        _build(step, record)
-        ranks.wait_for_all()  # what is in the folder is whole on every machine
+        fingerprint = _built(step, record)
+        with ranks.agreeing():  # what is in the folder is whole on every machine
+            if record is not None:
+                record.finish(fingerprint)
 
 
 def _begun(step: Step, held: ExitStack, *, force: bool, ranks: Ranks) -> "_Record | None":
     """The record of a build that begins now, in a folder that is held; None if there is nothing to build."""
     if force:
         step.refuse_force()
-    if force or not step.is_complete():
-        _require_inputs(step)
-    step.folder.mkdir(parents=True, exist_ok=True)
+    elif _is_up_to_date(step):
+        return None
+    inputs = held.enter_context(reading(step.reads(), step.folder))
+    _require_inputs(step)
+    trace = _Trace(step)
     hold = held.enter_context(locked(step.folder))
+    held.push(trace)  # removes folders while they are locked
     if force:
         _clear(step)
     refuse_if_stale(step)
     if step.is_complete():
-        _remove(_found(step, step.scratch))  # which a kill may have left
-        say(f"{step.label}: up to date in {step.folder}")
+        say(f"{step.label}: up to date in {step.folder}")  # by now
         return None
-    record = _Record(step)
+    record = _Record(step, inputs, trace)
     if ranks.are_many:
         hold.share()
     return record
+
+
+def _is_up_to_date(step: Step) -> bool:
+    """Whether there is nothing to build, which is then said; others may read the artefact meanwhile."""
+    with held_to_read(step.folder):
+        if not step.is_complete():
+            return False
+        refuse_if_stale(step)
+    if left := _found(step, step.scratch):  # by a kill
+        with suppress(BusyError), locked(step.folder):
+            _remove(left)
+    say(f"{step.label}: up to date in {step.folder}")
+    return True
 
 
 def build_held(step: Step, kept_s: float = 0.0) -> None:
@@ -83,35 +104,78 @@ def build_held(step: Step, kept_s: float = 0.0) -> None:
     refuse_if_stale(step)
     if step.is_complete():
         _remove(_found(step, step.scratch))
-    else:
-        _build(step, _Record(step, kept_s))
+        return
+    with reading(step.reads(), step.folder) as inputs, _Trace(step) as trace:
+        record = _Record(step, inputs, trace, kept_s)
+        record.finish(_built(step, record))
 
 
-def _build(step: Step, record: "_Record | None") -> None:
+def _built(step: Step, record: "_Record | None") -> str:
+    """The fingerprint of the artefact that is there now; of one that failed the record says how far it came."""
     try:
-        fingerprint = step.build()
+        return step.build()
     except BaseException:
         if record is not None:
             record.stop()
         raise
-    if record is not None:
-        record.finish(fingerprint)
+
+
+class _Trace:
+    """A step's folder, made if it is not there, and the run's config, as they were: restored unless a build kept more.
+
+    A context manager, for the time in which the folder is locked.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._config = step.workspace.run_dir / RUN_CONFIG_NAME
+        self._config_before = self._content()
+        self._written: bytes | None = None
+        self._made = list(takewhile(lambda folder: not folder.exists(), (step.folder, *step.folder.parents)))
+        step.folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Remove folders that were made for nothing; what others have put into them meanwhile stays."""
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+
+    def save_config(self) -> None:
+        """Keep the config with the run."""
+        self._step.save_config()
+        self._written = self._content()
+
+    def restore_config(self) -> None:
+        """Put back the config that was there, unless another process has replaced it or works beside it."""
+        run_dir, is_ours = self._config.parent, self._content() == self._written != self._config_before
+        if is_ours and self._config_before is not None:
+            write_atomically(self._config, self._config_before)
+        elif is_ours and not any(any(path.iterdir()) for path in run_dir.glob("*/") if path != self._step.folder):
+            self._config.unlink()
+
+    def _content(self) -> bytes | None:
+        return self._config.read_bytes() if self._config.is_file() else None
 
 
 class _Record:
     """The record of provenance of a build, from its beginning to its end."""
 
-    def __init__(self, step: Step, kept_s: float = 0.0) -> None:
-        self._step = step
+    def __init__(self, step: Step, inputs: Reading, trace: _Trace, kept_s: float = 0.0) -> None:
+        self._step, self._inputs, self._trace = step, inputs, trace
         self._started_s = time.monotonic()
         recorded = step.provenance()
         goes_on = recorded is not None and bool(_found(step, step.resumable))
         told_s, self._is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
         self._earlier_s = max(told_s, kept_s)
-        if recorded is not None and recorded.status == "building" and not goes_on:
+        self._is_new = not step.is_copy and not goes_on and (recorded is None or recorded.status == "building")
+        if recorded is not None and self._is_new:
             _remove(_found(step, step.owned))  # it may be of other settings, and is not to be taken for this build's
         self._provenance = new_provenance(step.label, step.settings(), step.inputs())
-        step.save_config()
+        inputs.refuse_tampered(self._provenance.inputs)
+        trace.save_config()
         # As it is to be read if this process is killed: its own seconds are then unknown.
         self._write({"earlier_s": self._earlier_s, "is_resumed": True} if goes_on else {})
 
@@ -120,24 +184,37 @@ class _Record:
         return self._earlier_s + time.monotonic() - self._started_s
 
     def stop(self) -> None:
-        """The build was interrupted, or has failed."""
+        """The build was interrupted, or has failed; if it left nothing to go on from, nothing is left of it."""
         with suppress(OSError):  # of a full disk, which is told already
-            self._write({"earlier_s": self._elapsed_s, "is_resumed": not self._is_known})
+            if self._is_new and not _found(self._step, self._step.resumable):
+                self._discard()
+            else:
+                self._write({"earlier_s": self._elapsed_s, "is_resumed": not self._is_known})
 
     def finish(self, fingerprint: str) -> None:
-        """The artefact is there."""
-        inputs = self._provenance.inputs | self._step.inputs()  # what was fetched is known now
+        """The artefact is there. Raises MovedError if it was not made of what the record says."""
+        read = {name: known for name, known in self._provenance.inputs.items() if not known.startswith(NOT_HERE)}
+        try:
+            self._inputs.refuse_moved(read)
+        except MovedError:
+            self._discard()
+            raise
+        brought = {name: known for name, known in self._step.inputs().items() if name in self._step.fetched}
         self._write(
             {
                 "status": "complete",
                 "fingerprint": fingerprint,
-                "inputs": inputs,
+                "inputs": self._provenance.inputs | brought | read,
                 "elapsed_s": self._elapsed_s,
                 "peak_rss_mib": peak_rss_mib(),
                 "is_resumed": not self._is_known,
             }
         )
         _remove(_found(self._step, self._step.scratch))  # not before: until then a kill loses nothing
+
+    def _discard(self) -> None:
+        _remove(_found(self._step, (*self._step.owned, PROVENANCE_NAME)))
+        self._trace.restore_config()
 
     def _write(self, update: dict[str, Any]) -> None:
         write_provenance(self._step.folder, self._provenance.model_copy(update=update))
@@ -166,8 +243,8 @@ def refuse_if_stale(step: Step) -> None:
     if recorded is None:
         if step.is_copy or step.is_complete():
             return  # a cache from elsewhere, without its record
-        begun = partial_of(step.folder / PROVENANCE_NAME)  # all that is left by a kill before the first record
-        if foreign := [path for path in _found(step, step.owned) if path != begun]:
+        begun = f".{PROVENANCE_NAME}."  # all that is left by a kill before the first record
+        if foreign := [path for path in _found(step, step.owned) if not path.name.startswith(begun)]:
             raise StaleError(
                 f"{step.folder}: holds {foreign[0].name} but no {PROVENANCE_NAME}, so it was not made by "
                 f"`tristill {step.command}`; use another folder, or remove it yourself"

@@ -5,12 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from cache.layout import TOKENIZER_NAME
+from cache.regular_file import read_json_object
 from pipeline.config import save_config
 from pipeline.provenance import Provenance, read_provenance
+from pipeline.reading import Input
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 
 COMMANDS_ON_RANKS = ("teacher", "dump-logits", "distill")
 """Commands of the heavy steps, which many processes can work on together."""
+NOT_HERE = "not on this machine: "
+"""Begins what is known of an input that is still to be fetched, in place of its fingerprint."""
 
 
 class Step(ABC):
@@ -26,6 +31,8 @@ class Step(ABC):
 
     scratch: ClassVar[tuple[str, ...]] = ()
     """Patterns of what nobody needs once the artefact is complete."""
+    fetched: ClassVar[tuple[str, ...]] = ()
+    """Names of inputs that a build may bring to this machine, so that their fingerprints are known only after it."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -63,6 +70,10 @@ class Step(ABC):
         """Fingerprints of what it is made from, as far as that is here."""
         return fingerprints(self.needs)
 
+    def reads(self) -> dict[str, Input]:
+        """What a build opens, by its name among the inputs; a record may tell of further ones, which that came from."""
+        return {}
+
     @property
     def is_copy(self) -> bool:
         """Whether its folder only keeps what is at a URL, so that no record needs to be there."""
@@ -86,7 +97,17 @@ class Step(ABC):
 
     def is_complete(self) -> bool:
         """Whether the artefact was finished and its files are there."""
-        return self.fingerprint() is not None and all((self.folder / name).is_file() for name in self.products)
+        return self.fingerprint() is not None and all(_is_whole(self.folder / name) for name in self.products)
+
+
+def _is_whole(product: Path) -> bool:
+    """Whether a file is there and, if it is JSON of ours, can be read: a torn one is not taken for finished."""
+    if product.suffix != ".json" or product.name == TOKENIZER_NAME:
+        return product.is_file()
+    try:
+        return bool(read_json_object(product))
+    except (OSError, ValueError):
+        return False
 
 
 def fingerprints(steps: Mapping[str, Step]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cache import CacheCorruptError, CacheError, CacheMissingError, CacheStoreError, open_cache
-from cache.hashing import sha256_of_file
 from cache.manifest import cache_fingerprint, load_manifest
 from cache.remote import remote_copy
 from pipeline.config import DEFAULT_STUDENT
 from pipeline.errors import StaleError
-from pipeline.step import Step, fingerprints, known
+from pipeline.reading import Input, cache_input, model_input, tokens_input
+from pipeline.step import NOT_HERE, Step, fingerprints, known
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.distill.watch import Watch
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
@@ -23,52 +24,6 @@ from stages.models.hub import find_model, is_hub_name
 from stages.models.hugging_face_shape import Shape
 from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
 from stages.ranks import current_ranks
-
-
-class Tokenize(Step):
-    """Corpus to token windows."""
-
-    command = "tokenize"
-    products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
-    owned = (*products, "*-mask.npy", "synthetic", ".*.partial")
-    resumable = ("synthetic/part-*.jsonl",)
-
-    @property
-    def folder(self) -> Path:
-        """The tokens' folder."""
-        return self.workspace.data
-
-    @property
-    def needs(self) -> dict[str, Step]:
-        """Nothing of ours."""
-        return {}
-
-    def settings(self) -> dict[str, Any]:
-        """The data section."""
-        return {"data": self.config.data.numbers()}
-
-    def inputs(self) -> dict[str, str]:
-        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here.
-
-        Of chats, also of the tokenizer and its chat template.
-        """
-        from stages.data.files import corpus_signature, template_signature
-
-        data = self.config.data
-        return known({"corpus": corpus_signature(data.source), "chat template": template_signature(data)})
-
-    def tokenizer_fingerprint(self) -> str | None:
-        """SHA-256 of the tokenizer, if it is here."""
-        path = self.folder / "tokenizer.json"
-        return sha256_of_file(path) if path.is_file() else None
-
-    def build(self) -> str:
-        """Write token files and tokenizer."""
-        from stages.data.files import refuse_changed_corpus
-        from stages.data.tokenize import tokenize_corpus
-
-        with refuse_changed_corpus(self.config.data.source):
-            return tokenize_corpus(self.config.data, self.folder).fingerprint
 
 
 class Teacher(Step):
@@ -88,6 +43,7 @@ class Teacher(Step):
     )
     resumable = ("checkpoints/step-*",)
     scratch = ("checkpoints",)
+    fetched = ("checkpoint",)
 
     @property
     def folder(self) -> Path:
@@ -112,10 +68,17 @@ class Teacher(Step):
             is_used = used is not None and used.named == config.named
             if config.path is None or not is_hub_name(config.path) or is_used:
                 return super().inputs()
-            return {**super().inputs(), "checkpoint": f"not on this machine: {config.named}"}
+            return {**super().inputs(), "checkpoint": f"{NOT_HERE}{config.named}"}
         if used is not None and used.folder == given.absolute() and used.is_unchanged():
             return {**super().inputs(), "checkpoint": used.fingerprint}  # weights may take minutes to read
         return super().inputs() | known({"checkpoint": known_fingerprint(given, config.dtype)})
+
+    def reads(self) -> dict[str, Input]:
+        """The tokens, and the model that is given."""
+        config = self.config.teacher
+        given = None if config.path is None else find_model(config.path, config.revision, download=False)
+        own = {"data": tokens_input(self.workspace.data)}
+        return own if given is None else {**own, "checkpoint": model_input(given, config.dtype)}
 
     def is_complete(self) -> bool:
         """See Step; the weights are here, or the folder says where they are."""
@@ -178,6 +141,11 @@ class DumpLogits(Step):
         others = {f"teacher {n}": found.fingerprint for n, found in enumerate(self.config.cache.ensemble, start=2)}
         return super().inputs() | known(others)
 
+    def reads(self) -> dict[str, Input]:
+        """Tokens, teacher, and the teachers beside it."""
+        own = {"data": tokens_input(self.workspace.data), "teacher": model_input(self.workspace.teacher)}
+        return own | {f"teacher {n}": model_input(m.path) for n, m in enumerate(self.config.cache.ensemble, start=2)}
+
     def teacher_fingerprint(self) -> str | None:
         """What its cache names the teacher, or the ensemble; None while one of them is not here."""
         own = teacher_step(self.workspace).fingerprint()
@@ -236,6 +204,7 @@ class Distill(Step):
     owned = (*Teacher.owned, "co_teacher")
     resumable = Teacher.resumable
     scratch = Teacher.scratch
+    fetched = ("student checkpoint",)
 
     def __init__(self, workspace: Workspace, name: str) -> None:
         super().__init__(workspace.link(name))
@@ -288,6 +257,18 @@ class Distill(Step):
         student = self.config.student
         given = known_fingerprint(student.folder) if student.init == "given" and student.folder else None
         return fingerprints(steps) | known({**further, "student checkpoint": given})
+
+    def reads(self) -> dict[str, Input]:
+        """What its targets come from, and the model that it starts from."""
+        distill, student, workspace = self.config.distill, self.config.student, self.workspace
+        is_online = self.targets() == "online"
+        found = {"data": tokens_input(workspace.data)} if is_online else {"cache": cache_input(workspace.cache)}
+        found |= {f"cache {n}": cache_input(further.dir) for n, further in enumerate(distill.caches, start=2)}
+        if student.init == "teacher" or (is_online and distill.online is None):
+            found["teacher"] = model_input(workspace.teacher)
+        if student.init == "given" and student.folder:
+            found["student checkpoint"] = model_input(student.folder)
+        return found
 
     def shape(self) -> Shape:
         """The student's own shape, or its teacher's."""

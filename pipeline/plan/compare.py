@@ -10,7 +10,8 @@ from pipeline.plan.settings import settings_fingerprint
 from pipeline.plan.sizes import cache_sizes
 from pipeline.results import read_summary
 from pipeline.step import Step
-from pipeline.steps import DumpLogits, Tokenize, all_steps
+from pipeline.steps import DumpLogits, all_steps
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import Workspace
 from stages.data.tokenized import load_corpus
 

@@ -17,7 +17,8 @@ from pipeline.plan.settings import settings_fingerprint
 from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
 from pipeline.runner import plan as steps_to_run
 from pipeline.step import Step
-from pipeline.steps import DumpLogits, Teacher, Tokenize, all_steps
+from pipeline.steps import DumpLogits, Teacher, all_steps
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.data.tokenized import load_corpus
 from stages.plan.corpus import CorpusInSmall, expected_tokens

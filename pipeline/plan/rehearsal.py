@@ -23,7 +23,8 @@ from pipeline.errors import PipelineError
 from pipeline.plan.in_small import in_small, training_of
 from pipeline.plan.sizes import windows_positions
 from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize, all_steps
+from pipeline.steps import Distill, DumpLogits, Teacher, all_steps
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import Workspace
 from stages.errors import StageError
 from stages.resources import peak_rss_mib

@@ -10,9 +10,10 @@ from pipeline.errors import MissingInputError
 from pipeline.provenance import read_provenance
 from pipeline.results import read_summary
 from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, Tokenize, teacher_step
+from pipeline.steps import Distill, DumpLogits, teacher_step
 from pipeline.sweep.results import Ledger
 from pipeline.sweep.student import Base
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import Workspace
 from stages.distill.choose import Places, cached_source, online_source
 from stages.distill.probe import probe_steps

@@ -125,11 +125,16 @@ def refuse_changed_corpus(
         )
 
 
-def template_signature(config: DataConfig) -> str | None:
-    """A hash of the files that render and tokenize chats; None for plain text, or where they are not here."""
+def template_folder(config: DataConfig) -> Path | None:
+    """Where the files are that render and tokenize chats; None for plain text, or where they are not here."""
     if config.chat_column is None or not isinstance(config.tokenizer, ExistingTokenizer):
         return None
-    folder = find_model(Path(config.tokenizer.path), None, download=False, weights=False)
+    return find_model(Path(config.tokenizer.path), None, download=False, weights=False)
+
+
+def template_signature(config: DataConfig) -> str | None:
+    """A hash of the files that render and tokenize chats; None for plain text, or where they are not here."""
+    folder = template_folder(config)
     if folder is None:
         return None
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

@@ -13,7 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from cache.hashing import fingerprint_of
+from cache.hashing import fingerprint_of, sha256_of_file
+from cache.layout import TOKENIZER_NAME
 from cache.regular_file import read_json_object
 from cache.spec import SplitName
 from stages.data.tokens import TokenWindows
@@ -102,6 +103,19 @@ def load_corpus(folder: Path) -> TokenizedCorpus:
         return TokenizedCorpus.model_validate(read_json_object(path))
     except (OSError, ValueError, ValidationError) as exc:
         raise CorpusError(f"{path}: cannot be read as a tokenized corpus ({exc}); run `tristill tokenize`") from exc
+
+
+def content_fingerprint(folder: Path) -> str:
+    """The fingerprint of a tokenized corpus from all bytes that are there now, whatever data.json says of them."""
+    corpus = load_corpus(folder)
+    splits = {}
+    for name, split in corpus.splits.items():
+        mask = {"sha256": sha256_of_file(folder / mask_name(name))} if split.counted else {}
+        counted = split.counted and split.counted.model_copy(update=mask)
+        found = {"sha256": sha256_of_file(folder / f"{name}.npy"), "counted": counted}
+        splits[name] = split.model_copy(update=found)
+    tokenizer = sha256_of_file(folder / TOKENIZER_NAME)
+    return corpus.model_copy(update={"splits": splits, "tokenizer_sha256": tokenizer}).fingerprint
 
 
 def split_windows(folder: Path, split: SplitName, max_windows: int | None = None) -> TokenWindows:

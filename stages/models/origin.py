@@ -139,3 +139,11 @@ def known_fingerprint(folder: Path, dtype: Dtype = "float32") -> str | None:
         return None
     origin = load_origin(folder) or Origin(folder=folder, dtype=dtype).with_fingerprint()
     return origin.fingerprint
+
+
+def content_fingerprint(folder: Path, dtype: Dtype = "float32") -> str | None:
+    """The same from the bytes that are there now, whatever a folder that uses its model in place says of them."""
+    origin = load_origin(folder)
+    if origin is None or origin.is_unchanged():
+        return known_fingerprint(folder, dtype)
+    return origin.with_fingerprint().fingerprint

@@ -17,7 +17,7 @@ from conftest import ENVIRONMENT, ROOT
 from pipeline.config import load_config
 from pipeline.provenance import Provenance, differences, locked, read_provenance, write_provenance
 from pipeline.runner import build_held
-from pipeline.steps import Tokenize
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import Workspace
 
 

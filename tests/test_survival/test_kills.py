@@ -17,7 +17,8 @@ from survival import STAGES, Runs, Stage, content
 
 from pipeline.config import load_config
 from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, Teacher, Tokenize
+from pipeline.steps import Distill, DumpLogits, Teacher
+from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import Workspace
 
 SEED = 7

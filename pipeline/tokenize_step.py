@@ -1,0 +1,67 @@
+"""The step `tokenize`."""
+
+from pathlib import Path
+from typing import Any
+
+from cache.hashing import sha256_of_file
+from pipeline.reading import Input
+from pipeline.step import Step, known
+from stages.data.config import SyntheticText
+
+
+class Tokenize(Step):
+    """Corpus to token windows."""
+
+    command = "tokenize"
+    products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
+    owned = (*products, "*-mask.npy", "synthetic", ".*.partial")
+    resumable = ("synthetic/part-*.jsonl",)
+    fetched = ("corpus", "chat template")
+
+    @property
+    def folder(self) -> Path:
+        """The tokens' folder."""
+        return self.workspace.data
+
+    @property
+    def needs(self) -> dict[str, Step]:
+        """Nothing of ours."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """The data section."""
+        return {"data": self.config.data.numbers()}
+
+    def inputs(self) -> dict[str, str]:
+        """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here.
+
+        Of chats, also of the tokenizer and its chat template.
+        """
+        from stages.data.files import corpus_signature, template_signature
+
+        data = self.config.data
+        return known({"corpus": corpus_signature(data.source), "chat template": template_signature(data)})
+
+    def reads(self) -> dict[str, Input]:
+        """Folders of models that it opens; all files of the corpus are compared while they are read."""
+        from stages.data.files import template_folder, template_signature
+
+        data, found = self.config.data, {}
+        if isinstance(data.source, SyntheticText):
+            found["corpus"] = Input((data.source.model.expanduser(),), lambda _: self.inputs().get("corpus"))
+        if (folder := template_folder(data)) is not None:
+            found["chat template"] = Input((folder,), lambda _: template_signature(data))
+        return found
+
+    def tokenizer_fingerprint(self) -> str | None:
+        """SHA-256 of the tokenizer, if it is here."""
+        path = self.folder / "tokenizer.json"
+        return sha256_of_file(path) if path.is_file() else None
+
+    def build(self) -> str:
+        """Write token files and tokenizer."""
+        from stages.data.files import refuse_changed_corpus
+        from stages.data.tokenize import tokenize_corpus
+
+        with refuse_changed_corpus(self.config.data.source):
+            return tokenize_corpus(self.config.data, self.folder).fingerprint
