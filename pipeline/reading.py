@@ -13,7 +13,6 @@ from pathlib import Path
 
 from cache import CacheError
 from cache.hashing import sha256_of_file
-from cache.layout import MANIFEST_NAME
 from cache.manifest import load_manifest
 from cache.remote import remote_copy
 from pipeline.errors import MovedError, StaleError
@@ -22,6 +21,7 @@ from stages.errors import StageError
 from stages.models.origin import Dtype, content_fingerprint, load_origin
 from stages.progress import waiting
 
+_NAMES_SHOWN = 6
 _State = dict[Path, tuple[int, int, int, int]]
 
 
@@ -140,5 +140,6 @@ def _states(folders: Sequence[Path]) -> _State:
 
 
 def _listed(paths: Sequence[Path]) -> str:
-    names = [path.name for path in paths if path.name != MANIFEST_NAME] or [path.name for path in paths]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    names = [path.name for path in paths]
+    rest = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + rest

@@ -150,10 +150,10 @@ class _Trace:
 
     def restore_config(self) -> None:
         """Put back the config that was there, unless another process has replaced it or works beside it."""
-        run_dir, is_ours = self._config.parent, self._content() == self._written != self._config_before
+        is_ours = self._content() == self._written != self._config_before
         if is_ours and self._config_before is not None:
             write_atomically(self._config, self._config_before)
-        elif is_ours and not any(any(path.iterdir()) for path in run_dir.glob("*/") if path != self._step.folder):
+        elif is_ours and not any(path.is_file() for path in self._config.parent.rglob("*") if path != self._config):
             self._config.unlink()
 
     def _content(self) -> bytes | None:
