@@ -1,4 +1,4 @@
-"""Entry point of `tristill` and `python -m pipeline`: turns every expected error into one message and an exit code."""
+"""Entry point of `tristill` and `python -m pipeline`: turns every error into one message and an exit code."""
 
 import os
 import signal
@@ -8,28 +8,73 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.rank_failure import another_has_told, raise_once, tell, was_ended
-from stages.ranks import announced_ranks, exit_code_of
+from stages.errors import RanksError
+from stages.interrupt import ending_signals
+from stages.ranks import ALONE, Ranks, announced_ranks, exit_code_of
+from stages.visible import Painted, guard_output, open_closed_descriptors
 
 _INTERRUPTED = 130
+_DEBUG_VARIABLE = "TRISTILL_DEBUG"
+_SHORT_OF_MEMORY = ("can't allocate memory", "out of memory", "failed to map segment", "Cannot allocate memory")
+"""How torch and the system's loader say it, whose exceptions are of no kind of their own."""
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C or SIGTERM)."""
+    """Run the command line. Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C, SIGTERM, ..)."""
+    open_closed_descriptors()
+    guard_output()
     interrupts = _Interrupts()
     try:
         interrupts.catch()
+        announced_ranks()
         code = _run(interrupts)
     except KeyboardInterrupt:
         interrupts.are_over = True
         _end_interrupted()
-    if announced_ranks().are_many:
+    except SystemExit:
+        raise
+    except RanksError as exc:
+        code = _failed(f"error: {exc}")
+    except BaseException as exc:  # noqa: BLE001 - a library written in Rust raises such where it panics
+        code = _unexpected(exc)
+    if _ranks().are_many:
         interrupts.are_over = True  # torchrun ends the others, and sends a signal to this one too
         _end(code)  # at once: threads of gloo may outlive their group, and C++ aborts if the interpreter goes first
     sys.exit(code)
 
 
+def _ranks() -> Ranks:
+    """Those that are announced; alone where that makes no sense, which `_run` tells."""
+    with suppress(RanksError):
+        return announced_ranks()
+    return ALONE
+
+
+def _unexpected(error: BaseException) -> int:
+    """Tells what no code of ours foresaw: memory that is short, or a fault of this program."""
+    if os.environ.get(_DEBUG_VARIABLE):
+        import traceback
+
+        traceback.print_exception(error)
+    said = f"{type(error).__name__}: {error}".rstrip(": ")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _SHORT_OF_MEMORY):
+        said = f"memory is short ({said}); free some, raise its limit, or lower sizes and run the same command again"
+    else:
+        said = f"found a fault of tristill, {said}; set {_DEBUG_VARIABLE}=1 to see where, and report it"
+    return _failed(f"error: {said}")
+
+
+def _failed(text: str) -> int:
+    """The exit code, once the user is told."""
+    if _ranks().are_many:
+        tell(text)
+    else:
+        sys.stderr.write(text + "\n")
+    return 1
+
+
 class _Interrupts:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt.
+    """Turns SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt.
 
     While modules load, when nothing is there to be saved, the process ends at once: extension modules print such an
     exception that comes while they are set up, and go on with others.
@@ -44,14 +89,13 @@ class _Interrupts:
         self.are_over = False
 
     def catch(self) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as a shell sets SIGINT for what runs in its background
-                signal.signal(signum, self._handle)
+        for signum in ending_signals():
+            signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.are_loading:
             _end_interrupted()
-        if not self.are_over and not (self._are_asked and signum == signal.SIGTERM):
+        if not self.are_over and not (self._are_asked and signum != signal.SIGINT):
             self._are_asked = True
             signal.default_int_handler(signum, frame)
 
@@ -63,7 +107,7 @@ def _end_interrupted() -> NoReturn:
     down under threads that are inside of torch, and C++ then aborts the process.
     """
     with suppress(OSError):  # nobody may be left to read
-        if announced_ranks().is_first and not another_has_told():
+        if _ranks().is_first and not another_has_told():
             sys.stderr.write("interrupted; run the same command again to go on\n")
     _end(_INTERRUPTED)
 
@@ -86,7 +130,8 @@ def _run(interrupts: _Interrupts) -> int:
     from stages.progress import say
 
     interrupts.are_loading = False
-    show = tell if announced_ranks().are_many else say
+    are_many = _ranks().are_many
+    show = tell if are_many else say
     try:
         try:
             return int(cli.main(standalone_mode=False) or 0)
@@ -95,8 +140,10 @@ def _run(interrupts: _Interrupts) -> int:
         except Exception as exc:  # noqa: BLE001 - raised, or told by another
             raise_once(exc)
     except click.ClickException as exc:
-        if announced_ranks().are_many:
+        if are_many:
             tell(f"error: {exc.format_message()}")
+        elif isinstance(exc, click.exceptions.NoArgsIsHelpError):
+            sys.stderr.write(Painted(exc.format_message() + "\n"))
         else:
             exc.show()
         return exc.exit_code

@@ -11,6 +11,7 @@ from cache.peek import PeekedPosition, PeekedWindow, peek
 from cache.profiles.sampled import SampledProfile
 from pipeline.results import text_table
 from pipeline.terminal import Colour, Span, cells, painted, wrapped
+from stages.visible import visible
 
 _HEADER = ("position", "input", "label", "entropy, nats", "p(label)")
 _NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
@@ -61,7 +62,7 @@ def coloured_text(tokenizer_json: Path, window: PeekedWindow) -> Iterator[Span]:
     A character of several tokens has the product of theirs, which is its own (the chain rule), and no colour where one
     of them is not known, as that of the first token of a window never is.
     """
-    from stages.data.token_text import text_pieces, visible
+    from stages.data.token_text import text_pieces
 
     probabilities = [None, *window.label_probabilities]
     first = 0

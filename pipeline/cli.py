@@ -4,6 +4,7 @@ Commands import what they compute with when they run, so that --help loads neith
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say
 from stages.ranks import announced_ranks
+from stages.visible import Painted, visible
 
 _STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -255,13 +257,13 @@ def peek(
         tristill cache peek --windows 20 --positions 0 --color | less -R
     """
     from pipeline.cache_peek import peek_text
-    from pipeline.terminal import encodable, wants_colour
+    from pipeline.terminal import wants_colour
 
     folder = folder or workspace_of(config_path, assignments, run_dir).cache
     is_coloured = wants_colour(color)
     chosen, closely = range(window, window + windows), range(first, first + positions)
     for text in peek_text(folder, split, chosen, closely, top, is_coloured=is_coloured):
-        click.echo(encodable(text) + "\n" * (windows > 1), color=is_coloured)
+        sys.stdout.write(Painted(text + "\n" * (1 + (windows > 1))))
 
 
 @cache.command()
@@ -329,7 +331,7 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     with Progress("verify", total, "bytes") as progress:
         problems = verify_cache(folder, progress.advance)
     for problem in problems:
-        click.echo(problem)
+        click.echo(visible(problem))
     if problems:
         say(f"{len(problems)} damaged files; `tristill cache repair {named_place(folder)}` mends what can be mended")
         raise click.exceptions.Exit(1)

@@ -10,8 +10,10 @@ import click
 from pipeline.config import DEFAULT_STUDENT
 from pipeline.options import run_options, workspace_of
 from stages.progress import say
+from stages.visible import visible_lines
 
 _SMALLEST_TEMPERATURE = 1e-3
+_MOST_TOKENS = 1_000_000
 
 
 def _temperature(_context: click.Context, _option: click.Parameter, value: float) -> float:
@@ -32,6 +34,8 @@ def _top_p(_context: click.Context, _option: click.Parameter, value: float) -> f
 def _prompt(_context: click.Context, _option: click.Parameter, value: str) -> str:
     """The prompt, or all of stdin for `-`, to the byte: a newline at its end is one of the prompt."""
     try:
+        if value == "-" and sys.stdin is None:
+            raise click.BadParameter("found stdin closed, expected the prompt there")
         given = sys.stdin.buffer.read() if value == "-" else value.encode("utf-8", errors="surrogateescape")
         return given.decode("utf-8")
     except UnicodeDecodeError as exc:
@@ -49,7 +53,7 @@ def _prompt(_context: click.Context, _option: click.Parameter, value: str) -> st
 )
 @click.option(
     "--max-tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=_MOST_TOKENS),
     show_default="100, or what the context has room for",
     help="New tokens at most.",
 )
@@ -76,6 +80,8 @@ def generate(
 ) -> None:
     """Write text: by `teacher`, a student by name, or the model in a folder. A ternary one runs from packed weights.
 
+    Control characters other than the newline and the tab are shown as pictures or in angle brackets.
+
     \b
     Example:
         tristill generate --prompt 'def main(' --temperature 0 --max-tokens 40
@@ -88,5 +94,7 @@ def generate(
         click.echo()
         say(speed)
 
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: others read it
     for piece in generate_text(folder, prompt, **sampling, on_done=end):
-        click.echo(piece.encode("utf-8"), nl=False)
+        click.echo(visible_lines(piece), nl=False)

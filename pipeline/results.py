@@ -11,6 +11,7 @@ from pipeline.provenance import read_provenance
 from pipeline.terminal import cells
 from pipeline.workspace import Workspace
 from stages.losses.config import DEFAULT_ALPHA
+from stages.visible import visible
 
 COLUMNS = {
     "perplexity": ("perplexity", "{:.2f}"),
@@ -107,7 +108,8 @@ def run_table(workspace: Workspace) -> str:
 
 
 def text_table(lines: list[list[str]]) -> str:
-    """Aligned columns in Markdown, so that what is printed can be pasted."""
+    """Aligned columns in Markdown, so that what is printed can be pasted; every cell is visible text on one line."""
+    lines = [[visible(cell) for cell in line] for line in lines]
     widths = [max(cells(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
         "| " + " | ".join(cell + " " * (width - cells(cell)) for cell, width in zip(line, widths, strict=True)) + " |"

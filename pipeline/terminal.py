@@ -56,9 +56,3 @@ def wrapped(spans: Iterable[Span], columns: int) -> Iterator[list[Span]]:
             line.append((run, colour))
     if line:
         yield line
-
-
-def encodable(text: str) -> str:
-    """The text with what stdout's encoding has no bytes for escaped as in Python."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, errors="backslashreplace").decode(encoding)

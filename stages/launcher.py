@@ -10,6 +10,7 @@ import signal
 import sys
 
 from stages.progress import say
+from stages.visible import guard_output
 
 _INTERRUPTED = 130
 _TIME_TO_SAVE_S = 300
@@ -18,6 +19,7 @@ _TIME_TO_SAVE_S = 300
 
 def main() -> None:
     """Run the module on as many ranks as the first argument says; each gets its share of the cores."""
+    guard_output()
     ranks, *module = sys.argv[1:]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // int(ranks))))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_TIME_TO_SAVE_S))

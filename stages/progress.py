@@ -11,16 +11,17 @@ from typing import Self
 from tqdm import tqdm
 
 from stages.ranks import current_ranks
+from stages.visible import visible_lines
 
 _PLAIN_LINE_EVERY_S = 5.0
 _TICK_S = 0.5
 
 
 def say(text: str) -> None:
-    """One line for the user that is not the result; above a bar, if there is one."""
+    """A message for the user that is not the result; above a bar, if there is one. Its own lines are indented."""
     if not current_ranks().is_first:
         return
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(visible_lines(text), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -6,6 +6,8 @@ What ranks tell each other goes as JSON through tensors, so nothing is unpickled
 import json
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +15,15 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from stages.errors import LostRankError, OtherRankError, RanksError
+from stages.interrupt import ending_signals
 
 _Item = TypeVar("_Item")
 LOST = "another rank has ended; run the same command again to go on"
 _PATIENCE = timedelta(hours=24)
 """How long a rank waits for the others: a step of the first one alone may take long; torchrun ends all if one dies."""
+_TIME_TO_MEET = timedelta(minutes=5)
+_SAID_AFTER_S = 10
+_MOST_RANKS = 2**20
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,28 @@ ALONE = Ranks()
 
 
 def announced_ranks() -> Ranks:
-    """This process among those that torchrun says it started, whether they have joined yet or not."""
-    if not _many_are_announced():
+    """This process among those that torchrun says it started, whether they have joined yet or not.
+
+    Raises RanksError for variables that announce no such thing.
+    """
+    world_size = _announced("WORLD_SIZE", 1, 1, _MOST_RANKS)
+    if world_size == 1:
         return ALONE
-    rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Ranks(rank, world_size, local_rank)
+    return Ranks(_announced("RANK", 0, 0, world_size - 1), world_size, _announced("LOCAL_RANK", 0, 0, world_size - 1))
+
+
+def _announced(name: str, absent: int, least: int, most: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        value = int(text) if text else absent
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        raise RanksError(
+            f"{name}: found {text!r} in the environment, expected {least} to {most}, as torchrun sets it; "
+            "unset WORLD_SIZE to work with one process"
+        )
+    return value
 
 
 def exit_code_of(error: Exception) -> int:
@@ -119,40 +142,71 @@ def is_loss_of_ranks(error: Exception) -> bool:
 
 def current_ranks() -> Ranks:
     """This process among those of the group that `joined_ranks` opened; alone where there is none."""
-    if not _many_are_announced():
+    if not announced_ranks().are_many:
         return ALONE
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
-    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    return Ranks(dist.get_rank(), dist.get_world_size(), announced_ranks().local_rank)
 
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
     """Join the processes that torchrun started (it says so in the environment); alone without it.
 
-    Tensors on the CPU are exchanged by gloo, those on CUDA by NCCL.
+    Tensors on the CPU are exchanged by gloo, those on CUDA by NCCL. Raises RanksError if not all come in time.
     """
-    if not _many_are_announced():
+    announced = announced_ranks()
+    if not announced.are_many:
         yield ALONE
         return
     import torch
     import torch.distributed as dist
 
-    if announced_ranks().local_rank < torch.cuda.device_count():  # else whoever wants a GPU says that there is none
-        torch.cuda.set_device(announced_ranks().local_rank)
+    if announced.local_rank < torch.cuda.device_count():  # else whoever wants a GPU says that there is none
+        torch.cuda.set_device(announced.local_rank)
     try:
-        with _ended_by_signals():
+        with _ended_by_signals(), _said_to_wait(announced):
+            _meet(announced)
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     except (ValueError, RuntimeError) as exc:
         raise RanksError(
-            f"could not join the {os.environ['WORLD_SIZE']} processes that WORLD_SIZE announces "
+            f"could not join the {announced.world_size} processes that WORLD_SIZE announces "
             f"({str(exc).splitlines()[0]}); start them with torchrun, or unset WORLD_SIZE to work with one"
         ) from exc
     _joined.append(current_ranks())
     yield current_ranks()
     dist.destroy_process_group()  # not where one has failed: it would wait for what others still do
+
+
+def _meet(announced: Ranks) -> None:
+    """Return once all have come; raises torch's errors if some have not after a while, as those of a shell's variables.
+
+    Later they wait for each other as long as a step of one takes.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=_TIME_TO_MEET))
+    keys = [f"here/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{i}" for i in range(announced.world_size)]
+    store.set(keys[announced.rank], "")
+    store.wait(keys, _TIME_TO_MEET)
+
+
+@contextmanager
+def _said_to_wait(announced: Ranks) -> Iterator[None]:
+    place = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    text = (
+        f"rank {announced.rank} waits at {place} for the {announced.world_size} processes that WORLD_SIZE announces, "
+        f"for {_TIME_TO_MEET.total_seconds():.0f} s at most\n"
+    )
+    timer = threading.Timer(_SAID_AFTER_S, sys.stderr.write, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def has_joined() -> bool:
@@ -166,15 +220,9 @@ _joined: list[Ranks] = []
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Signals end the process at once: while it waits for those who never come, Python has no turn to handle any."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    for signum in before:
-        signal.signal(signum, signal.SIG_DFL)
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in ending_signals()}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _many_are_announced() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.report.section import Entry
 from pipeline.units import scale_of, tick_text
+from stages.visible import visible, visible_lines
 
 Axes = Any
 """matplotlib's, which is imported only when something is drawn."""
@@ -91,7 +92,7 @@ def drawn(plot: Callable[[Axes], object], key: str, height: int = 250, width: in
         plot(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inlined(file.getvalue(), key)
+    return _inlined(visible_lines(file.getvalue()), key)  # XML has no control characters at all
 
 
 def lines(
@@ -218,7 +219,7 @@ def thinned(count: int) -> list[int]:
 
 def plain(text: str, longest: int = 26) -> str:
     """Text for within a plot, whose font knows ASCII for sure; cut in its middle if it is long."""
-    text = text.encode("ascii", "backslashreplace").decode()
+    text = visible(text).encode("ascii", "backslashreplace").decode()
     half = longest // 2 - 1
     return text if len(text) <= longest else f"{text[:half]}..{text[-half:]}"
 

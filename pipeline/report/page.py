@@ -21,6 +21,7 @@ from pipeline.report.summary import provenance, tiles
 from pipeline.report.sweeps import sweeps_section
 from pipeline.report.teacher import teacher_section
 from pipeline.workspace import Workspace
+from stages.visible import visible_lines
 
 REPORT_NAME = "report.html"
 
@@ -40,9 +41,9 @@ def write_report(workspace: Workspace, *, has_samples: bool = True) -> Path:
         )
     run = read_run(workspace)
     name = workspace.run_dir.resolve().name
-    html = render(name, tiles(run), list(_sections(run, has_samples=has_samples)), provenance(run))
+    html = visible_lines(render(name, tiles(run), list(_sections(run, has_samples=has_samples)), provenance(run)))
     path = workspace.run_dir / REPORT_NAME
-    write_atomically(path, html.encode("utf-8", errors="replace"))
+    write_atomically(path, html.encode("utf-8"))
     return path
 
 

@@ -1,16 +1,14 @@
 """Token ids as text that people can read: no control character of a token comes out of here as it is."""
 
 import itertools
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stages.data.text_stream import TextStream
 from stages.data.tokenizer import load_tokenizer
+from stages.visible import visible
 
 _NOT_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-_CONTROL_PICTURES = 0x2400
-_DELETE, _PICTURE_OF_DELETE = 0x7F, "\N{SYMBOL FOR DELETE}"
 
 
 def token_texts(tokenizer_json: Path, ids: Iterable[int]) -> dict[int, str]:
@@ -56,22 +54,3 @@ def text_pieces(tokenizer_json: Path, ids: Sequence[int]) -> list[tuple[int, str
             count, text = pieces.pop()
             pieces.append((count, text + held_back))
     return pieces
-
-
-def visible(text: str) -> str:
-    """The text with everything that is not a printable character or a space in a form that is.
-
-    Control characters as their pictures, U+2400 and on; others, such as marks of direction, as <U+202E>.
-    """
-    return "".join(map(_visible_character, text))
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if code < 0x20:
-        return chr(_CONTROL_PICTURES + code)
-    if code == _DELETE:
-        return _PICTURE_OF_DELETE
-    if character.isprintable() or unicodedata.category(character) == "Zs":
-        return character
-    return f"<U+{code:04X}>"

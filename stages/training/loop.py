@@ -18,13 +18,13 @@ from torch import nn
 
 from stages.collectives import sum_of, summed
 from stages.errors import DivergedError
+from stages.interrupt import deferred_interrupt
 from stages.losses.term import LossValues
 from stages.progress import Progress
 from stages.ranks import ALONE, Ranks
 from stages.resources import keep_freed_memory, peak_rss_mib
 from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
-from stages.training.interrupt import deferred_interrupt
 from stages.training.metrics import MetricsLog
 from stages.training.optimizer import make_optimizer
 from stages.training.parallel import StepLoss, made_whole, replicated, require_alike, shard, whole, without_exchange

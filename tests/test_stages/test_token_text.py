@@ -1,6 +1,5 @@
 """Tokens as text: whole characters, and nothing in them that a terminal would obey."""
 
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from stages.data.config import TrainedTokenizer
-from stages.data.token_text import text_pieces, token_texts, visible
+from stages.data.token_text import text_pieces, token_texts
 from stages.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 TOKENIZER = train_tokenizer(
@@ -50,18 +49,6 @@ def test_special_tokens_and_ids_that_are_not_known_are_pieces_of_their_own(token
     )
     assert list(text_pieces(tokenizer_json, [a, end, 900, a])) == [(1, "a"), (1, END_OF_TEXT), (1, "<900>"), (1, "a")]
     assert list(text_pieces(tokenizer_json, [first_byte, 900])) == [(1, "\ufffd"), (1, "<900>")]
-
-
-@given(st.text())
-def test_what_is_visible_obeys_nobody_and_printable_text_stays_as_it_is(text: str) -> None:
-    assert all(character.isprintable() or unicodedata.category(character) == "Zs" for character in visible(text))
-    if text.isprintable():
-        assert visible(text) == text
-
-
-def test_characters_that_cannot_be_printed_have_pictures_or_numbers() -> None:
-    assert visible("\x1b[2J\x00\t\x7f") == "\u241b[2J\u2400\u2409\u2421"
-    assert visible("a\u202eb\x9b1m\ufeff") == "a<U+202E>b<U+009B>1m<U+FEFF>"
 
 
 def test_a_vocabulary_that_holds_escape_sequences_gives_none_away(tmp_path: Path) -> None:

@@ -7,6 +7,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Those that ask this process to end, closed terminals' among them; none that it was started to ignore.
+
+    A shell has SIGINT ignored by what runs in its background, and `nohup` SIGHUP.
+    """
+    signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    return [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]
+
+
 class InterruptFlag:
     """Set when the user asked to stop."""
 
@@ -16,7 +25,7 @@ class InterruptFlag:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[InterruptFlag]:
-    """SIGINT or SIGTERM sets the flag, for the caller to save its state and stop; a second SIGINT acts at once."""
+    """SIGINT, SIGTERM or SIGHUP sets the flag, for the caller to save its state and stop; a second SIGINT ends it."""
     flag = InterruptFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -28,7 +37,7 @@ def deferred_interrupt() -> Iterator[InterruptFlag]:
             signal.default_int_handler(signum, frame)
         flag.is_set = True
 
-    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: signal.signal(signum, note) for signum in ending_signals()}
     try:
         yield flag
     finally:
