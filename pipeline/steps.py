@@ -18,12 +18,12 @@ from pipeline.reading import Input, cache_input, model_input, tokens_input
 from pipeline.step import NOT_HERE, Step, fingerprints, known
 from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.distill.watch import Watch
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
 from stages.models.hub import find_model, is_hub_name
 from stages.models.hugging_face_shape import Shape
 from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
 from stages.ranks import current_ranks
+from stages.training.watch import Watch
 
 
 class Teacher(Step):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from stages.evaluate.metrics import ValidationMetrics
 from stages.losses.term import LossValues
 from stages.training.config import TrainingConfig
 from stages.training.loop import StepInfo, Training
@@ -39,6 +40,7 @@ def training(
     settings: TrainingConfig,
     batches: Callable[[int], Iterator[torch.Tensor]] = batches_from,
     stop_at: int | None = None,
+    measure: Callable[[int], ValidationMetrics] | None = None,
 ) -> Training[torch.Tensor]:
     seen = 0
 
@@ -50,7 +52,7 @@ def training(
         value = (module(batch) - batch.sum(-1, keepdim=True)).square().mean()
         return LossValues(value, {"square": value.detach()}, {"weights": {"square": 1 / (info.step + 1)}})
 
-    return Training("test", module, loss, batches, 4, settings, folder)
+    return Training("test", module, loss, batches, 4, settings, folder, measure=measure)
 
 
 def state(module: nn.Module) -> list[torch.Tensor]:

@@ -29,10 +29,10 @@ from pipeline.sweep.records import results_of, write_results
 from pipeline.sweep.results import Ledger, SweepResults, Trial
 from pipeline.sweep.student import Base
 from pipeline.sweep.study import OPEN, SweepStudy, delete_study, held, open_study
-from stages.distill.watch import Watch
 from stages.errors import DivergedError, TargetsError
 from stages.progress import say, waiting
 from stages.training.checkpoint import clear_checkpoints, seconds_kept
+from stages.training.watch import Watch
 
 
 class PrunedError(Exception):

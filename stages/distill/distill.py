@@ -1,6 +1,5 @@
 """Stage two: trains a student on targets from a source, evaluates it, and saves it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from stages.distill.curriculum import pacing_of
 from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
 from stages.distill.start import start
-from stages.distill.watch import Watch
 from stages.errors import StageError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import evaluate, glance
@@ -22,9 +20,12 @@ from stages.models.folder import new_model, save_model
 from stages.models.hugging_face_shape import HuggingFaceShape, Shape
 from stages.models.language_model import LanguageModel
 from stages.models.origin import model_fingerprint
+from stages.progress import say
 from stages.ranks import current_ranks
 from stages.targets.source import TargetSource, endless_batches
 from stages.training.loop import Training, TrainingSummary
+from stages.training.start_line import parameters_text, say_length, say_start
+from stages.training.watch import Watch
 
 CO_TEACHER = "co_teacher"
 
@@ -106,11 +107,17 @@ def distill(
         learning_rates=learner.learning_rates,
         after_step=learner.after_step,
         clipped_apart=learner.clipped_apart,
-        watch=_looks(watch, learner, student, source, evaluation, config.training.steps),
+        measure=lambda num_windows: glance(student, source, evaluation, num_windows, ranks),
+        watch=watch,
         ranks=ranks,
         blocks=student.blocks,
         may_idle=learner.may_idle,
     )
+    teacher_size = parameters_text(teacher_folder)
+    taught_by = f", taught by one of {teacher_size}" if teacher_size and config.online is None else ""
+    model = f"{size.parameters:,} parameters{taught_by}"
+    say_start(folder.name, model, device, config.training.precision, ranks)
+    say_length(folder.name, config.training, source)
     trained = training.run()
     if isinstance(learner, CoTraining):
         end_of_text_id, teacher = source.end_of_text_id, learner.moving.teacher
@@ -118,6 +125,7 @@ def distill(
     save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks)
     with training.weights_outside_blocks():
         validation = evaluate(student, source, evaluation, folder.name, ranks)
+    say(f"{folder.name}: {validation.text}")
     summary = StudentSummary(
         validation=validation,
         train=trained,
@@ -128,25 +136,6 @@ def distill(
     if ranks.is_first:
         write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())
     return summary
-
-
-def _looks(
-    watch: Watch | None,
-    learner: Objective | CoTraining,
-    student: LanguageModel,
-    source: TargetSource,
-    evaluation: EvaluateConfig,
-    num_steps: int,
-) -> Callable[[int], None]:
-    """What the training calls after each step; the last one is followed by the whole evaluation."""
-
-    def look(steps_done: int) -> None:
-        if watch is not None and steps_done % watch.every == 0 and steps_done < num_steps:
-            metrics = glance(student, source, evaluation, watch.num_windows)
-            learner.train()
-            watch.report(steps_done, metrics.model_dump())
-
-    return look
 
 
 def model_size(student: LanguageModel) -> ModelSize:

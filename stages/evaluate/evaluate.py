@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from stages.collectives import sum_of
 from stages.errors import CorpusError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import MetricSums, ValidationMetrics
@@ -27,12 +28,15 @@ def evaluate(
         return _measure(model, source, config, None, progress.advance, ranks)
 
 
-def glance(model: LanguageModel, source: TargetSource, config: EvaluateConfig, num_windows: int) -> ValidationMetrics:
+def glance(
+    model: LanguageModel, source: TargetSource, config: EvaluateConfig, num_windows: int, ranks: Ranks = ALONE
+) -> ValidationMetrics:
     """As `evaluate`, over about the first `num_windows` validation windows, in whole batches, and quietly.
 
     Over more of them where no position of the first ones counts.
     """
-    return _measure(model, source, config, -(-num_windows // config.batch_windows), _unseen, ALONE)
+    num_batches = -(-num_windows // (config.batch_windows * ranks.world_size))
+    return _measure(model, source, config, num_batches, _unseen, ranks)
 
 
 def _unseen(num_positions: int) -> None:
@@ -65,7 +69,8 @@ def _measure(
             target = None if batch.targets is None else batch.targets.chunk(rows)
             sums.add(logits_NV, labels_N[rows], target)
         advance(min(batch_windows, num_windows - first) * source.context_length)
-        if num_batches is not None and first + batch_windows >= num_batches * batch_windows and sums.positions:
+        is_sampled = num_batches is not None and num_batches * batch_windows <= first + batch_windows < num_windows
+        if is_sampled and sum_of(sums.positions, ranks):
             break
     sums = sums.summed(ranks)
     if not sums.positions:

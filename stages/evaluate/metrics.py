@@ -53,6 +53,21 @@ class ValidationMetrics(BaseModel):
     teacher_temperature: float | None
     calibration: tuple[CalibrationBin, ...] | None = None
 
+    def numbers(self) -> dict[str, float]:
+        """The finite means by name, without what they are of."""
+        found = self.model_dump(exclude={"positions", "teacher_temperature", "calibration"})
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+    @property
+    def text(self) -> str:
+        """The main figures in a line."""
+        parts = [f"perplexity {self.perplexity:.2f}", f"{self.bits_per_byte:.4f} bits/byte"]
+        if self.kl_to_teacher_nats is not None:
+            parts.append(f"KL to the teacher {self.kl_to_teacher_nats:.4f} nats")
+        if self.top1_agreement is not None:
+            parts.append(f"top-1 agreement {self.top1_agreement:.1%}")
+        return f"{', '.join(parts)} over {self.positions:,} held-out positions"
+
 
 class MetricSums:
     """Adds positions chunk by chunk in float64; what comes out does not depend on how they were cut.

@@ -52,6 +52,7 @@ def take_teacher(
         fingerprint=model_fingerprint(folder),
     )
     summary.save(folder)
+    say(f"teacher: {summary.parameters:,} parameters, {summary.validation.text}")
     return summary
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
+from stages.evaluate.evaluate import evaluate, glance
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import LossValues, WeightedTerm
@@ -13,12 +13,14 @@ from stages.models.compiled import compile_model
 from stages.models.folder import pick_device, save_model
 from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
+from stages.progress import say
 from stages.ranks import current_ranks
 from stages.targets.online import OnlineSource
 from stages.targets.source import Signals, TargetBatch, counted_by_all, endless_batches
 from stages.teacher.config import TeacherConfig
 from stages.teacher.summary import TeacherSummary
 from stages.training.loop import StepInfo, Training
+from stages.training.start_line import say_length, say_start
 
 
 def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evaluation: EvaluateConfig) -> TeacherSummary:
@@ -49,13 +51,17 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
         settings.batch_windows * source.context_length,
         settings,
         folder,
+        measure=lambda num_windows: glance(model, source, evaluation, num_windows, ranks),
         ranks=ranks,
         blocks=model.blocks,
     )
+    say_start("teacher", f"{shape.parameters(source.vocab_size):,} parameters", device, settings.precision, ranks)
+    say_length("teacher", settings, source)
     trained = training.run()
     save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks)
     with training.weights_outside_blocks():
         validation = evaluate(model, source, evaluation, "teacher", ranks)
+    say(f"teacher: {validation.text}")
     summary = TeacherSummary(
         validation=validation,
         train=trained,

@@ -27,9 +27,9 @@ _RNG = "rng_state"
 
 
 class TrainingState(BaseModel):
-    """How far a training is: steps done, seconds spent, and the terms of the last loss that was logged.
+    """How far a training is: steps done, seconds spent, and the terms of the last record.
 
-    parts: how many files of each kind there are.
+    sums: those of RunningMeans since that record. parts: how many files of each kind there are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +37,7 @@ class TrainingState(BaseModel):
     step: int = 0
     elapsed_s: float = 0.0
     loss_terms: dict[str, float] = {}
+    sums: dict[str, tuple[float, float]] = {}
     parts: int = 1
 
 

@@ -64,7 +64,16 @@ class TrainingConfig(Section):
     ] = "ddp"
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and the order of windows")] = 0
     device: Annotated[str | None, neutral("cpu, cuda, cuda:1 ..; none takes CUDA if there is one")] = None
-    log_every: Annotated[int, neutral("steps between lines of metrics.jsonl", ge=1)] = 10
+    log_every: Annotated[
+        int, neutral("steps between records of metrics.jsonl, whose losses are means since the last one", ge=1)
+    ] = 10
+    eval_every: Annotated[
+        int | None,
+        neutral("steps between records of held-out metrics; none evaluates at the end only", ge=1),
+    ] = None
+    eval_windows: Annotated[
+        int, neutral("windows of such a held-out record: the first of the split, in whole batches", ge=1)
+    ] = 64
     tensorboard: Annotated[
         bool,
         neutral("whether what metrics.jsonl gets also goes to `tensorboard/` beside it (extra `tensorboard`)"),

@@ -18,17 +18,20 @@ from torch import nn
 
 from stages.collectives import sum_of, summed
 from stages.errors import DivergedError
+from stages.evaluate.metrics import ValidationMetrics
 from stages.interrupt import deferred_interrupt
 from stages.losses.term import LossValues
-from stages.progress import Progress
+from stages.progress import Progress, say
 from stages.ranks import ALONE, Ranks
 from stages.resources import keep_freed_memory, peak_rss_mib
 from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
-from stages.training.metrics import MetricsLog
+from stages.training.means import RunningMeans
+from stages.training.metrics import MetricsLog, read_records
 from stages.training.optimizer import make_optimizer
 from stages.training.parallel import StepLoss, made_whole, replicated, require_alike, shard, whole, without_exchange
 from stages.training.schedule import learning_rate, weight_decay
+from stages.training.watch import HELD_OUT, PartingNote, Watch
 
 Batch = TypeVar("Batch")
 
@@ -45,13 +48,10 @@ def _nothing(values: LossValues) -> None:
     """What is done after a step unless something is asked for."""
 
 
-def _unwatched(steps_done: int) -> None:
-    """What is looked at between steps unless something is asked for."""
-
-
 class TrainingSummary(BaseModel):
     """What a finished training cost and where its loss ended; speeds count training steps only.
 
+    loss_terms: those of the last record of `metrics.jsonl`.
     Positions are those of all ranks; peak_rss_mib is that of the largest of them.
     """
 
@@ -80,7 +80,8 @@ class Training(Generic[Batch]):
         learning_rates: Mapping[str, float] = MappingProxyType({}),
         after_step: Callable[[LossValues], None] = _nothing,
         clipped_apart: Sequence[nn.Module] = (),
-        watch: Callable[[int], None] = _unwatched,
+        measure: Callable[[int], ValidationMetrics] | None = None,
+        watch: Watch | None = None,
         ranks: Ranks = ALONE,
         blocks: Sequence[nn.Module] = (),
         may_idle: bool = False,
@@ -90,8 +91,7 @@ class Training(Generic[Batch]):
         learning_rates: peaks of parameters whose names start so; the others take the config's. after_step: called
         with the mean values of a step once it is done; what it changes must lie in the module. clipped_apart: parts of
         the module whose gradients are clipped by norms of their own; the norm that is logged is that of the first.
-        watch: called with the number of steps done once each is logged and saved; it may look at the module, which must
-        be as it was when it returns, and may raise to end the training. Its seconds are not counted.
+        measure: metrics on about so many held-out windows, for `config.eval_every` and `watch`; all ranks call it.
 
         ranks: those that train the module together; all have it with the same first weights. The loss of each is such
         that the mean over ranks is that of the whole batch, and so are its values; `positions_per_batch` is of all.
@@ -106,6 +106,7 @@ class Training(Generic[Batch]):
         self._learning_rates = learning_rates
         self._after_step = after_step
         self._clipped = clipped_apart or [module]
+        self._measure = measure
         self._watch = watch
         self._ranks = ranks
         self._may_idle = may_idle
@@ -130,37 +131,49 @@ class Training(Generic[Batch]):
         batches = self._batches(start.step * config.accumulation)
         total = config.steps * self._positions_per_step
         done = start.step * self._positions_per_step
-        terms = start.loss_terms
+        terms, means = start.loss_terms, RunningMeans(start.sums)
+        seen: dict[str, float] = {}
         self._module.train()
         with (
             self._log(start.step) as log,
             Progress(self._label, total, "positions", done) as progress,
             deferred_interrupt() as interrupt,
         ):
+            note = PartingNote(read_records(self._folder) if log is not None and config.eval_every else ())
             for step in range(start.step, config.steps):
                 is_last = step + 1 == config.steps
                 is_logged = (step + 1) % config.log_every == 0 or step == 0 or is_last
                 values, grad_norm = self._step(loss, optimizer, batches, StepInfo(step, is_logged))
+                means.add(values, grad_norm)
+                record: dict[str, Any] = {}
+                if is_logged:
+                    mean_loss, terms, mean_norm = means.take()
+                    self._require_finite(step + 1, mean_loss, mean_norm)
+                    record = self._record(step, mean_loss, terms, values.telemetry, mean_norm, progress)
+                with progress.paused():
+                    if held_out := self._look(step + 1):
+                        seen = record[HELD_OUT] = held_out
+                if record and log is not None:
+                    record = {"step": step + 1, "positions": (step + 1) * self._positions_per_step, **record}
+                    log.append(record)
+                    if parting := note.add(record):
+                        say(f"{self._label}: {parting.text}")
                 is_stopped = sum_of(interrupt.is_set, self._ranks) > 0  # read once: it may change while we save
                 is_saved = is_stopped or ((step + 1) % config.checkpoint_every == 0 and not is_last)
-                if is_logged or is_saved:
-                    self._require_finite(step + 1, float(values.total), float(grad_norm))
-                if is_logged:
-                    terms = {name: float(value) for name, value in values.terms.items()}
-                    if log is not None:
-                        log.append(self._record(step + 1, values, terms, float(grad_norm), progress))
-                progress.advance(self._positions_per_step, ", ".join(f"{k} {v:.3f}" for k, v in terms.items()))
+                progress.advance(self._positions_per_step, _note(terms, seen))
                 if is_saved or is_last:
                     require_alike(self._module, self._ranks, f"{self._label}: after step {step + 1}")
                 if is_saved:
+                    self._require_finite(step + 1, float(values.total), float(grad_norm))
                     state = TrainingState(
-                        step=step + 1, elapsed_s=start.elapsed_s + progress.elapsed_s, loss_terms=terms
+                        step=step + 1,
+                        elapsed_s=start.elapsed_s + progress.elapsed_s,
+                        loss_terms=terms,
+                        sums=means.sums(),
                     )
                     save_checkpoint(checkpoints, state, self._module, optimizer, self._ranks)
                 if is_stopped:
                     raise KeyboardInterrupt
-                with progress.paused():
-                    self._watch(step + 1)
             elapsed_s = start.elapsed_s + progress.elapsed_s
         return TrainingSummary(
             steps=config.steps,
@@ -213,19 +226,51 @@ class Training(Generic[Batch]):
             )
 
     def _record(
-        self, step: int, values: LossValues, terms: dict[str, float], grad_norm: float, progress: Progress
+        self,
+        step: int,
+        loss: float,
+        terms: dict[str, float],
+        telemetry: dict[str, dict[str, float]],
+        grad_norm: float,
+        progress: Progress,
     ) -> dict[str, Any]:
+        """What is logged after step number `step`: means since the last record, and telemetry of this step."""
         return {
-            "step": step,
-            "positions": step * self._positions_per_step,
-            "loss": float(values.total),
+            "loss": loss,
             "terms": terms,
-            **values.telemetry,
-            "learning_rate": learning_rate(self._config, step - 1),
-            **({"weight_decay": weight_decay(self._config, step - 1)} if self._config.weight_decay_until < 1 else {}),
+            **telemetry,
+            "learning_rate": learning_rate(self._config, step),
+            **({"weight_decay": weight_decay(self._config, step)} if self._config.weight_decay_until < 1 else {}),
             "grad_norm": grad_norm,
             "positions_per_s": progress.units_per_s,
         }
+
+    def _look(self, steps_done: int) -> dict[str, float]:
+        """Held-out metrics to record after this step, if it is time; and to tell whoever watches."""
+        config, watch = self._config, self._watch
+        is_recorded = config.eval_every is not None and steps_done % config.eval_every == 0
+        is_watched = watch is not None and steps_done % watch.every == 0 and steps_done < config.steps
+        found: dict[str, float] = {}
+        if is_recorded:
+            found = self._measured(config.eval_windows).numbers()
+        if watch is not None and is_watched:
+            watch.report(steps_done, self._measured(watch.num_windows).model_dump())
+        return found
+
+    def _measured(self, num_windows: int) -> ValidationMetrics:
+        """Metrics of the module as it is; it trains on afterwards as if nobody had looked."""
+        assert self._measure is not None, "whoever trains with looks says how to measure"
+        device = next(self._module.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.weights_outside_blocks():
+            found = self._measure(num_windows)
+        self._module.train()
+        return found
+
+
+def _note(terms: Mapping[str, float], held_out: Mapping[str, float]) -> str:
+    """On the progress line: the terms as last recorded, and the last look's loss."""
+    shown = {**terms, **({"held-out loss": held_out["loss_nats"]} if "loss_nats" in held_out else {})}
+    return ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
 
 
 def _over_ranks(values: LossValues, ranks: Ranks) -> LossValues:

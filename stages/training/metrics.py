@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,11 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
         if self._scalars is not None:
             self._scalars.append(record)
+
+
+def read_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records in a folder's `metrics.jsonl`, as MetricsLog has left them."""
+    yield from map(json.loads, _complete_lines(folder / "metrics.jsonl"))
 
 
 def _step_of(line: bytes) -> float:

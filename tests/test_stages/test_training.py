@@ -9,19 +9,24 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toy_training import batches_from, config, logged, make_module, state, training
 
 from stages.errors import CheckpointError, CorpusError, StageError
+from stages.evaluate.metrics import ValidationMetrics
 from stages.losses.term import LossValues
 from stages.targets.source import Epoch, Signals, endless_batches
 from stages.training.checkpoint import clear_checkpoints
 from stages.training.loop import StepInfo, Training
+from stages.training.means import RunningMeans
 from stages.training.optimizer import make_optimizer
 from stages.training.schedule import learning_rate
+from stages.training.watch import PartingNote
 
 
 @pytest.mark.parametrize("stop_at", [3, 5, 12, 18])
@@ -44,6 +49,96 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, s
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     clear_checkpoints(tmp_path / "cut" / "checkpoints")
     assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_what_is_logged_are_means_over_the_steps_since_the_last_record(tmp_path: Path) -> None:
+    for name, every in (("each", 1), ("means", 6)):
+        (tmp_path / name).mkdir()
+        training(tmp_path / name, make_module(), config(log_every=every)).run()
+    each, means = logged(tmp_path / "each"), logged(tmp_path / "means")
+    assert [record["step"] for record in means] == [1, 6, 12, 18, 20]
+    for record, first, last in zip(means, [0, 1, 6, 12, 18], [1, 6, 12, 18, 20], strict=True):
+        for key in ("loss", "grad_norm"):
+            assert record[key] == pytest.approx(np.mean([one[key] for one in each[first:last]]), rel=1e-12)
+        assert record["terms"]["square"] == record["loss"]  # type: ignore[index]
+        assert record["learning_rate"] == each[last - 1]["learning_rate"], "that of the last step"
+
+
+def test_steps_that_ask_for_no_position_are_left_out_of_the_means() -> None:
+    means = RunningMeans({})
+    for loss, norm in ((2.0, 1.0), (0.0, 0.0), (4.0, 2.0)):
+        means.add(LossValues(torch.tensor(loss), {"a": torch.tensor(loss)}), torch.tensor(norm))
+    means = RunningMeans(json.loads(json.dumps(means.sums())))
+    assert means.take() == (3.0, {"a": 3.0}, 1.5)
+    means.add(LossValues(torch.tensor(0.0), {"a": torch.tensor(0.0)}), torch.tensor(0.0))
+    assert means.take() == (0.0, {"a": 0.0}, 0.0), "nothing is left of the interval before"
+
+
+def metrics(loss_nats: float) -> ValidationMetrics:
+    nothing = dict.fromkeys(("kl_to_teacher_nats", "top1_agreement", "acceptance_rate", "teacher_temperature"))
+    means = {"loss_nats": loss_nats, "perplexity": math.exp(loss_nats), "bits_per_byte": 1.0}
+    return ValidationMetrics(positions=4, expected_calibration_error=0.0, **means, **nothing)  # type: ignore[arg-type]
+
+
+def test_held_out_losses_are_recorded_and_change_nothing_of_the_training(tmp_path: Path) -> None:
+    def train(name: str, stop_at: int | None = None, **changes: object) -> nn.Module:
+        module = nn.Sequential(make_module(), nn.Dropout(0.3))
+
+        def measure(num_windows: int) -> ValidationMetrics:
+            module.eval()
+            torch.randn(num_windows)  # a look that draws
+            return metrics(float(module(next(batches_from(999))).detach().abs().mean()))
+
+        (tmp_path / name).mkdir(exist_ok=True)
+        torch.manual_seed(5)
+        training(tmp_path / name, module, config(**changes), stop_at=stop_at, measure=measure).run()
+        return module
+
+    looks = {"eval_every": 4, "eval_windows": 7, "checkpoint_every": 5}
+    alone, looked = train("alone"), train("looked", **looks)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train("cut", stop_at=13, **looks)
+    resumed = train("cut", **looks)
+    assert all(torch.equal(a, b) for a, b in zip(state(alone), state(looked), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state(alone), state(resumed), strict=True))
+    found = {record["step"]: record["held_out"] for record in logged(tmp_path / "looked") if "held_out" in record}
+    assert list(found) == [4, 8, 12, 16, 20]
+    expected = looked.eval()(next(batches_from(999))).detach().abs().mean()
+    assert found[20]["loss_nats"] == pytest.approx(float(expected))  # type: ignore[index]
+    assert logged(tmp_path / "cut") == logged(tmp_path / "looked")
+    plain = [
+        {key: value for key, value in record.items() if key != "held_out"} for record in logged(tmp_path / "looked")
+    ]
+    assert [record for record in plain if "loss" in record] == logged(tmp_path / "alone")
+    assert config(**looks).numbers() == config().numbers()
+
+
+def records(held_out: list[float], train: list[float]) -> list[dict[str, Any]]:
+    pairs = enumerate(zip(held_out, train, strict=True), start=1)
+    return [{"step": 10 * n, "loss": loss, "held_out": {"loss_nats": seen}} for n, (seen, loss) in pairs]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "train", "step"),
+    [
+        ([4.0, 3.5, 3.6, 3.7, 3.9], [4.0, 3.4, 3.2, 3.0, 2.8], 20),
+        ([4.0, 3.5, 3.6, 3.4, 3.3], [4.0, 3.4, 3.2, 3.0, 2.8], None),
+        ([4.0, 3.5, 3.505, 3.51, 3.512], [4.0, 3.4, 3.2, 3.0, 2.8], None),
+        ([4.0, 3.5, 3.7, 3.9, 4.1], [4.0, 3.4, 3.6, 3.8, 4.0], None),
+    ],
+    ids=["overfits", "one bad look", "flat", "diverges"],
+)
+def test_train_and_held_out_part_where_one_rises_while_the_other_falls(
+    held_out: list[float], train: list[float], step: int | None
+) -> None:
+    known = records(held_out, train)
+    note = PartingNote([])
+    found = [parting for record in known if (parting := note.add(record))]
+    assert [parting.step for parting in found] == ([] if step is None else [step])
+    resumed = PartingNote(known[:4])
+    assert [resumed.add(record) for record in known[4:]] == [None], "told before, or nothing to tell"
+    if found:
+        assert "3.5000 nats at step 20, 3.7000 at step 40 (overfitting)" in found[0].text
 
 
 def test_ctrl_c_saves_a_checkpoint_first(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A student that is looked at while it trains is the same student, and whoever looks may end its training."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ from small_training import CPU, SHAPE, distill_config, dump_config, make_run, pl
 from stages.distill.choose import choose_source
 from stages.distill.config import DistillConfig, StudentConfig
 from stages.distill.distill import StudentSummary, distill
-from stages.distill.watch import Watch
 from stages.dump.dump import dump_logits
 from stages.evaluate.config import EvaluateConfig
 from stages.models.config import ModelConfig
 from stages.quantize.config import QuantizeConfig, WarmupConfig
+from stages.training.watch import Watch
 
 EVALUATE = EvaluateConfig(batch_windows=2)
 
@@ -54,9 +55,16 @@ def test_a_watched_training_ends_with_the_same_weights_bit_for_bit(
     seen: dict[int, dict[str, float | None]] = {}
     watch = Watch(every=4, num_windows=3, report=seen.__setitem__)
     alone = student(run, tmp_path / "alone", config=config)
-    watched = student(run, tmp_path / "watched", watch, config=config)
+    recording = config.training.model_copy(update={"eval_every": 4, "eval_windows": 3})
+    watched = student(run, tmp_path / "watched", watch, config=config.model_copy(update={"training": recording}))
     assert sorted(seen) == [4, 8], "12 steps, and the last is followed by the whole evaluation"
     assert {values["positions"] for values in seen.values()} == {4 * 12}, "two batches of two windows"
+    records = map(json.loads, (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines())
+    held_out = {record["step"]: record["held_out"] for record in records if "held_out" in record}
+    assert list(held_out) == [4, 8, 12]
+    assert {step: held_out[step]["kl_to_teacher_nats"] for step in seen} == {
+        step: values["kl_to_teacher_nats"] for step, values in seen.items()
+    }
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("alone", "watched")]
     assert weights[0] == weights[1]
     assert alone.validation == watched.validation
