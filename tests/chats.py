@@ -61,6 +61,15 @@ REASONING_TEMPLATE = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """  # Qwen3's form: a block of reasoning, empty or not, in the last turn, none in those before it
+TOOL_TEMPLATE = """
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% endif %}{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{%- for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _WORDS = [
     "the",
@@ -85,6 +94,12 @@ _WORDS = [
 ]
 
 Chat = list[dict[str, str]]
+HELLO: Chat = [
+    {"role": "user", "content": "the fox"},
+    {"role": "assistant", "content": "a caf\u00e9 \U0001f98a"},
+    {"role": "user", "content": "and"},
+    {"role": "assistant", "content": " river "},
+]
 
 
 def make_tokenizer(folder: Path, template: str = PLAIN_TEMPLATE, vocab_size: int = 300) -> Path:

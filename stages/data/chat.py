@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from stages.data.chat_forms import Tool, forms, prints_python, with_marks
+from stages.data.conversation import Message
 from stages.errors import CorpusError, TokenizerError
 
-Message = dict[str, Any]
 Span = tuple[int, int]
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_OPEN_REASONING = re.compile(r"<think>\s*$")
+"""What the generation prompt of a model that always reasons ends with, and a turn without reasoning does not have."""
 _MARKS = range(0xE000, 0xF900)  # Unicode's area for private use
 TODAY = date(2024, 7, 26)
 """What `strftime_now` of a template says today is, so that tokens do not change overnight: a date of Llama 3's."""
@@ -27,17 +30,39 @@ _DIRECTIVES = [*"aAbBcdDeFGhHIjmMpSTuUVwWxXyY", *(f"-{of}" for of in "dHIjmMSy")
 
 @dataclass(frozen=True)
 class Document:
-    """Text of the corpus. assistant: of a chat, where the assistant speaks, (first, end) characters; None if plain."""
+    """Text of the corpus. assistant: of a chat, where the assistant speaks, (first, end) characters; None if plain.
+
+    ends: tokens in the text that end these turns. left_out: kinds of what the template does not show, one per turn.
+    """
 
     text: str
     assistant: tuple[Span, ...] | None = None
+    ends: tuple[Span, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+class _Rendered(NamedTuple):
+    """A chat as a template shows it. spans: of its generation marks."""
+
+    messages: list[Message]
+    text: str
+    spans: list[Span]
+    left_out: tuple[str, ...]
+
+    @property
+    def faults(self) -> int:
+        """How much of it another form may show better."""
+        return sum(kind in ("content", "tool calls") for kind in self.left_out) + prints_python(
+            self.messages, self.text
+        )
 
 
 class ChatTemplate:
     """The chat template of a folder.
 
     What is the assistant's is what stands between its `{% generation %}` marks; without marks, what a turn of the
-    assistant adds to the chat before it with the generation prompt. Today is always TODAY.
+    assistant adds to the chat before it with the generation prompt; and the token that ends the turn. Today is always
+    TODAY.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,46 +91,133 @@ class ChatTemplate:
             ) from exc
         self._folder = folder
         self._render: Any = render_jinja_template
+        self._is_marked = _GENERATION.search(source) is not None
+        source = _with_own_marks(source) if self._is_marked else source
         self._source = _with_fixed_date(source) if "strftime_now" in source else source
-        self._is_marked = _GENERATION_MARK.search(source) is not None
+        self._opening, self._endings = self._turn_tokens()
 
-    def document(self, messages: Sequence[Message], where: str) -> Document:
+    def _turn_tokens(self) -> tuple[str, tuple[str, ...]]:
+        """The generation prompt; and the tokens that may end a turn, the longest first.
+
+        Those are the special ones, and others that the template puts after what the assistant says or calls.
+        """
+        user, mark = {"role": "user", "content": "?"}, chr(_MARKS[-1])
+        call = {"type": "function", "function": {"name": mark, "arguments": {}}}
+        answers = ({"content": mark}, {"content": None, "tool_calls": [call]})
+        chats = [form for answer in answers for form in forms([user, {"role": "assistant", **answer}])]
+        endings = [self._shown(chat).rpartition(mark)[2] for chat in chats]
+        prompt = self._shown([user], prompts=True).removeprefix(self._shown([user]))
+        added = [token for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        known = {token.content for token in added if token.special or any(token.content in text for text in endings)}
+        return prompt, tuple(sorted(known, key=len, reverse=True))
+
+    def document(self, messages: Sequence[Message], where: str, tools: Sequence[Tool] = ()) -> Document:
         """A chat as one document. Raises CorpusError, naming `where`, if the template does not take it."""
         try:
-            text, spans = self._rendered(messages, add_generation_prompt=False)
+            chat = self._taken(list(messages), tools)
         except Exception as exc:  # whatever a template raises
             raise CorpusError(
                 f"{where}: the chat template of {self._folder} refuses this chat of roles {_roles(messages)} ({exc}); "
                 "correct the chat, or leave it out"
             ) from exc
+        spans = [span for span in chat.spans if span[0] < span[1]]
         if not self._is_marked:
             turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-            spans = [self._span_of_turn(messages, turn, text, where) for turn in turns]
-        return Document(text, tuple(spans))
+            spans = [self._span_of_turn(chat.messages, tools, turn, chat.text, where) for turn in turns]
+        found = [self._with_its_end(chat.text, span) for span in spans]
+        ends = tuple(end for _, end in found if end is not None)
+        return Document(chat.text, tuple(span for span, _ in found), ends, chat.left_out)
 
-    def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[str, list[Span]]:
+    def _taken(self, messages: list[Message], tools: Sequence[Tool]) -> _Rendered:
+        """The form of a chat of which the template shows most. Raises what it raises of the first if it takes none."""
+        best: _Rendered | None = None
+        refusal: Exception | None = None
+        for form in forms(messages):
+            try:
+                text, spans = self._rendered(form, tools)
+            except Exception as exc:  # noqa: BLE001 - whatever a template raises
+                refusal = refusal or exc
+                continue
+            found = _Rendered(form, text, spans, self._left_out(form, tools, text))
+            best = found if best is None or found.faults < best.faults else best
+            if not best.faults:
+                break
+        if best is None:
+            assert refusal is not None, "there is one form at least"
+            raise refusal
+        if any(message.get("content", "") is None for message in best.messages):  # what prints null prints "None"
+            form = [{**message, "content": message.get("content") or ""} for message in best.messages]
+            text = self._shown(form, tools)
+            if text.count("None") < best.text.count("None"):
+                return best._replace(messages=form, text=text, spans=self._rendered(form, tools)[1])
+        return best
+
+    def _left_out(self, messages: list[Message], tools: Sequence[Tool], text: str) -> tuple[str, ...]:
+        """Kinds of what the messages hold and the template does not show, as marks in its place tell."""
+        marked, pieces = with_marks(messages, tools, self._unused(messages, tools))
+        shown = self._shown(*marked)
+        return tuple(kind for kind, mark, piece in pieces if (mark not in shown if shown else piece not in text))
+
+    def _unused(self, messages: Sequence[Message], tools: Sequence[Tool], count: int = 1) -> str:
+        """Characters that occur nowhere in a chat."""
+        used = json.dumps([list(messages), list(tools)], ensure_ascii=False)
+        return "".join([mark for mark in map(chr, _MARKS) if mark not in used][:count])
+
+    def _shown(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompts: bool = False) -> str:
+        """The text of a chat; none if the template refuses it."""
+        try:
+            return self._rendered(messages, tools, add_generation_prompt=prompts)[0]
+        except Exception:  # noqa: BLE001 - whatever a template raises
+            return ""
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
         """The text, and the spans of its generation marks. Raises whatever the template does."""
-        texts, spans = self._render(
+        first, last = tuple(self._unused(messages, tools, 2)) if self._is_marked else ("", "")
+        texts, _ = self._render(
             conversations=[list(messages)],
+            tools=list(tools) or None,
             chat_template=self._source,
-            return_assistant_tokens_mask=self._is_marked,
             add_generation_prompt=add_generation_prompt,
+            tristill_marks=[first, last],
             **self._tokenizer.special_tokens_map,
         )
-        return texts[0], [tuple(span) for span in spans[0]] if spans else []
+        return _without_marks(texts[0], first, last) if self._is_marked else (texts[0], [])
 
-    def _span_of_turn(self, messages: Sequence[Message], turn: int, text: str, where: str) -> Span:
+    def _with_its_end(self, text: str, span: Span) -> tuple[Span, Span | None]:
+        """A turn with the token that ends it and no white space after that; and where this token is, if there is one.
+
+        Marks may stand around the content alone: then the token is what comes next, unless that begins another turn.
+        """
+        start, stop = span
+        said = text[start:stop].rstrip()
+        if ending := next((token for token in self._endings if said.endswith(token)), None):
+            stop = start + len(said)
+            return (start, stop), (stop - len(ending), stop)
+        if self._is_marked:
+            rest = text[stop:].lstrip()
+            ending = next((token for token in self._endings if rest.startswith(token)), None)
+            if ending and not self._opening.lstrip().startswith(ending):
+                stop = len(text) - len(rest) + len(ending)
+                return (start, stop), (stop - len(ending), stop)
+        return span, None
+
+    def _span_of_turn(
+        self, messages: Sequence[Message], tools: Sequence[Tool], turn: int, text: str, where: str
+    ) -> Span:
         """Where a turn of the assistant is in `text`, the whole chat's; CorpusError if the template does not show it.
 
         The chat before the turn and the chat that it ends are beginnings of the whole if the template renders every
         turn alike whatever follows it.
         """
         try:
-            before, _ = self._rendered(messages[:turn], add_generation_prompt=True)
-            through, _ = self._rendered(messages[: turn + 1], add_generation_prompt=False)
-            if text.startswith(through) and through.startswith(before):
-                return len(before), len(through)
-            span = self._span_around_content(messages, turn, text, before)
+            before, _ = self._rendered(messages[:turn], tools, add_generation_prompt=True)
+            through, _ = self._rendered(messages[: turn + 1], tools)
+            for prompt in (before, _OPEN_REASONING.sub("", before)):
+                if text.startswith(through) and through.startswith(prompt):
+                    return len(prompt), len(through)
+            span = self._span_around_content(messages, tools, turn, text, before)
         except Exception as exc:  # whatever a template raises
             raise CorpusError(
                 f"{where}: the chat template of {self._folder} takes this chat of roles {_roles(messages)}, but not "
@@ -119,7 +231,9 @@ class ChatTemplate:
             )
         return span
 
-    def _span_around_content(self, messages: Sequence[Message], turn: int, text: str, before: str) -> Span | None:
+    def _span_around_content(
+        self, messages: Sequence[Message], tools: Sequence[Tool], turn: int, text: str, before: str
+    ) -> Span | None:
         """The span of a turn that is rendered otherwise as the last one; None if it is not plain where it is.
 
         What stands around the content is what stays when the content becomes a mark that occurs nowhere else. The turn
@@ -127,9 +241,11 @@ class ChatTemplate:
         content. It ends with what the template puts after the content of a last turn.
         """
         mark = next(chr(code) for code in _MARKS if chr(code) not in text)
-        marked = [*messages[:turn], {**messages[turn], "content": mark}]
-        head, _, rest = self._rendered([*marked, *messages[turn + 1 :]], add_generation_prompt=False)[0].partition(mark)
-        ending = self._rendered(marked, add_generation_prompt=False)[0].rpartition(mark)[2]
+        is_in_parts = isinstance(messages[turn].get("content"), list)
+        content = [{"type": "text", "text": mark}] if is_in_parts else mark
+        marked = [*messages[:turn], {**messages[turn], "content": content}]
+        head, _, rest = self._rendered([*marked, *messages[turn + 1 :]], tools)[0].partition(mark)
+        ending = self._rendered(marked, tools)[0].rpartition(mark)[2]
         first, longer = sorted([head, before], key=len)
         start, stop = len(first), len(text) - len(rest) + len(ending)
         is_plain = (
@@ -146,6 +262,32 @@ _WAY_OUT = (
 
 def _roles(messages: Sequence[Message]) -> list[str]:
     return [message["role"] for message in messages]
+
+
+def _with_own_marks(template: str) -> str:
+    """The template with a macro in place of `generation` that prints a mark before and after what it holds.
+
+    Those are found wherever the text goes, through macros and variables too.
+    """
+    macro = (
+        "{% macro tristill_generation() %}{{ tristill_marks[0] }}{{ caller() }}{{ tristill_marks[1] }}{% endmacro %}"
+    )
+    body = _GENERATION.sub(
+        lambda found: f"{{%{found[1]} {'endcall' if found[2] else 'call tristill_generation()'} {found[3]}%}}", template
+    )
+    return f"{macro}\n{body}"
+
+
+def _without_marks(text: str, first: str, last: str) -> tuple[str, list[Span]]:
+    """The text without the two marks, and the spans between them."""
+    pieces, spans, length = [], [], 0
+    for number, part in enumerate(text.split(first)):
+        inside, _, after = part.partition(last) if number else ("", "", part)
+        if number:
+            spans.append((length, length + len(inside)))
+        pieces += [inside, after]
+        length += len(inside) + len(after)
+    return "".join(pieces), spans
 
 
 def _with_fixed_date(template: str) -> str:
@@ -167,31 +309,49 @@ def assistant_tokens(
 ) -> tuple[list[int], np.ndarray, int]:
     """(ids with the end of text, uint8 (n,) 1 where a token is the assistant's, bytes of text of these tokens).
 
-    A token is the assistant's if its last character is. So is the special token that ends its turn, but no white space
-    after it. Special tokens are of no bytes, as the end of text is in any corpus.
+    A token is the assistant's if its last character is; of one that takes the white space around it too, its own
+    characters count. So is the end of text, if the chat ends with a turn that no other token ends. Special tokens and
+    those that end turns are of no bytes, as the end of text is in any corpus.
     """
     assert document.assistant is not None, "chats alone have one"
-    ids = [*encoding.ids, end_of_text_id]
-    offsets = [*encoding.offsets, (len(document.text), len(document.text))]
-    is_special = np.array([token_id in special_ids for token_id in ids])
-    ends = np.array([end for _, end in offsets])
+    text, ids = document.text, [*encoding.ids, end_of_text_id]
+    offsets = [*encoding.offsets, (len(text), len(text))]
+    own = [
+        _own_characters(text, *offset, token) for offset, token in zip(encoding.offsets, encoding.tokens, strict=True)
+    ]
+    firsts, ends = np.array([*own, offsets[-1]]).T
+    has_no_bytes = np.array([token_id in special_ids for token_id in ids])
+    has_no_bytes |= [offset in document.ends for offset in [*own, offsets[-1]]]
     is_assistants = np.zeros(len(ids), np.uint8)
     text_bytes = 0
     for start, stop in document.assistant:
-        inside = np.flatnonzero((start < ends[:-1]) & (ends[:-1] <= stop))
-        specials = inside[is_special[inside]]
-        if len(specials) and not document.text[ends[specials[-1]] : stop].strip():
-            inside = inside[inside <= specials[-1]]
+        is_inside = (start < ends[:-1]) & (ends[:-1] <= stop)
+        is_inside |= (start == ends[:-1]) & (start == firsts[:-1]) & np.append(is_inside[1:], False)  # of no characters
+        inside = np.flatnonzero(is_inside)
         if not len(inside):
             continue
         is_assistants[inside] = 1
         last = int(inside[-1])
-        if not is_special[last] and is_special[last + 1]:
-            is_assistants[last + 1] = 1
-        text_bytes += len(document.text[start : ends[last]].encode("utf-8", errors="surrogatepass"))
-        for first, end in (offsets[k] for k in specials):
-            text_bytes -= len(document.text[first:end].encode("utf-8", errors="surrogatepass"))
+        if last == len(ids) - 2 and not has_no_bytes[last]:
+            is_assistants[-1] = 1
+        said_from = max(start, offsets[inside[0]][0])
+        text_bytes += _num_bytes(text[said_from : ends[last]])
+        for first, end in (offsets[k] for k in np.flatnonzero(has_no_bytes[:-1])):
+            text_bytes -= _num_bytes(text[max(first, said_from) : min(end, ends[last])])
     return ids, is_assistants, text_bytes
+
+
+def _own_characters(text: str, first: int, end: int, token: str) -> Span:
+    """Where a token itself stands; the offsets of one added with lstrip or rstrip have the white space too."""
+    covered = text[first:end]
+    if covered.strip() != token.strip() or not covered.strip():  # the first: an ordinary token, spelt in bytes
+        return first, end
+    first += len(covered) - len(covered.lstrip())
+    return first, first + len(covered.strip())
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", errors="surrogatepass"))
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:

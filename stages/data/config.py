@@ -54,8 +54,9 @@ class _Rows(Section):
     chat_column: Annotated[
         str | None,
         Field(
-            description="column that holds chats, each a list of {role, content}, in place of text: rendered by the "
-            "chat template of the tokenizer's folder, with loss on the assistant's turns alone; none reads text_column"
+            description="column that holds chats, in place of text: lists of {role, content} or {from, value}, or "
+            "prompts with an answer in another column; rendered by the chat template of the tokenizer's folder, with "
+            "loss on the assistant's turns alone; none reads text_column"
         ),
     ] = None
 

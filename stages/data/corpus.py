@@ -10,8 +10,9 @@ import datasets
 
 from stages.data.chat import ChatTemplate, Document
 from stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, RecordFiles, TextFiles
+from stages.data.conversation import BESIDE, conversation
 from stages.data.files import corpus_files
-from stages.data.records import RECORD_SUFFIXES, Row, is_record_file, record_rows
+from stages.data.records import RECORD_SUFFIXES, Row, is_record_file, is_table, record_rows
 from stages.data.remote_files import brought_here
 from stages.data.text_files import text_documents
 from stages.errors import CorpusError
@@ -49,26 +50,13 @@ def chats(
     """The chats in a fixed order, rendered, empty ones left out; no more than one is held in memory at a time."""
     column = source.chat_column
     assert column is not None, "asked for only then"
-    for number, (where, row) in enumerate(_rows(source, (column,), on_empty), start=1):
-        messages = row.get(column)
-        if messages is None and column in row:
-            continue
-        if not _is_chat(messages):
-            found = f"{str(messages)[:80]!r} in that column" if column in row else f"no column {column!r}"
-            raise CorpusError(
-                f"{where}, row {number}: found {found}, expected a list of messages, each with role and content as "
-                f"text, in one of {sorted(row)}; set data.source.chat_column"
-            )
-        if messages:
-            given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            yield template.document(given, f"{where}, row {number}")
-
-
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
+    beside = tuple(name for name in BESIDE if name != column)
+    for where, number, row in _rows(source, (column, *beside), on_empty):
+        place = f"{where}, row {number}"
+        is_aligned = isinstance(source, HuggingFaceDataset) or is_table(where)
+        chat = conversation(row, column, place, is_aligned=is_aligned)
+        if chat is not None and chat.messages:
+            yield template.document(chat.messages, place, chat.tools)
 
 
 def is_validation(document: str, config: DataConfig) -> bool:
@@ -81,7 +69,7 @@ def is_validation(document: str, config: DataConfig) -> bool:
 
 
 def _text_column(source: RecordFiles | HuggingFaceDataset, on_empty: OnEmpty) -> Iterator[str]:
-    for where, row in _rows(source, (source.text_column,), on_empty):
+    for where, _, row in _rows(source, (source.text_column,), on_empty):
         text = row.get(source.text_column)
         if not isinstance(text, str | None) or source.text_column not in row:
             found = f"no column {source.text_column!r}" if text is None else f"{type(text).__name__} in that column"
@@ -96,11 +84,12 @@ def _text_column(source: RecordFiles | HuggingFaceDataset, on_empty: OnEmpty) ->
 
 def _rows(
     source: RecordFiles | HuggingFaceDataset, columns: tuple[str, ...], on_empty: OnEmpty
-) -> Iterator[tuple[str, Row]]:
-    """Every row, with these columns at least where it has them, and where it is from."""
+) -> Iterator[tuple[str, int, Row]]:
+    """Every row, with these columns at least where it has them; before it where it is from and its number there."""
     if isinstance(source, HuggingFaceDataset):
         where = f"data set {source.path!r}, split {source.split!r}"
-        yield from ((where, row) for row in _loaded(source, where, columns, on_empty))
+        rows = enumerate(_loaded(source, where, columns, on_empty), start=1)
+        yield from ((where, number, row) for number, row in rows)
         return
     files = corpus_files(source)
     if odd := [file for file in files if not is_record_file(file.name)]:
@@ -109,8 +98,8 @@ def _rows(
             "data.source.paths, or read text with data.source.kind = 'text'"
         )
     for path, where in brought_here(files):
-        rows = _told_if_none(record_rows(path, where, columns), where, on_empty)
-        yield from ((where, row) for row in rows)
+        found = _told_if_none(record_rows(path, where, columns), where, on_empty)
+        yield from ((where, number, row) for number, row in found)
 
 
 def _loaded(source: HuggingFaceDataset, where: str, columns: tuple[str, ...], on_empty: OnEmpty) -> Iterator[Row]:

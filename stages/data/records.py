@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,18 @@ Row = dict[str, Any]
 _BATCH_ROWS = 1024
 
 
-def record_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a record file, those of tables with these columns alone, as far as they are there.
+def record_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    """The rows of a record file with their numbers, those of tables with these columns alone, as far as they are there.
 
-    The format is told by the suffix of `where`, the file's own name. Raises CorpusError for what cannot be read.
+    Numbers begin with 1; of JSON lines they are those of the lines. The format is told by the suffix of `where`, the
+    file's own name. Raises CorpusError for what cannot be read.
     """
     yield from _READERS[_suffix(where)](path, where, columns)
+
+
+def is_table(where: str) -> bool:
+    """Whether a record file of this name has columns, which fill what a row lacks with nulls."""
+    return _suffix(where) in _TABLES
 
 
 def is_record_file(where: str) -> bool:
@@ -35,23 +42,22 @@ def _suffix(where: str) -> str:
     return "" if compressed and suffix in _TABLES else suffix
 
 
-def _json_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
+def _json_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
     """An object per line, or one list of objects; text in place of an object is the first of `columns`."""
     with opened_text(path, where) as text:
-        first = next((line for line in text if line.strip()), "")
+        lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
+        number, first = next(lines, (1, ""))
+        rows: Iterator[tuple[int, Any]]
         if first.lstrip().startswith("["):
-            found = _parsed(first + text.read(), where, "its list of rows")
-            rows = ((f"row {number}", row) for number, row in enumerate(found, start=1))
+            rows = enumerate(_parsed(first + text.read(), where, "its list of rows"), start=1)
+        elif first:
+            rows = ((number, _parsed(line, where, f"row {number}")) for number, line in chain([(number, first)], lines))
         else:
-            lines = (line for part in ([first], text) for line in part)
-            rows = (
-                (f"row {number}", _parsed(line, where, f"row {number}"))
-                for number, line in enumerate(filter(str.strip, lines), start=1)
-            )
-        for place, row in rows:
+            return
+        for number, row in rows:
             if not isinstance(row, dict | str):
-                raise CorpusError(f"{where}: {place}: found {type(row).__name__}, expected a JSON object per line")
-            yield row if isinstance(row, dict) else {columns[0]: row}
+                raise CorpusError(f"{where}: row {number}: found {type(row).__name__}, expected a JSON object per line")
+            yield number, row if isinstance(row, dict) else {columns[0]: row}
 
 
 def _parsed(content: str, where: str, place: str) -> Any:
@@ -74,7 +80,7 @@ def _parquet_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[Ro
     with pq.ParquetFile(path) as file:
         wanted = _wanted(file.schema_arrow, where, columns)
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
-            yield from batch.select(wanted).to_pylist()
+            yield from batch.select(wanted).to_pylist(maps_as_pydicts="strict")
 
 
 def _arrow_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
@@ -91,7 +97,8 @@ def _arrow_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]
         for batch in batches:
             batch.select(wanted).validate(full=True)
             for first in range(0, batch.num_rows, _BATCH_ROWS):
-                yield from batch.select(wanted).slice(first, _BATCH_ROWS).to_pylist()
+                rows = batch.select(wanted).slice(first, _BATCH_ROWS)
+                yield from rows.to_pylist(maps_as_pydicts="strict")
 
 
 def _wanted(schema: pa.Schema, where: str, columns: Sequence[str]) -> list[str]:
@@ -104,14 +111,16 @@ def _wanted(schema: pa.Schema, where: str, columns: Sequence[str]) -> list[str]:
     return found
 
 
-def _of_a_table(rows: Callable[[Path, str, Sequence[str]], Iterator[Row]]) -> Callable[..., Iterator[Row]]:
+def _of_a_table(
+    rows: Callable[[Path, str, Sequence[str]], Iterator[Row]],
+) -> Callable[[Path, str, Sequence[str]], Iterator[tuple[int, Row]]]:
     """The same for a file that may be empty, with what pyarrow raises told by the file's name."""
 
-    def guarded(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
+    def guarded(path: Path, where: str, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
         if not path.stat().st_size:
             return
         try:
-            yield from rows(path, where, columns)
+            yield from enumerate(rows(path, where, columns), start=1)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as exc:
             raise CorpusError(f"{where}: cannot be read ({type(exc).__name__}: {exc})") from exc
 

@@ -3,6 +3,8 @@
 Of chats, `train-mask.npy` and `validation-mask.npy` too: for every token 1 if it is the assistant's, else 0.
 """
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer
 from cache.arrays import ids_dtype
 from cache.atomic import write_atomically
 from cache.hashing import sha256_of_file
+from cache.regular_file import read_json_object
 from cache.spec import SplitName
 from stages.data.chat import ChatTemplate, Document, assistant_tokens, special_ids
 from stages.data.config import (
@@ -37,6 +40,7 @@ from stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
+_HOLDERS = {"tools": "lists of them"}
 
 
 def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
@@ -50,6 +54,8 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     left_out = 0
+    ends: set[str] = set()
+    not_shown: Counter[str] = Counter()
     with ExitStack() as stack:
 
         def writer(split: SplitName) -> _SplitWriter:
@@ -63,7 +69,10 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
             if tokens.mask is not None and not tokens.mask.any():
                 left_out += 1
                 continue
-            progress.advance(writers["validation" if is_validation(tokens.text, config) else "train"].append(tokens))
+            text = tokens.document.text
+            progress.advance(writers["validation" if is_validation(text, config) else "train"].append(tokens))
+            ends.update(text[first:end] for first, end in tokens.document.ends)
+            not_shown.update(tokens.document.left_out)
             if all(found.is_full for found in writers.values()):
                 break
         _refuse_short(writers, config, left_out)
@@ -71,23 +80,39 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
         say(f"tokenize: skipped {len(empty):,} files that hold nothing: {', '.join(islice(empty, 3))}")
     if left_out:
         say(f"tokenize: left out {left_out:,} chats in which the assistant says nothing")
+    if not_shown:
+        kinds = ", ".join(f"{kind} of {count:,} {_HOLDERS.get(kind, 'turns')}" for kind, count in not_shown.items())
+        say(f"tokenize: the chat template leaves out what the chats hold, and no student is taught it: {kinds}")
+    end_ids = {token_id for end in ends if (token_id := tokenizer.token_to_id(end)) is not None}
     corpus = TokenizedCorpus(
         vocab_size=vocab_size,
         end_of_text_id=end_of_text_id,
         context_length=config.context_length,
         tokenizer_sha256=sha256_of_file(folder / "tokenizer.json"),
         splits={split: writers[split].described(folder, split) for split in writers},
+        end_of_turn_ids=tuple(sorted(end_ids)),
     )
     if corpus.is_masked:
         _refuse_without_labels(corpus, folder)
+    if corpus.end_of_turn_ids:
+        _end_generation_at(corpus, folder / "generation_config.json")
     write_atomically(folder / "data.json", (corpus.model_dump_json(indent=2) + "\n").encode("utf-8"))
     return corpus
 
 
-class _Tokens(NamedTuple):
-    """One document with its end of text. mask: which ids count, None if all do; text_bytes: of those that do."""
+def _end_generation_at(corpus: TokenizedCorpus, path: Path) -> None:
+    """Adds the ends of turns to what ends a text in the file that goes with the tokenizer into every model's folder."""
+    found = read_json_object(path) if path.is_file() else {}
+    known = found.get("eos_token_id")
+    ends = [*(known if isinstance(known, list) else [known]), *corpus.end_of_turn_ids, corpus.end_of_text_id]
+    found["eos_token_id"] = [token_id for token_id in dict.fromkeys(ends) if token_id is not None]
+    write_atomically(path, (json.dumps(found, indent=2) + "\n").encode("utf-8"))
 
-    text: str
+
+class _Tokens(NamedTuple):
+    """A document's ids with the end of text. mask: which ids count, None if all do; text_bytes: of those that do."""
+
+    document: Document
     ids: list[int]
     mask: np.ndarray | None
     text_bytes: int
@@ -145,12 +170,13 @@ def _tokenized(documents: Iterator[Document], tokenizer: Tokenizer, end_of_text_
     for batch in _batches(documents):
         texts = [document.text for document in batch]
         if batch[0].assistant is None:
-            for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-                yield _Tokens(text, [*encoding.ids, end_of_text_id], None, len(text.encode("utf-8")))
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for document, encoding in zip(batch, encodings, strict=True):
+                yield _Tokens(document, [*encoding.ids, end_of_text_id], None, len(document.text.encode("utf-8")))
             continue
         for document, encoding in zip(batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
             ids, mask, text_bytes = assistant_tokens(document, encoding, special, end_of_text_id)
-            yield _Tokens(document.text, ids, mask, text_bytes)
+            yield _Tokens(document, ids, mask, text_bytes)
 
 
 def _reader(config: DataConfig, folder: Path, on_empty: OnEmpty) -> Callable[[], Iterator[Document]]:

@@ -58,7 +58,7 @@ class TokenizedSplit(BaseModel):
 
 
 class TokenizedCorpus(BaseModel):
-    """`data.json`: what the later stages know of the corpus."""
+    """`data.json`: what the later stages know of the corpus. end_of_turn_ids: of chats, what ends what is said."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,6 +67,14 @@ class TokenizedCorpus(BaseModel):
     context_length: int
     tokenizer_sha256: str
     splits: dict[SplitName, TokenizedSplit]
+    end_of_turn_ids: tuple[int, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_ends_if_there_are_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not self.end_of_turn_ids:
+            fields.pop("end_of_turn_ids", None)
+        return fields
 
     @model_validator(mode="after")
     def _all_splits_are_alike(self) -> Self:
@@ -82,7 +90,7 @@ class TokenizedCorpus(BaseModel):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the ids, the tokenizer and the window length."""
-        return fingerprint_of(self.model_dump(mode="json"))
+        return fingerprint_of(self.model_dump(mode="json", exclude={"end_of_turn_ids"}))
 
     def windows_fingerprint(self, split: SplitName, num_windows: int) -> str:
         """SHA-256 over what determines the first `num_windows` windows of a split."""

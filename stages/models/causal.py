@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache.regular_file import read_json_object
 from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
 from stages.models.folder import load_model
@@ -38,7 +39,7 @@ def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> Ca
         _require_attention(model.inner, folder)
     return CausalModel(
         start_id=end_of_text_id,
-        stop_ids=(end_of_text_id,),
+        stop_ids=(end_of_text_id, *_ends_of_turn(folder)),
         vocab_size=model.vocab_size,
         max_positions=max_positions,
         device=device,
@@ -46,6 +47,16 @@ def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> Ca
         if isinstance(model, HuggingFaceModel)
         else partial(TransformerRollout, _own(model)),
     )
+
+
+def _ends_of_turn(folder: Path) -> list[int]:
+    """The ids at which generation_config.json ends a text, as that of a student of chats ends it with a turn."""
+    path = folder / "generation_config.json"
+    try:
+        found = read_json_object(path).get("eos_token_id") if path.is_file() else None
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
+    return [token_id for token_id in (found if isinstance(found, list) else [found]) if isinstance(token_id, int)]
 
 
 class HuggingFaceRollout:

@@ -1,5 +1,7 @@
 """Chats and record files: what is read, which tokens count, and what is refused."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from chats import (
     BARE_TEMPLATE,
     FORGETFUL_TEMPLATE,
+    HELLO,
     MARKED_TEMPLATE,
     PLAIN_TEMPLATE,
     REASONING_TEMPLATE,
@@ -31,15 +35,12 @@ from stages.data.corpus import documents
 from stages.data.tokenize import tokenize_corpus
 from stages.data.tokenized import load_corpus, split_windows
 from stages.errors import CorpusError, TokenizerError
+from stages.generate.text import generate_text
+from stages.models.config import ModelConfig
+from stages.models.folder import save_model
+from stages.models.transformer import Transformer
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-
-HELLO: Chat = [
-    {"role": "user", "content": "the fox"},
-    {"role": "assistant", "content": "a caf\u00e9 \U0001f98a"},
-    {"role": "user", "content": "and"},
-    {"role": "assistant", "content": " river "},
-]
 
 
 def counted_pieces(folder: Path, template: str, chat: Chat) -> tuple[list[str], int]:
@@ -351,3 +352,36 @@ def test_records_are_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.Monkey
     source = DataConfig.model_validate({"source": {"kind": "records", "paths": [str(path)]}}).source
     assert list(documents(source)) == ["a", "b"]  # type: ignore[arg-type]
     assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_ends_of_turns_are_recorded_and_end_what_is_generated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = [[*chat[:-1], {**chat[-1], "reasoning_content": "hm"}] for chat in some_chats(40)]
+    path = write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    described = tokenize_corpus(DataConfig.model_validate(chat_settings(path, tokenizer)), tmp_path / "data")
+    assert (
+        "leaves out what the chats hold, and no student is taught it: reasoning of 40 turns" in capsys.readouterr().err
+    )
+    end = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).token_to_id("<|im_end|>")
+    assert described.end_of_turn_ids == (end,)
+    assert load_corpus(tmp_path / "data") == described
+    assert described.model_copy(update={"end_of_turn_ids": ()}).fingerprint == described.fingerprint
+    generation = json.loads((tmp_path / "data" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [end, described.end_of_text_id]
+    taught = [
+        (np.load(tmp_path / "data" / f"{split}.npy") == end) & (np.load(tmp_path / "data" / f"{split}-mask.npy") == 1)
+        for split in ("train", "validation")
+    ]
+    turns = sum(message["role"] == "assistant" for chat in chats for message in chat)
+    assert sum(int(found.sum()) for found in taught) == turns
+    model = Transformer(ModelConfig(width=32, layers=1, heads=2, mlp_width=32), described.vocab_size, None)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            weights.fill_(1.0 if "norm" in name else 0.1 if "embed" in name else 0.0)
+        model.head_weight[end] = 0.2  # so that it says nothing else
+    save_model(tmp_path / "model", model, tmp_path / "data" / "tokenizer.json", 64, described.end_of_text_id)
+    shutil.copy(tmp_path / "data" / "generation_config.json", tmp_path / "model")
+    found = generate_text(tmp_path / "model", "the fox", temperature=0, top_p=1, seed=0, max_tokens=12)
+    assert "".join(found) == "the fox"
