@@ -93,10 +93,12 @@ class Teacher(Step):
         """Train it, or copy the one that is given."""
         from stages.teacher.given import take_teacher
         from stages.teacher.train import train_teacher
+        from stages.training.checkpoint import threads_of_checkpoint
 
         config, data, evaluate = self.config.teacher, self.workspace.data, self.config.evaluate
         if config.path is None:
-            return train_teacher(config, data, self.folder, evaluate).fingerprint
+            with threads_of_checkpoint(self.folder / "checkpoints", self.label):
+                return train_teacher(config, data, self.folder, evaluate).fingerprint
         ranks, taken = current_ranks(), ""
         with ranks.agreeing():
             if ranks.is_first:
@@ -318,6 +320,7 @@ class Distill(Step):
         from stages.distill.choose import Places, choose_source
         from stages.distill.distill import distill
         from stages.models.folder import pick_device
+        from stages.training.checkpoint import threads_of_checkpoint
 
         tokens, teacher = Tokenize(self.workspace), teacher_step(self.workspace)
         places = Places(
@@ -333,19 +336,20 @@ class Distill(Step):
         if self.targets() == "cached":  # as its record says: a cache that loses a file from now on is an error
             config = config.model_copy(update={"targets": "cached"})
         source = choose_source(config, self.config.cache, depth, places, device)
-        summary = distill(
-            self.config.distill,
-            self.config.student,
-            self.shape(),
-            source,
-            device,
-            self.folder,
-            teacher.folder,
-            self.config.evaluate,
-            self.inputs(),
-            self._co_trained_shape(),
-            self.watch,
-        )
+        with threads_of_checkpoint(self.folder / "checkpoints", self.label):
+            summary = distill(
+                self.config.distill,
+                self.config.student,
+                self.shape(),
+                source,
+                device,
+                self.folder,
+                teacher.folder,
+                self.config.evaluate,
+                self.inputs(),
+                self._co_trained_shape(),
+                self.watch,
+            )
         return summary.fingerprints["student"]
 
 

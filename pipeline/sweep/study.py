@@ -11,9 +11,11 @@ A trial is one student. What Optuna keeps of it as user attributes:
 import json
 import os
 import socket
+import sqlite3
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,10 +257,11 @@ def _storage(sweep: SweepConfig, folder: Path) -> Iterator[RDBStorage]:
 
 
 def _connected(sweep: SweepConfig, folder: Path) -> RDBStorage:
-    own = f"sqlite:///{(folder / _DATABASE_NAME).resolve()}"
-    url = own if sweep.storage is None else os.path.expandvars(sweep.storage)
-    waits = {"connect_args": {"timeout": _SQLITE_WAIT_S}} if url.startswith("sqlite") else {}
     try:
+        if sweep.storage is None:
+            return sqlite_storage(folder / _DATABASE_NAME)
+        url = os.path.expandvars(sweep.storage)
+        waits = {"connect_args": {"timeout": _SQLITE_WAIT_S}} if url.startswith("sqlite") else {}
         return RDBStorage(url, engine_kwargs=waits)
     except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as exc:
         if sweep.storage is None:
@@ -268,6 +271,12 @@ def _connected(sweep: SweepConfig, folder: Path) -> RDBStorage:
             "sqlite:///file.db, mysql+pymysql://user:$PASSWORD@host/database or postgresql+psycopg://.., with the "
             "driver it names installed"
         ) from exc
+
+
+def sqlite_storage(path: Path) -> RDBStorage:
+    """The storage in a SQLite file. Its path stands in no URL, where `?`, `#` or `%` would mean something else."""
+    connect = partial(sqlite3.connect, path, timeout=_SQLITE_WAIT_S, check_same_thread=False)
+    return RDBStorage(f"sqlite:///{_DATABASE_NAME}", engine_kwargs={"creator": connect})
 
 
 def _safe(sweep: SweepConfig, folder: Path) -> str:

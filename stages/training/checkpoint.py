@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from cache.atomic import sync_folder, write_atomically
 from stages.errors import CheckpointError
-from stages.ranks import ALONE, Ranks
+from stages.progress import say
+from stages.ranks import ALONE, Ranks, current_ranks
+from stages.threads import num_threads, torch_threads
 from stages.training.parallel import first_own_row
 
 _RNG = "rng_state"
@@ -29,7 +31,9 @@ _RNG = "rng_state"
 class TrainingState(BaseModel):
     """How far a training is: steps done, seconds spent, and the terms of the last record.
 
-    sums: those of RunningMeans since that record. parts: how many files of each kind there are.
+    sums: those of RunningMeans since that record. parts: how many files of each kind there are. num_records:
+    in `metrics.jsonl`, all of which were synced before; None in a checkpoint that was written before they were counted.
+    threads: of torch, in each of so many ranks; sums are taken in another order with other numbers of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +43,25 @@ class TrainingState(BaseModel):
     loss_terms: dict[str, float] = {}
     sums: dict[str, tuple[float, float]] = {}
     parts: int = 1
+    num_records: int | None = None
+    threads: int | None = None
+    ranks: int = 1
+
+
+@contextmanager
+def threads_of_checkpoint(folder: Path, label: str) -> Iterator[None]:
+    """As many threads of torch as the training whose last checkpoint is in `folder` has had, if it is of as many ranks.
+
+    So the numbers that it ends with are those of a training that was never interrupted. All ranks must call it.
+    """
+    ranks, state = current_ranks(), _last_state(folder)
+    threads = ranks.from_first(state.threads if state and state.ranks == ranks.world_size else None)
+    if threads is None or threads == num_threads():
+        yield
+        return
+    say(f"{label}: goes on with {threads} threads of torch, as it was begun; here it would take {num_threads()}")
+    with torch_threads(threads):
+        yield
 
 
 def save_checkpoint(
@@ -134,11 +157,17 @@ def load_checkpoint(
 
 def seconds_kept(folder: Path) -> float:
     """Training seconds that lie in the last checkpoint; zero where there is none that can be read."""
+    state = _last_state(folder)
+    return state.elapsed_s if state else 0.0
+
+
+def _last_state(folder: Path) -> TrainingState | None:
+    """How far the last checkpoint is; None where there is none that can be read, as who resumes from it says."""
     found = _checkpoints(folder)
     try:
-        return TrainingState.model_validate_json((found[-1] / "state.json").read_bytes()).elapsed_s if found else 0.0
+        return TrainingState.model_validate_json((found[-1] / "state.json").read_bytes()) if found else None
     except (OSError, ValueError):
-        return 0.0  # whoever resumes from it says what is wrong
+        return None
 
 
 def clear_checkpoints(folder: Path) -> None:

@@ -24,6 +24,7 @@ from stages.losses.term import LossValues
 from stages.progress import Progress, say
 from stages.ranks import ALONE, Ranks
 from stages.resources import keep_freed_memory, peak_rss_mib
+from stages.threads import num_threads
 from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from stages.training.config import TrainingConfig
 from stages.training.means import RunningMeans
@@ -52,7 +53,7 @@ class TrainingSummary(BaseModel):
     """What a finished training cost and where its loss ended; speeds count training steps only.
 
     loss_terms: those of the last record of `metrics.jsonl`.
-    Positions are those of all ranks; peak_rss_mib is that of the largest of them.
+    Positions are those of all ranks; peak_rss_mib is that of the largest of them; threads are of torch, in each.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,6 +64,7 @@ class TrainingSummary(BaseModel):
     positions_per_s: float
     peak_rss_mib: float
     loss_terms: dict[str, float]
+    threads: int | None = None
 
 
 class Training(Generic[Batch]):
@@ -119,6 +121,8 @@ class Training(Generic[Batch]):
     def run(self) -> TrainingSummary:
         """Train to the end, from the last checkpoint if there is one: the result is the same bit for bit on a CPU.
 
+        That is of one machine and one number of threads: see threads_of_checkpoint.
+
         Ctrl-C saves a checkpoint, then raises KeyboardInterrupt. A loss that is not finite raises DivergedError.
         """
         keep_freed_memory()
@@ -135,7 +139,7 @@ class Training(Generic[Batch]):
         seen: dict[str, float] = {}
         self._module.train()
         with (
-            self._log(start.step) as log,
+            self._log(start) as log,
             Progress(self._label, total, "positions", done) as progress,
             deferred_interrupt() as interrupt,
         ):
@@ -170,6 +174,9 @@ class Training(Generic[Batch]):
                         elapsed_s=start.elapsed_s + progress.elapsed_s,
                         loss_terms=terms,
                         sums=means.sums(),
+                        num_records=None if log is None else log.sync(),
+                        threads=num_threads(),
+                        ranks=self._ranks.world_size,
                     )
                     save_checkpoint(checkpoints, state, self._module, optimizer, self._ranks)
                 if is_stopped:
@@ -182,16 +189,17 @@ class Training(Generic[Batch]):
             positions_per_s=total / elapsed_s,
             peak_rss_mib=max(self._ranks.gathered(peak_rss_mib())),
             loss_terms=terms,
+            threads=num_threads(),
         )
 
     def weights_outside_blocks(self) -> AbstractContextManager[None]:
         """Within, the module can be forwarded apart from its loss, by all ranks at once, if tensors are shared out."""
         return made_whole(self._loss)
 
-    def _log(self, steps_done: int) -> AbstractContextManager[MetricsLog | None]:
+    def _log(self, start: TrainingState) -> AbstractContextManager[MetricsLog | None]:
         if not self._ranks.is_first:
             return nullcontext()
-        return MetricsLog(self._folder, steps_done, tensorboard=self._config.tensorboard)
+        return MetricsLog(self._folder, start.step, start.num_records, tensorboard=self._config.tensorboard)
 
     def _step(
         self, loss: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], info: StepInfo
