@@ -144,10 +144,10 @@ def model_size(student: LanguageModel) -> ModelSize:
     steps = sum(layer.log_step.numel() for layer in layers if layer.log_step is not None)
     parameters = sum(parameter.numel() for parameter in student.parameters()) - steps
     bits = None if quantize is None else quantize.packed_bits
-    coded = sum(layer.weight.numel() for layer in layers) if bits else 0
-    scales = sum(layer.quantize.num_scales(*layer.weight.shape) for layer in layers)
+    coded = sum(layer.latent.numel() for layer in layers) if bits else 0
+    scales = sum(layer.num_scales for layer in layers)
     embedding = student.embedding_weight
-    is_tied = coded and any(layer.weight.data_ptr() == embedding.data_ptr() for layer in layers)
+    is_tied = coded and any(layer.latent.data_ptr() == embedding.data_ptr() for layer in layers)
     shared = 2 * embedding.numel() if is_tied else 0
     return ModelSize(
         parameters=parameters,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.language_model import LanguageModel
-from stages.models.linear import QuantizedLinear
+from stages.models.quantized_weight import QuantizedWeight
 from stages.progress import say
-from stages.quantize.ternary import TernaryWeight
+from stages.quantize.ternary import TernaryWeight, in_groups
 from stages.training.parallel import made_whole
 
 _LOGS_UNTIL_FROZEN = 5
@@ -25,7 +25,7 @@ class TernaryHealth(nn.Module):
         self._layers = {name: layer for name, layer in student.quantized_linears().items() if layer.quantize.is_ternary}
         self._block_of = {id(layer): block for block in student.blocks for layer in block.modules()}
         for number, layer in enumerate(self._layers.values()):
-            self.register_buffer(f"trits_{number}", torch.zeros_like(layer.weight, dtype=torch.int8))
+            self.register_buffer(f"trits_{number}", torch.zeros_like(layer.matrices(), dtype=torch.int8))
         self._dead: set[str] = set()
         self._last_step = -1
         self._last: dict[str, dict[str, float]] = {}
@@ -54,14 +54,14 @@ class TernaryHealth(nn.Module):
                     num_still[number] = num_still[number] + 1 if int(num_logs) and flips == 0 else 0
                     found["zeros"][name] = zeros
                     found["flips"][name] = flips
-                    found["to_boundary"][name] = _mean_to_boundary(layer.weight, ternary)
+                    found["to_boundary"][name] = _mean_to_boundary(layer.matrices(), ternary)
                     found["scale"][name] = float(ternary.scale_RG.mean())
                     self._warn(name, zeros, int(num_still[number]))
         num_logs += 1
         self._last_step, self._last = step, found if self._layers else {}
         return self._last
 
-    def _block(self, place: tuple[int, tuple[str, QuantizedLinear]]) -> nn.Module | None:
+    def _block(self, place: tuple[int, tuple[str, QuantizedWeight]]) -> nn.Module | None:
         _, (_, layer) = place
         return self._block_of.get(id(layer))
 
@@ -77,7 +77,7 @@ class TernaryHealth(nn.Module):
 
 
 def _mean_to_boundary(weight_OI: Tensor, ternary: TernaryWeight) -> float:
-    weight_OGC = weight_OI.abs().reshape(len(weight_OI), ternary.scale_RG.shape[1], -1)
+    weight_OGC = in_groups(weight_OI.abs(), ternary.scale_RG.shape[-1])
     return float((weight_OGC - ternary.threshold[..., None]).abs_().div_(ternary.scale_RG[..., None]).mean())
 
 

@@ -59,6 +59,10 @@ def _ends_of_turn(folder: Path) -> list[int]:
     return [token_id for token_id in (found if isinstance(found, list) else [found]) if isinstance(token_id, int)]
 
 
+_KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+"""Layers of transformers' caches that rows can be taken out of; states of convolutions and recurrences cannot."""
+
+
 class HuggingFaceRollout:
     """A rollout of a model of transformers, on its own cache; ids from vocab_size on are padding and not drawn."""
 
@@ -66,19 +70,30 @@ class HuggingFaceRollout:
         self._model = model
         self._vocab_size = vocab_size
         self._cache: Any = None
+        self._ids_RT: Tensor | None = None
         can_keep_one = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._arguments = {"logits_to_keep": 1} if can_keep_one else {}
 
     def feed(self, ids_RT: Tensor) -> Tensor:
         """As in Rollout."""
+        if self._ids_RT is not None:
+            self._ids_RT = torch.cat([self._ids_RT, ids_RT], dim=1)
+            ids_RT = ids_RT if self._cache is not None else self._ids_RT
+        else:
+            self._ids_RT = ids_RT
         out = self._model(input_ids=ids_RT, past_key_values=self._cache, use_cache=True, **self._arguments)
         self._cache = out.past_key_values
         last_RV: Tensor = out.logits[:, -1, : self._vocab_size].float()
         return last_RV
 
     def keep(self, rows: Tensor) -> None:
-        """As in Rollout."""
-        self._cache.batch_select_indices(rows)
+        """As in Rollout. A cache of which not all layers are keys and values is made anew, by going through all ids."""
+        assert self._ids_RT is not None, "rows that were fed nothing are not dropped"
+        self._ids_RT = self._ids_RT[rows]
+        if all(type(layer).__name__ in _KEYS_AND_VALUES for layer in getattr(self._cache, "layers", [None])):
+            self._cache.batch_select_indices(rows)
+        else:
+            self._cache = None
 
 
 def _hugging_face_model(origin: Origin, tokenizer_json: Path, device: torch.device) -> CausalModel:

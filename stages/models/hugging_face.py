@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.errors import CheckpointError
+from stages.models.experts import QuantizedStacks, find_stacks, quantize_stacks
 from stages.models.hugging_face_shape import HuggingFaceShape
 from stages.models.language_model import Features, LanguageModel, State, StateWidths
-from stages.models.linear import QuantizedLinear, quantize_linears
+from stages.models.linear import QuantizedLinear, linears_of, replace_linears, require_fit
+from stages.models.quantized_weight import QuantizedWeight
 from stages.quantize.config import QuantizeConfig
 
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
@@ -65,7 +67,7 @@ class HuggingFaceModel(LanguageModel):
         self.scale = self._probed_scale()
         self.quantize = quantize
         if quantize is not None:
-            quantize_linears(inner, quantize)
+            self._quantize(quantize)
         self._watch()
         self.eval()
 
@@ -115,15 +117,20 @@ class HuggingFaceModel(LanguageModel):
         weight: Tensor = self.inner.get_input_embeddings().weight
         return weight[: self.vocab_size]
 
-    def quantized_linears(self) -> dict[str, QuantizedLinear]:
-        """The quantised layers by the names that transformers gives them, in order."""
-        layers = self.inner.named_modules()
-        return {name: module for name, module in layers if isinstance(module, QuantizedLinear)}
+    def quantized_linears(self) -> dict[str, QuantizedWeight]:
+        """The quantised layers by the names that transformers gives them, stacks by those of parameters, in order."""
+        found: dict[str, QuantizedWeight] = {}
+        for name, module in self.inner.named_modules():
+            if isinstance(module, QuantizedLinear):
+                found[name] = module
+            elif isinstance(module, QuantizedStacks):
+                found |= {f"{name}.{own}": weight for own, weight in module.stacked_weights().items()}
+        return found
 
     def forward(self, input_ids_BT: Tensor, states: Collection[State] = ()) -> Features:
         """Features of every position. Raises CheckpointError for a state that its blocks do not show."""
         with _collecting(states) as found:
-            out = self.inner.base_model(input_ids=input_ids_BT, use_cache=False)
+            out = self._body(input_ids=input_ids_BT, use_cache=False)
         final_BTD = out.last_hidden_state
         if isinstance(self._head, QuantizedLinear):
             final_BTD = self._head.quantized_input(final_BTD)
@@ -149,6 +156,8 @@ class HuggingFaceModel(LanguageModel):
                 plain.weight = nn.Parameter(layer.quantized_weight().detach().clone())
                 plain.bias = layer.bias
                 inner.set_submodule(name, plain)
+            elif isinstance(layer, QuantizedStacks):
+                layer.make_plain()
         for name in self.transposed:
             linear = inner.get_submodule(name)
             conv = Conv1D(linear.out_features, linear.in_features)
@@ -159,6 +168,12 @@ class HuggingFaceModel(LanguageModel):
             inner.resize_token_embeddings(self.vocab_size)
         inner.tie_weights()
         return inner
+
+    @property
+    def _body(self) -> Any:
+        """All but the output head."""
+        body = self.inner.base_model  # itself where its class names a body that it does not have (Llama 4)
+        return body if body is not self.inner else self.inner.model
 
     @property
     def _head(self) -> Any:
@@ -195,6 +210,24 @@ class HuggingFaceModel(LanguageModel):
                 if name in _PROJECTIONS:
                     module.register_forward_hook(partial(_keep, (State("qkv", number), name)))
 
+    def _quantize(self, quantize: QuantizeConfig) -> None:
+        with torch.no_grad():
+            linears = linears_of(self.inner, self._probe)
+            stacks = find_stacks(self.inner, self._probe)
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        require_fit(quantize, shapes | {name: stack.matrix_shape for name, stack in stacks.items()})
+        replace_linears(self.inner, linears, quantize)
+        quantize_stacks(stacks, quantize)
+
+    def _probe(self) -> Tensor:
+        """Its own logits of some ids."""
+        logits: Tensor = self.inner(input_ids=self._probe_ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        return logits
+
+    @property
+    def _probe_ids(self) -> Tensor:
+        return torch.arange(min(8, self.vocab_size), device=self._head.weight.device)[None]
+
     @torch.no_grad()
     def _probed_scale(self) -> float:
         """What the logits are of the product of last states and output matrix, in float32 a number to 1e-3."""
@@ -206,13 +239,18 @@ class HuggingFaceModel(LanguageModel):
                 "tokenizer is another model's"
             )
         self.inner.eval()
-        ids = torch.arange(min(8, self.vocab_size), device=self._head.weight.device)[None]
-        wanted = self.inner(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
-        found = self.logits_of(self(ids).final_BTD[0])
+        wanted = self._probe()
+        if not wanted.isfinite().all():
+            raise CheckpointError(
+                f"a {self.shape.kind} of transformers: found logits that are no finite numbers, computed in "
+                f"{str(self._head.weight.dtype).removeprefix('torch.')}; set teacher.dtype to float32 or bfloat16, "
+                "whose range is larger than that of float16, or give another model"
+            )
+        found = self.logits_of(self(self._probe_ids).final_BTD[0])
         scale = float((wanted * found).sum() / found.square().sum().clamp(min=1e-30))
         scale = 1.0 if abs(scale - 1) < 1e-2 else scale
         off = float((wanted - scale * found).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        if off > (1e-3 if self._head.weight.dtype == torch.float32 else 5e-2):
+        if not off <= (1e-3 if self._head.weight.dtype == torch.float32 else 5e-2):
             config = self.shape.config
             suspects = [f"{key} = {value}" for key, value in config.items() if "logit" in key and value]
             raise CheckpointError(

@@ -90,7 +90,8 @@ def new_hugging_face(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            config = transformers.AutoConfig.for_model(**shape.config)
+            kind = type(transformers.AutoConfig.for_model(shape.kind))
+            config = kind.from_dict(shape.config)  # as it reads config.json: some check the types of arguments
             inner = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except Exception as exc:  # as above
             first_line = (str(exc).splitlines() or [""])[0]

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cache.hidden import HiddenOutput
 from stages.losses.target import softcapped
-from stages.models.linear import QuantizedLinear
+from stages.models.quantized_weight import QuantizedWeight
 from stages.quantize.config import QuantizeConfig
 
 
@@ -98,9 +98,9 @@ class LanguageModel(nn.Module, ABC):
         dtype = torch.promote_types(final.dtype, torch.float32)
         return softcapped(F.linear(final.to(dtype), self.head_weight.to(dtype)), self.softcap)
 
-    def quantized_linears(self) -> dict[str, QuantizedLinear]:
-        """The quantised layers by name, in order."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, QuantizedLinear)}
+    @abstractmethod
+    def quantized_linears(self) -> Mapping[str, QuantizedWeight]:
+        """The quantised linear layers by name, in order; stacks of experts, which are many in one, among them."""
 
     def quantize_by(self, strength: float) -> None:
         """Turn quantisation on by so much: from 0, full precision, to 1."""

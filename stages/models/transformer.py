@@ -77,6 +77,10 @@ class Transformer(LanguageModel):
             return replace(features, final_BTD=self.lm_head.quantized_input(features.final_BTD))
         return features
 
+    def quantized_linears(self) -> dict[str, QuantizedLinear]:
+        """The quantised layers by name, in order."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, QuantizedLinear)}
+
     def initialize(self, generator: torch.Generator) -> None:
         """Normal with deviation 0.02; the projections into the residual stream by 1 / sqrt(2 layers) less (GPT-2).
 

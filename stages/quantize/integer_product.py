@@ -57,13 +57,16 @@ class _IntegerProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(codes_NI, step_N1, values_OI)
         ctx.x_shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight_OI.dtype
-        # Converting first and scaling in place is twice as fast as a product of mixed types.
-        y_NO = torch._int_mm(codes_NI, trits_OI.T).float()  # noqa: SLF001 - has no other name
+        # Converting first and scaling in place is twice as fast as a product of mixed types. The result is no view:
+        # some models add to it in place.
+        sums_NO = torch._int_mm(codes_NI, trits_OI.T)  # noqa: SLF001 - has no other name
+        y = sums_NO.view(*x.shape[:-1], len(trits_OI)).float()
+        y_NO = y.view(sums_NO.shape)
         if scale_R1.numel() == 1:
             y_NO.mul_(step_N1 * scale_R1)
         else:
             y_NO.mul_(step_N1).mul_(scale_R1.T)
-        return y_NO.to(values_OI.dtype).view(*x.shape[:-1], len(trits_OI))
+        return y.to(values_OI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -85,5 +85,5 @@ class _ThroughStep(torch.autograd.Function):
         scaled = weight / step
         is_inside = scaled.abs() < ctx.largest
         slope = quantized / step - scaled * is_inside
-        step_gradient = (gradient * slope).sum_to_size(step.shape) / math.sqrt(weight.numel() * ctx.largest)
+        step_gradient = (gradient * slope).sum_to_size(step.shape) / math.sqrt(weight.shape[-2:].numel() * ctx.largest)
         return gradient * is_inside, step_gradient, None, None

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stages.errors import StageError
 from stages.losses.term import LossValues
-from stages.models.linear import QuantizedLinear
+from stages.models.quantized_weight import QuantizedWeight
 from stages.ranks import Ranks
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -71,7 +71,7 @@ def shard(loss: StepLoss, blocks: Sequence[nn.Module], ranks: Ranks) -> None:
 def _forget(part: nn.Module, *_: Any) -> None:
     """What quantised layers made of weights goes when these go: a whole tensor comes back uncounted, maybe in place."""
     for module in part.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedWeight):
             module.forget()
 
 

@@ -1,0 +1,186 @@
+"""Weights that a model multiplies by quantised: what linear layers and stacks of experts have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from stages.quantize.absmax import absmax_quantize
+from stages.quantize.absmean import absmean_ternary
+from stages.quantize.config import QuantizeConfig
+from stages.quantize.learned import (
+    initial_seq_step,
+    initial_step,
+    learned_quantize,
+    learned_ternary,
+    seq_ternary,
+    through_step,
+)
+from stages.quantize.nbit import largest_level, nbit_quantize
+from stages.quantize.straight_through import straight_through
+from stages.quantize.ternary import TernaryWeight
+from stages.quantize.twn import twn_ternary
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was made of the weights when they were last changed."""
+
+    made_of: tuple[int, ...]
+    values_OI: Tensor
+    ternary: TernaryWeight | None
+    rounded: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def in_dtype(self, dtype: torch.dtype) -> Tensor:
+        """values_OI in the dtype that products are computed in."""
+        if dtype not in self.rounded:
+            self.rounded[dtype] = self.values_OI.to(dtype)
+        return self.rounded[dtype]
+
+
+class QuantizedWeight(nn.Module):
+    """A latent weight in full precision, its quantised values, and straight-through gradients.
+
+    With `strength` lambda below 1, quantisation being turned on, inputs and weights are x + lambda (Q(x) - x).
+
+    Weights are quantised when they have changed, which is once per optimizer step, and not at every use.
+
+    `log_step` is there for weights of a learned step size only, one number per matrix or per row: step = exp(log_step)
+    is positive by construction, and a step of AdamW, which is as large as the learning rate, changes it by a fraction
+    of itself. (Jain et al. 2020, arXiv 1903.08066, appendix B, learn logarithms of thresholds for these reasons.)
+    """
+
+    quantize: QuantizeConfig
+    log_step: nn.Parameter | None
+    strength: float
+    _quantized: Quantized | None
+
+    def start_quantizing(self, quantize: QuantizeConfig) -> None:
+        """Set what is beside the weight, once that is there."""
+        self.quantize = quantize
+        matrices = self.matrices()
+        steps = matrices.shape[:-1] if quantize.scale_per == "row" else matrices.shape[:-2]
+        self.log_step = nn.Parameter(matrices.new_zeros(steps)) if quantize.has_learned_step else None
+        self.strength = 1.0
+        self._quantized = None
+        self.fit_step()
+
+    @property
+    def latent(self) -> Tensor:
+        """The parameter."""
+        raise NotImplementedError
+
+    def matrices(self) -> Tensor:
+        """The parameter as (out, in), or as a stack of such matrices: what is quantised."""
+        return self.latent
+
+    def as_parameter(self, matrices: Tensor) -> Tensor:
+        """Inverse of `matrices`: of the parameter's own shape."""
+        return matrices
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of all its matrices; none in full precision."""
+        *stack, rows, columns = self.matrices().shape
+        return torch.Size(stack).numel() * self.quantize.num_scales(rows, columns)
+
+    @torch.no_grad()
+    def fit_step(self) -> None:
+        """Set the learned step, if there is one, to its initial value for the weights that are here now."""
+        if self.log_step is None:
+            return
+        per = self.quantize.scale_per
+        first_R1 = (
+            initial_seq_step(self.matrices(), per)
+            if self.quantize.weights == "seq"
+            else initial_step(self.matrices(), self._bits, per)
+        )
+        self.log_step.copy_(first_R1.log().reshape(self.log_step.shape))
+
+    def ternary(self) -> TernaryWeight:
+        """Trits and scales of the weights that are here now, with no gradient; of a ternary code only."""
+        found = self._current().ternary
+        assert found is not None, f"{self.quantize.weights} is not ternary"
+        return found
+
+    def quantized_weight(self) -> Tensor:
+        """Q_w(W), differentiable, of the parameter's shape and dtype: what the layer multiplies by."""
+        if self.quantize.weights == "none":
+            return self.latent
+        weight_OI, values_OI = self.matrices(), self._current().values_OI
+        if self.log_step is None:
+            quantized_OI = straight_through(weight_OI, values_OI)
+        else:
+            step_R1 = self._step_R1(self.log_step)
+            quantized_OI = through_step(weight_OI, step_R1, values_OI, largest_level(self._bits))
+        if self.strength < 1:
+            quantized_OI = torch.lerp(weight_OI, quantized_OI, self.strength)
+        return self.as_parameter(quantized_OI)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Q_a(x), differentiable."""
+        if self.quantize.activations == "none":
+            return x
+        quantized = straight_through(x, absmax_quantize(x))
+        return quantized if self.strength == 1 else torch.lerp(x, quantized, self.strength)
+
+    def _current(self) -> Quantized:
+        """The weights quantised; in a compiled graph, which cannot look for changes, as `refresh` left them."""
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        assert self._quantized is not None, "refreshed before a graph that was compiled runs"
+        return self._quantized
+
+    @torch.inference_mode(mode=False)  # training may follow, which cannot use what is made in that mode
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Quantise the weights again if they or the step were written to since the last time."""
+        if self.quantize.weights == "none":
+            return
+        sources = [self.latent] if self.log_step is None else [self.latent, self.log_step]
+        made_of = tuple(number for source in sources for number in (source.data_ptr(), _num_writes(source)))
+        if self._quantized is None or self._quantized.made_of != made_of:
+            weight_OI = self.matrices()
+            ternary = self._quantize_to_trits(weight_OI) if self.quantize.is_ternary else None
+            values_OI = self._quantize_to_bits(weight_OI) if ternary is None else ternary.dequantized()
+            self._quantized = Quantized(made_of, values_OI, ternary)
+
+    def forget(self) -> None:
+        """Quantise the weights again at the next use: for changes that torch does not count as a write."""
+        self._quantized = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As of every module: a move to another device or dtype, which torch does not count as a write."""
+        self.forget()
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+    def _quantize_to_trits(self, weight_OI: Tensor) -> TernaryWeight:
+        match self.quantize.weights:
+            case "absmean":
+                return absmean_ternary(weight_OI, self.quantize.scale_per)
+            case "twn":
+                return twn_ternary(weight_OI, self.quantize.scale_per)
+        assert self.log_step is not None, "made with the layer"
+        quantize = seq_ternary if self.quantize.weights == "seq" else learned_ternary
+        return quantize(weight_OI, self._step_R1(self.log_step))
+
+    def _quantize_to_bits(self, weight_OI: Tensor) -> Tensor:
+        if self.log_step is not None:
+            return learned_quantize(weight_OI, self._step_R1(self.log_step), self._bits)
+        return nbit_quantize(weight_OI, self._bits, error_diffusion=self.quantize.weights == "nbit-diffused")
+
+    def _step_R1(self, log_step: Tensor) -> Tensor:  # noqa: N802 - shape suffix
+        return log_step.exp().reshape(*self.matrices().shape[:-2], -1, 1)
+
+    @property
+    def _bits(self) -> int:
+        assert self.quantize.packed_bits is not None, "the config refuses an nbit code without bits"
+        return self.quantize.packed_bits
+
+
+def _num_writes(tensor: Tensor) -> int:
+    """How often torch counted a write to its memory; see torch.autograd.graph.increment_version."""
+    return tensor._version  # noqa: SLF001 - the name under which torch documents it
