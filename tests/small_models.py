@@ -24,9 +24,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", _SHAPE),
     "opt": ("OPTConfig", {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                           "word_embed_proj_dim": 16}),
+    "phimoe": ("PhimoeConfig", {**_SHAPE, "num_key_value_heads": 1, "num_local_experts": 4}),
     "capped": ("Gemma2Config", {**_SHAPE, **_ONE_KEY_HEAD, "sliding_window": 8, "final_logit_softcapping": 3.0}),
 }  # fmt: skip
-"""What heads may do besides: add a bias, multiply by a constant, take narrower states, cap at 3."""
+"""What heads may do besides: add a bias, multiply by a constant, take narrower states, cap at 3; a router of its own."""
 
 
 def write_model(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cache.atomic import write_atomically
 from stages.distill.config import DistillConfig, StudentConfig
+from stages.distill.coverage import coverage
 from stages.distill.curriculum import pacing_of
 from stages.distill.moving_teacher import CoTraining
 from stages.distill.objective import Objective
@@ -34,7 +35,8 @@ class ModelSize(BaseModel):
     """Parameters, and bytes when quantised weights take their bits (ternary ones 2), scales and all other weights 16.
 
     A learned step is a scale, and is not counted among the parameters. `ternary_parameters` are those of BitNet b1.58
-    only, zero for every other code.
+    only, zero for every other code. `quantized_share`: of the weights of the blocks, see Coverage; None in summaries
+    of students made before it was measured.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,6 +44,7 @@ class ModelSize(BaseModel):
     parameters: int
     ternary_parameters: int
     packed_bytes: int
+    quantized_share: float | None = None
 
 
 class StudentSummary(BaseModel):
@@ -87,6 +90,8 @@ def distill(
     student = new_model(shape, source.vocab_size, student_config.quantize, config.training.seed).to(device)
     start(student, student_config, teacher_folder, source)
     size = model_size(student)  # while its tensors are whole
+    for line in coverage(student).lines() if student_config.quantize.packed_bits else []:
+        say(line)
     if config.training.compile:
         compile_model(student)
     learner: Objective | CoTraining
@@ -152,5 +157,6 @@ def model_size(student: LanguageModel) -> ModelSize:
     return ModelSize(
         parameters=parameters,
         ternary_parameters=coded if quantize is not None and quantize.is_ternary else 0,
+        quantized_share=coverage(student).share,
         packed_bytes=-(-coded * (bits or 0) // 8) + 2 * (parameters - coded + scales) + shared,
     )

@@ -76,12 +76,9 @@ class HuggingFaceRollout:
 
     def feed(self, ids_RT: Tensor) -> Tensor:
         """As in Rollout."""
-        if self._ids_RT is not None:
-            self._ids_RT = torch.cat([self._ids_RT, ids_RT], dim=1)
-            ids_RT = ids_RT if self._cache is not None else self._ids_RT
-        else:
-            self._ids_RT = ids_RT
-        out = self._model(input_ids=ids_RT, past_key_values=self._cache, use_cache=True, **self._arguments)
+        self._ids_RT = ids_RT if self._ids_RT is None else torch.cat([self._ids_RT, ids_RT], dim=1)
+        new_RT = self._ids_RT if self._cache is None else ids_RT
+        out = self._model(input_ids=new_RT, past_key_values=self._cache, use_cache=True, **self._arguments)
         self._cache = out.past_key_values
         last_RV: Tensor = out.logits[:, -1, : self._vocab_size].float()
         return last_RV

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D width, V vocabulary, F features of the output he
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -62,7 +62,7 @@ class HuggingFaceModel(LanguageModel):
         self.inner = inner
         self.transposed = _plain_linears(inner)
         self._blocks = _blocks(inner, shape.layers)
-        self.softcap = shape.config.get("final_logit_softcapping") or None
+        self.softcap = shape.text.get("final_logit_softcapping") or None
         self.scale = 1.0
         self.scale = self._probed_scale()
         self.quantize = quantize
@@ -92,8 +92,7 @@ class HuggingFaceModel(LanguageModel):
         """Of its hidden states."""
         linears = {name.rsplit(".", 1)[-1]: module for name, module in self._first_block_linears()}
         query, key = (getattr(linears.get(name), "out_features", 0) for name in _PROJECTIONS[:2])
-        config = self.shape.config.get("text_config", self.shape.config)
-        residual = config.get("hidden_size") or self.embedding_weight.shape[1]  # embeddings may be narrower
+        residual = self.shape.text.get("hidden_size") or self.embedding_weight.shape[1]  # embeddings may be narrower
         return StateWidths(residual, query, key)
 
     @property
@@ -105,6 +104,11 @@ class HuggingFaceModel(LanguageModel):
         if getattr(head, "bias", None) is None:
             return weight_VD
         return torch.cat([weight_VD, head.bias[: self.vocab_size, None].to(weight_VD.dtype)], dim=1)
+
+    def head_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of its output embeddings, as transformers calls them."""
+        head: nn.Module = self._head
+        return head.parameters()
 
     @property
     def num_outputs(self) -> int:

@@ -1,12 +1,13 @@
 """Models of transformers from folders: found, loaded with nothing from the network or of the folder's own code."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, StageError
 from stages.models.description import CONFIG_NAME, read_config
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_shape import HuggingFaceShape
@@ -62,15 +63,7 @@ def load_hugging_face(origin: Origin, tokenizer_json: Path) -> HuggingFaceModel:
     """The model as the stages use it, for the ids of that tokenizer; no gradients."""
     inner = load_inner(origin)
     shape = hugging_face_shape(origin.folder)
-    try:
-        model = HuggingFaceModel(inner, shape, num_ids(tokenizer_json), None)
-    except CheckpointError as exc:
-        raise CheckpointError(f"{origin.folder}: {exc}") from exc
-    except Exception as exc:  # a forward pass of any code
-        first_line = (str(exc).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{origin.folder}: its forward pass fails in transformers ({type(exc).__name__}: {first_line})"
-        ) from exc
+    model = _model_of(inner, shape, num_ids(tokenizer_json), None, str(origin.folder))
     return model.requires_grad_(requires_grad=False)
 
 
@@ -82,7 +75,7 @@ def new_hugging_face(
     Raises CheckpointError if it has fewer outputs than there are ids.
     """
     transformers = import_transformers(f"architecture {shape.kind}")
-    if softcap := shape.config.get("final_logit_softcapping"):
+    if softcap := shape.text.get("final_logit_softcapping"):
         raise CheckpointError(
             f"architecture {shape.kind}: found final_logit_softcapping = {softcap}, and the losses of a student know "
             "no capped logits; give a student of another architecture (a teacher may cap its logits)"
@@ -90,15 +83,40 @@ def new_hugging_face(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            kind = type(transformers.AutoConfig.for_model(shape.kind))
-            config = kind.from_dict(shape.config)  # as it reads config.json: some check the types of arguments
-            inner = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            inner = transformers.AutoModelForCausalLM.from_config(_config_of(shape), dtype=torch.float32)
         except Exception as exc:  # as above
             first_line = (str(exc).splitlines() or [""])[0]
             raise CheckpointError(
                 f"architecture {shape.kind}: transformers cannot make it ({type(exc).__name__}: {first_line})"
             ) from exc
-    return HuggingFaceModel(inner.eval(), shape, vocab_size, quantize)
+    return _model_of(inner.eval(), shape, vocab_size, quantize, f"architecture {shape.kind}")
+
+
+def _model_of(
+    inner: Any, shape: HuggingFaceShape, vocab_size: int, quantize: QuantizeConfig | None, where: str
+) -> HuggingFaceModel:
+    try:
+        return HuggingFaceModel(inner, shape, vocab_size, quantize)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{where}: {exc}") from exc
+    except StageError:  # of settings, which it names
+        raise
+    except Exception as exc:  # a forward pass of any code
+        first_line = (str(exc).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{where}: its forward pass fails in transformers ({type(exc).__name__}: {first_line})"
+        ) from exc
+
+
+def _config_of(shape: HuggingFaceShape) -> Any:
+    """As transformers reads it from a file, which is not how it takes arguments."""
+    from transformers import AutoConfig
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG_NAME).write_text(shape.config_json)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.name_or_path = ""
+    return config
 
 
 def hugging_face_shape(folder: Path) -> HuggingFaceShape:

@@ -1,6 +1,7 @@
 """The architecture of a causal language model of transformers, as its `config.json` says; loads no library."""
 
 import json
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -9,7 +10,8 @@ from cache.hashing import canonical_json
 from stages.models.config import ModelConfig
 
 _NOT_THE_SHAPE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers")
+_KINDS_OF_BLOCKS = ("layers_block_type", "layer_types")
 
 
 class HuggingFaceShape(BaseModel):
@@ -27,21 +29,29 @@ class HuggingFaceShape(BaseModel):
         """From the content of a `config.json`. Raises ValueError if it names no kind of model, or no depth."""
         if not isinstance(config.get("model_type"), str):
             raise ValueError("found no model_type")  # noqa: TRY004 - read from a file
-        shape = cls(config_json=canonical_json({k: v for k, v in config.items() if k not in _NOT_THE_SHAPE}))
+        kept = {key: _encoded(value) for key, value in config.items() if key not in _NOT_THE_SHAPE}
+        shape = cls(config_json=canonical_json(kept))
         if shape.layers < 1:
             raise ValueError(f"found {shape.layers} blocks, expected at least 1")
         return shape
 
     @property
     def config(self) -> dict[str, Any]:
-        """As transformers takes it."""
+        """As transformers reads it."""
         config: dict[str, Any] = json.loads(self.config_json)
         return config
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The part of it that describes the language model, where others see or hear."""
+        config = self.config
+        text: dict[str, Any] = config.get("text_config") or config
+        return text
 
     def of_vocabulary(self, vocab_size: int) -> "HuggingFaceShape":
         """The same with so many outputs and embeddings."""
         config = self.config
-        text = config.get("text_config", config)
+        text = config.get("text_config") or config
         text["vocab_size"] = vocab_size
         beyond = [key for key, value in text.items() if key.endswith("_token_id") and _is_beyond(value, vocab_size)]
         for key in beyond:
@@ -56,9 +66,9 @@ class HuggingFaceShape(BaseModel):
     @property
     def layers(self) -> int:
         """Number of blocks. Raises ValueError if the description does not say."""
-        config = self.config
-        text = config.get("text_config", config)
-        found = [text[name] for name in _DEPTHS if name in text]
+        text = self.text
+        found = [text[name] for name in _DEPTHS if isinstance(text.get(name), int)]
+        found += [len(text[name]) for name in _KINDS_OF_BLOCKS if isinstance(text.get(name), list)]
         if not found:
             raise ValueError(f"found none of {', '.join(_DEPTHS)}, expected the number of blocks")
         return int(found[0])
@@ -66,6 +76,15 @@ class HuggingFaceShape(BaseModel):
     def numbers(self) -> dict[str, Any]:
         """As of a Section: what results depend on."""
         return {"hugging_face": self.config}
+
+
+def _encoded(value: Any) -> Any:
+    """The same, numbers that JSON does not have (`time_step_limit` of Mamba 2) as transformers writes them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, dict):
+        return {key: _encoded(item) for key, item in value.items()}
+    return [_encoded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_beyond(token_ids: Any, vocab_size: int) -> bool:

@@ -4,7 +4,7 @@ Shapes: B batch, T positions, D width, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,6 +79,10 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def head_weight(self) -> Tensor:
         """The output matrix, (V, D), quantised if it is to be."""
+
+    @abstractmethod
+    def head_parameters(self) -> Iterable[nn.Parameter]:
+        """The parameters of its output head, which may be the embedding."""
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ quantised.
 Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a head, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -66,6 +66,10 @@ class Transformer(LanguageModel):
     def head_weight(self) -> Tensor:
         """The output matrix, (V, D), quantised if it is to be."""
         return self.lm_head.quantized_weight() if isinstance(self.lm_head, QuantizedLinear) else self.lm_head.weight
+
+    def head_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of `lm_head`."""
+        return self.lm_head.parameters()
 
     def forward(
         self, input_ids_BT: Tensor, states: Collection[State] = (), past: Sequence[LayerPast] | None = None
