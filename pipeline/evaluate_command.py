@@ -21,19 +21,22 @@ from pipeline.workspace import Workspace
     show_default="all that torch uses",
     help="With --packed: threads of every contender.",
 )
+@click.option("--force", is_flag=True, help="Compute metrics again that nothing has changed for.")
 @run_options
 def evaluate(
     names: tuple[str, ...],
     as_json: bool,
     is_packed: bool,
     threads: int | None,
+    force: bool,
     config_path: Path,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:
     """Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
 
-    The result is also written to evaluation.json in the run folder.
+    Metrics of unchanged weights, targets and settings are taken from where they were computed. The result is also
+    written to evaluation.json in the run folder.
 
     With --packed, instead of metrics: bytes on disk, and tokens per second of prompt and of generation, of students
     with packed weights in PyTorch and as GGUF files in llama.cpp (extra `gguf`), beside their FP32 teacher; also
@@ -50,15 +53,15 @@ def evaluate(
     if is_packed:
         print_deployment(workspace, names, threads, as_json=as_json)
     else:
-        print_evaluation(workspace, names, as_json=as_json)
+        print_evaluation(workspace, names, as_json=as_json, force=force)
 
 
-def print_evaluation(workspace: Workspace, names: tuple[str, ...], *, as_json: bool) -> None:
+def print_evaluation(workspace: Workspace, names: tuple[str, ...], *, as_json: bool, force: bool = False) -> None:
     """Held-out metrics of models."""
     from pipeline.evaluation import evaluate_models
     from pipeline.results import metrics_table
 
-    metrics = evaluate_models(workspace, names)
+    metrics = evaluate_models(workspace, names, force=force)
     click.echo(json.dumps(metrics, indent=2) if as_json else metrics_table(metrics))
 
 

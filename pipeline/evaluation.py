@@ -7,6 +7,7 @@ from typing import Any
 from cache import open_cache
 from cache.atomic import write_atomically
 from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
+from cache.regular_file import read_json_object
 from pipeline.errors import MissingInputError
 from pipeline.results import run_rows
 from pipeline.workspace import Workspace
@@ -14,14 +15,22 @@ from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.distill.caches import open_caches
 from stages.distill.config import DistillConfig
 from stages.distill.distill import CO_TEACHER
-from stages.evaluate.evaluate import evaluate
+from stages.evaluate.evaluate import basis, evaluate
+from stages.evaluate.metrics import ValidationMetrics
 from stages.models.folder import CONFIG_NAME, load_model, pick_device
+from stages.models.origin import content_fingerprint
+from stages.progress import say
 from stages.targets.online import OnlineSource
 from stages.targets.source import TargetSource
 
+EVALUATION_NAME = "evaluation.json"
 
-def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+
+def evaluate_models(workspace: Workspace, names: tuple[str, ...], *, force: bool = False) -> dict[str, dict[str, Any]]:
     """Held-out metrics per model; all finished models of the run if none is named. Writes evaluation.json.
+
+    Metrics that were computed of the same weights, targets and settings, at the end of a training or by an earlier
+    evaluation, are taken as they are, unless `force` is set.
 
     Each student is judged by its own teacher, everything else by that of the last link. Teacher metrics come from the
     teacher that moved with the student, if there is one in its folder; else from the validation targets of the link's
@@ -44,14 +53,37 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...]) -> dict[str, d
             if key not in sources:
                 sources[key] = _source(link, distill)
             source = sources[key]
-        model = load_model(folder).to(device)
-        require_same_tokenizer(
-            folder / TOKENIZER_NAME, source.tokenizer_path, name, "evaluate it with the run that it is of, by --run-dir"
-        )
         evaluation = workspace.config.for_student(name).evaluate
-        metrics[name] = evaluate(model, source, evaluation, name).model_dump()
-    write_atomically(workspace.run_dir / "evaluation.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        fingerprint = content_fingerprint(folder)
+        follows_from = basis(fingerprint, source, evaluation) if fingerprint else None
+        known = None if force or follows_from is None else _known(workspace, name, folder, follows_from)
+        if known is None:
+            model = load_model(folder).to(device)
+            require_same_tokenizer(
+                folder / TOKENIZER_NAME,
+                source.tokenizer_path,
+                name,
+                "evaluate it with the run that it is of, by --run-dir",
+            )
+            known = evaluate(model, source, evaluation, name)
+        metrics[name] = {**known.model_dump(), "basis": follows_from}
+    write_atomically(workspace.run_dir / EVALUATION_NAME, (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
+
+
+def _known(workspace: Workspace, name: str, folder: Path, follows_from: str) -> ValidationMetrics | None:
+    """Metrics of this basis in the model's summary, or in evaluation.json."""
+    for path, key in ((folder / "summary.json", "validation"), (workspace.run_dir / EVALUATION_NAME, name)):
+        try:
+            record = read_json_object(path)
+            if follows_from not in (record.get("basis"), record[key].get("basis")):
+                continue
+            metrics = ValidationMetrics.model_validate(record[key])
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue  # what cannot be read is computed
+        say(f"{name}: unchanged since its metrics in {path.name} were computed; --force computes them again")
+        return metrics
+    return None
 
 
 def _source(link: Workspace, distill: DistillConfig) -> TargetSource:

@@ -217,7 +217,7 @@ def _evaluation(step: Step) -> tuple[float, int]:
             link_all_but([workspace.cache.relative_to(workspace.run_dir)], workspace.run_dir, apart)
             workspace = replace(workspace, run_dir=apart)
         started = time.monotonic()
-        evaluate_models(workspace, (step.folder.name,))
+        evaluate_models(workspace, (step.folder.name,), force=True)
         positions = _validation_positions(workspace)
     seconds = time.monotonic() - started
     if workspace is not step.workspace:

@@ -14,7 +14,7 @@ from stages.distill.objective import Objective
 from stages.distill.start import start
 from stages.errors import StageError
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate, glance
+from stages.evaluate.evaluate import basis, evaluate, glance
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.compiled import compile_model
 from stages.models.folder import new_model, save_model
@@ -48,7 +48,7 @@ class ModelSize(BaseModel):
 
 
 class StudentSummary(BaseModel):
-    """`summary.json` of a student."""
+    """`summary.json` of a student. basis: what its validation follows from; see stages.evaluate.evaluate."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,6 +57,7 @@ class StudentSummary(BaseModel):
     targets: str
     model: ModelSize
     fingerprints: dict[str, str]
+    basis: str | None = None
 
 
 def distill(
@@ -131,12 +132,14 @@ def distill(
     with training.weights_outside_blocks():
         validation = evaluate(student, source, evaluation, folder.name, ranks)
     say(f"{folder.name}: {validation.text}")
+    fingerprint = model_fingerprint(folder)
     summary = StudentSummary(
         validation=validation,
         train=trained,
         targets=source.kind,
         model=size,
-        fingerprints={**inputs, "student": model_fingerprint(folder)},
+        fingerprints={**inputs, "student": fingerprint},
+        basis=basis(fingerprint, source, evaluation),
     )
     if ranks.is_first:
         write_atomically(folder / "summary.json", (summary.model_dump_json(indent=2) + "\n").encode())

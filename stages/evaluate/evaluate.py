@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 
+from cache.hashing import fingerprint_of
 from stages.collectives import sum_of
 from stages.errors import CorpusError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import MetricSums, ValidationMetrics
+from stages.evaluate.spread import Documents, UnitSums
 from stages.losses.chunked_head import chunks
 from stages.models.language_model import LanguageModel
 from stages.progress import Progress
@@ -26,6 +28,11 @@ def evaluate(
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
         return _measure(model, source, config, None, progress.advance, ranks)
+
+
+def basis(fingerprint: str, source: TargetSource, config: EvaluateConfig) -> str | None:
+    """What the metrics of a model follow from: its weights, the windows and targets, and the settings."""
+    return fingerprint_of([fingerprint, source.identity, config.numbers()]) if source.identity else None
 
 
 def glance(
@@ -53,7 +60,9 @@ def _measure(
     ranks: Ranks,
 ) -> ValidationMetrics:
     model.eval()
-    sums = MetricSums(config.calibration_bins, source.temperature)
+    units = (UnitSums("window"),) if ranks.are_many else (UnitSums("document"), UnitSums("window"))
+    sums = MetricSums(config.calibration_bins, source.temperature, units)
+    documents, windows_seen = Documents(source.end_of_text_id), 0
     num_windows, batch_windows = source.num_windows("validation"), config.batch_windows * ranks.world_size
     batches = source.batches("validation", batch_windows, Signals(targets=True), Epoch(ranks=ranks))
     for first in range(0, num_windows, batch_windows):
@@ -63,11 +72,15 @@ def _measure(
             model(torch.zeros(1, source.context_length, dtype=torch.int64, device=device))
             break
         final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
-        labels_N = batch.counted(batch.labels_BT)
+        labels_BT, labels_N = batch.labels_BT, batch.counted(batch.labels_BT)
+        windows_BT = windows_seen + torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand_as(labels_BT)
+        windows_seen += len(labels_BT)
+        own = [] if ranks.are_many else [documents.of(batch.input_ids_BT, labels_BT)]  # a rank sees pieces of documents
+        numbers_N = [batch.counted(numbers_BT) for numbers_BT in (*own, windows_BT)]
         for rows in chunks(len(final_ND), model.vocab_size):
             logits_NV = model.logits_of(final_ND[rows])
             target = None if batch.targets is None else batch.targets.chunk(rows)
-            sums.add(logits_NV, labels_N[rows], target)
+            sums.add(logits_NV, labels_N[rows], target, [one_N[rows] for one_N in numbers_N])
         advance(min(batch_windows, num_windows - first) * source.context_length)
         is_sampled = num_batches is not None and num_batches * batch_windows <= first + batch_windows < num_windows
         if is_sampled and sum_of(sums.positions, ranks):
@@ -78,4 +91,4 @@ def _measure(
             "the validation split: found no position that counts, so that its metrics would be of nothing; give more "
             "chats, or change data.validation_fraction, and run `tristill tokenize` again"
         )
-    return sums.metrics(source.bytes_per_token("validation"))
+    return sums.metrics(source.bytes_per_token("validation"), ranks)

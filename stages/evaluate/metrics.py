@@ -4,18 +4,20 @@ Shapes: N positions, V vocabulary, K head entries, M calibration bins.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from stages.collectives import summed
+from stages.evaluate.spread import StandardErrors, UnitSums
 from stages.losses.cells import AnyHeadTarget
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.forward_kl import ForwardKL
 from stages.losses.student import StudentChunk
 from stages.losses.target import DrawnTarget, FullTarget, Target
-from stages.ranks import Ranks
+from stages.ranks import ALONE, Ranks
 
 
 class CalibrationBin(BaseModel):
@@ -37,7 +39,7 @@ class ValidationMetrics(BaseModel):
 
     Draws from the teacher say how far the student is from it on average, but not what it finds most likely at a
     position: with a `sampled` cache, agreement and acceptance are None. calibration: the bins in their order, None in
-    summaries that were written before they were kept.
+    summaries that were written before they were kept. standard_errors: None of a single window.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,10 +54,12 @@ class ValidationMetrics(BaseModel):
     acceptance_rate: float | None
     teacher_temperature: float | None
     calibration: tuple[CalibrationBin, ...] | None = None
+    standard_errors: StandardErrors | None = None
 
     def numbers(self) -> dict[str, float]:
         """The finite means by name, without what they are of."""
-        found = self.model_dump(exclude={"positions", "teacher_temperature", "calibration"})
+        left_out = {"positions", "teacher_temperature", "calibration", "standard_errors"}
+        found = self.model_dump(exclude=left_out)
         return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
     @property
@@ -75,48 +79,57 @@ class MetricSums:
     positions: how many so far.
     """
 
-    def __init__(self, calibration_bins: int, temperature: float) -> None:
+    def __init__(self, calibration_bins: int, temperature: float, units: Sequence[UnitSums] = ()) -> None:
+        """`units`: sums by document or window, of which the first with enough of them gives standard errors."""
         self._temperature = temperature
         self.positions = 0
         self._teacher_positions = self._compared_positions = 0
         self._loss = self._kl = self._agreement = self._acceptance = 0.0
         self._bins = calibration_bins
         self._calibration_3M = torch.zeros(3, calibration_bins, dtype=torch.float64)
+        self._units = units
 
-    def add(self, logits_NV: Tensor, labels_N: Tensor, target: Target | None) -> None:
-        """Count the positions of one chunk; logits in float32."""
+    def add(self, logits_NV: Tensor, labels_N: Tensor, target: Target | None, numbers_N: Sequence[Tensor] = ()) -> None:
+        """Count the positions of one chunk; logits in float32. numbers_N: of each position's document or window."""
         self.positions += len(labels_N)
         student = StudentChunk(logits_NV)
-        self._loss += float(CrossEntropy().per_position(student, labels_N, None).double().sum())
+        loss_N = CrossEntropy().per_position(student, labels_N, None)
+        self._loss += float(loss_N.double().sum())
         top_N = logits_NV.argmax(dim=-1)
         confidence_N = torch.softmax(logits_NV, dim=-1).amax(dim=-1).double()
         bins_N = (confidence_N * self._bins).long().clamp_(max=self._bins - 1)
         counts_3N = torch.stack([torch.ones_like(confidence_N), (top_N == labels_N).double(), confidence_N])
         self._calibration_3M.index_add_(1, bins_N.cpu(), counts_3N.cpu())
+        kl_N = agreement_N = None
         if target is not None:
             self._teacher_positions += len(labels_N)
-            self._kl += float(ForwardKL(self._temperature).per_position(student, labels_N, target).double().sum())
+            kl_N = ForwardKL(self._temperature).per_position(student, labels_N, target)
+            self._kl += float(kl_N.double().sum())
             if not isinstance(target, DrawnTarget):
                 self._compared_positions += len(labels_N)
-                self._agreement += float((top_N == target.top1()).sum())
+                agreement_N = top_N == target.top1()
+                self._agreement += float(agreement_N.sum())
                 self._acceptance += float(acceptance(logits_NV, target, self._temperature).double().sum())
+        for units, units_N in zip(self._units, numbers_N, strict=True):
+            units.add(units_N, loss_N, kl_N, agreement_N)
 
     def summed(self, ranks: Ranks) -> "MetricSums":
-        """The sums of all ranks, on each of them."""
+        """The sums of all ranks, on each of them; those by document stay where they are."""
         counts = (self.positions, self._teacher_positions, self._compared_positions)
         own = torch.tensor([*counts, self._loss, self._kl, self._agreement, self._acceptance], dtype=torch.float64)
         total = summed(torch.cat([own, self._calibration_3M.flatten()]), ranks)
-        found = MetricSums(self._bins, self._temperature)
+        found = MetricSums(self._bins, self._temperature, self._units)
         found.positions, found._teacher_positions, found._compared_positions = (int(n) for n in total[:3])
         found._loss, found._kl, found._agreement, found._acceptance = total[3:7].tolist()
         found._calibration_3M = total[7:].view(3, self._bins)
         return found
 
-    def metrics(self, bytes_per_token: float) -> ValidationMetrics:
-        """The means so far, of one position at least."""
+    def metrics(self, bytes_per_token: float, ranks: Ranks = ALONE) -> ValidationMetrics:
+        """The means so far, of one position at least. `ranks`: those whose sums these are, which all must call it."""
         loss_nats = self._loss / self.positions
         taught, compared = self._teacher_positions, self._compared_positions
         count_M, correct_M, confidence_M = self._calibration_3M
+        spreads = [one.errors(ranks, has_kl=bool(taught), has_agreement=bool(compared)) for one in self._units]
         calibration_error = float((correct_M - confidence_M).abs().sum() / count_M.sum())
         return ValidationMetrics(
             positions=self.positions,
@@ -128,6 +141,7 @@ class MetricSums:
             top1_agreement=self._agreement / compared if compared else None,
             acceptance_rate=self._acceptance / compared if compared else None,
             teacher_temperature=self._temperature if taught else None,
+            standard_errors=next((errors for errors in spreads if errors is not None), None),
             calibration=tuple(map(_calibration_bin, count_M.tolist(), correct_M.tolist(), confidence_M.tolist())),
         )
 

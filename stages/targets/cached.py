@@ -36,6 +36,11 @@ class CachedSource:
         self._hidden_stride = cache.spec.hidden.stride if cache.spec.hidden else 1
         self._makers: dict[TailTreatment | None, MakeTargets] = {}
 
+    @property
+    def identity(self) -> str | None:
+        """The cache's fingerprint."""
+        return self._cache.manifest.fingerprint
+
     def state_width(self, output: HiddenOutput) -> int:
         """Width of the states that the cache holds."""
         del output

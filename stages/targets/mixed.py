@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from cache import Cache, CacheMismatchError, SplitName
+from cache.hashing import fingerprint_of
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.profile import TailTreatment
@@ -60,6 +61,12 @@ class MixedSource(CachedSource):
         self._folders = [other.folder for other in others]
         self._shares = shares
         self._tail = tail
+
+    @property
+    def identity(self) -> str | None:
+        """Of all caches, their shares and the tail."""
+        found = [super().identity, *(other.identity for other in self._others)]
+        return fingerprint_of([*found, list(self._shares), self._tail])
 
     def batches(self, split: SplitName, batch_windows: int, signals: Signals, epoch: Epoch) -> Iterator[TargetBatch]:
         """See TargetSource."""

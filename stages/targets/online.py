@@ -61,6 +61,11 @@ class OnlineSource:
         self._shard_positions = shard_positions
         self.tokenizer_path = data_folder / TOKENIZER_NAME
 
+    @property
+    def identity(self) -> str | None:
+        """That of the windows, if there is no teacher, whose weights may move."""
+        return self._corpus.fingerprint if self._teacher is None else None
+
     def state_width(self, output: HiddenOutput) -> int:
         """Width of the teacher's states of this kind."""
         return self._known_teacher.widths.of(output)

@@ -94,6 +94,11 @@ class TargetSource(Protocol):
     temperature: float
     tokenizer_path: Path
 
+    @property
+    def identity(self) -> str | None:
+        """Hash of the windows and of what is known of the teacher there; None if nobody knows it."""
+        ...
+
     def state_width(self, output: HiddenOutput) -> int:
         """Width of the teacher's states of this kind."""
         ...

@@ -8,7 +8,7 @@ from stages.data.tokenized import TokenizedCorpus, load_corpus
 from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
+from stages.evaluate.evaluate import basis, evaluate
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
 from stages.models.folder import load_model, pick_device
 from stages.models.hub import fetch_model
@@ -45,11 +45,14 @@ def take_teacher(
     )
     take = _take_ours if is_ours(read_config(given / CONFIG_NAME)) else _use_in_place
     model = take(config, given, corpus, data_folder, folder).to(device)
+    fingerprint = model_fingerprint(folder)
+    source = OnlineSource(data_folder, device)
     summary = TeacherSummary(
-        validation=evaluate(model, OnlineSource(data_folder, device), evaluation, "teacher"),
+        validation=evaluate(model, source, evaluation, "teacher"),
         train=None,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        fingerprint=model_fingerprint(folder),
+        fingerprint=fingerprint,
+        basis=basis(fingerprint, source, evaluation),
     )
     summary.save(folder)
     say(f"teacher: {summary.parameters:,} parameters, {summary.validation.text}")

@@ -10,7 +10,10 @@ from stages.training.loop import TrainingSummary
 
 
 class TeacherSummary(BaseModel):
-    """`summary.json` of a teacher; train is None for one that was given."""
+    """`summary.json` of a teacher; train is None for one that was given.
+
+    basis: what its validation follows from; see stages.evaluate.evaluate.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -18,6 +21,7 @@ class TeacherSummary(BaseModel):
     train: TrainingSummary | None
     parameters: int
     fingerprint: str
+    basis: str | None = None
 
     def save(self, folder: Path) -> None:
         """Write it to the teacher's folder."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate, glance
+from stages.evaluate.evaluate import basis, evaluate, glance
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import LossValues, WeightedTerm
@@ -62,11 +62,13 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     with training.weights_outside_blocks():
         validation = evaluate(model, source, evaluation, "teacher", ranks)
     say(f"teacher: {validation.text}")
+    fingerprint = model_fingerprint(folder)
     summary = TeacherSummary(
         validation=validation,
         train=trained,
         parameters=shape.parameters(source.vocab_size),
-        fingerprint=model_fingerprint(folder),
+        fingerprint=fingerprint,
+        basis=basis(fingerprint, source, evaluation),
     )
     if ranks.is_first:
         summary.save(folder)

@@ -280,7 +280,21 @@ def test_evaluate_agrees_with_the_summary_and_knows_the_teacher(copied_run: Path
     metrics = json.loads(outcome.stdout)
     assert list(metrics) == ["teacher", "student", "no-teacher"]
     summary = json.loads((copied_run / "students" / "student" / "summary.json").read_text())
-    assert metrics["student"] == summary["validation"]
+    assert metrics["student"] == {**summary["validation"], "basis": summary["basis"]}
+    assert "student: unchanged since its metrics in summary.json were computed" in outcome.stderr
+    assert "evaluate student" not in outcome.stderr
+    assert "evaluate teacher" in outcome.stderr, "its summary knows no targets of the cache"
+    again = on(copied_run, "evaluate", "--json")
+    assert "evaluate teacher" not in again.stderr, "now evaluation.json knows"
+    assert json.loads(again.stdout) == metrics
+    for arguments in (("--set", "evaluate.calibration_bins=7"), ("--force",)):
+        computed = on(copied_run, "evaluate", "student", "--json", *arguments)
+        assert "evaluate student" in computed.stderr
+        found = json.loads(computed.stdout)["student"]
+        assert found["perplexity"] == metrics["student"]["perplexity"]
+    assert found == metrics["student"]
+    assert found["standard_errors"]["unit"] == "window", "there are too few documents"
+    assert json.loads(on(copied_run, "evaluate", "--json").stdout) == metrics
     assert metrics["teacher"]["kl_to_teacher_nats"] == pytest.approx(0, abs=2e-3)
     assert metrics["teacher"]["top1_agreement"] == 1
     assert json.loads((copied_run / "evaluation.json").read_text()) == metrics

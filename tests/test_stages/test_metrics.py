@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from stages.dump.topk import topk_target
 from stages.evaluate.metrics import MetricSums, ValidationMetrics, acceptance
+from stages.evaluate.spread import Documents, UnitSums
 from stages.losses.target import ComputedTargets, LogitsTarget
 from stages.targets.stored import PlainHeads
 
@@ -111,3 +112,45 @@ def test_acceptance_on_a_bucket_is_the_upper_bound_of_the_definition() -> None:
             1 - p.gather(1, ids).sum(-1), 1 - q.gather(1, ids).sum(-1)
         )
         torch.testing.assert_close(partial, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_standard_errors_are_those_of_a_ratio_over_documents() -> None:
+    """Against the formula in plain Python, whatever the chunks."""
+    documents = [list(range(start, start + size)) for start, size in ((0, 5), (5, 9), (14, 1), (15, 2), (17, 12), (29, 3),
+                                                                             (32, 1), (33, 1), (34, 3), (37, 3))]  # fmt: skip
+    student, teacher = logits(1, 40, 12), logits(2, 40, 12)
+    labels = torch.randint(0, 12, (40,), generator=torch.Generator().manual_seed(3))
+    units = torch.tensor([2 * n for n, members in enumerate(documents) for _ in members])  # numbers may have gaps
+    targets = ComputedTargets(teacher, torch.eye(12))
+    sums = MetricSums(3, 1.0, [UnitSums("document")])
+    for rows in (slice(0, 7), slice(7, 31), slice(31, 40)):
+        sums.add(student[rows], labels[rows], targets.chunk(rows), [units[rows]])
+    found = sums.metrics(1.0).standard_errors
+    losses = [-math.log(softmax(row)[label]) for row, label in zip(student.tolist(), labels.tolist(), strict=True)]
+    mean = sum(losses) / 40
+    squares = sum((sum(losses[i] for i in members) - mean * len(members)) ** 2 for members in documents)
+    assert found is not None
+    assert (found.unit, found.num_units) == ("document", 10)
+    assert found.loss_nats == pytest.approx(math.sqrt(squares * 10 / 9) / 40, rel=1e-5)
+    hits = (student.argmax(-1) == teacher.argmax(-1)).double().tolist()
+    squares = sum((sum(hits[i] for i in members) - sum(hits) / 40 * len(members)) ** 2 for members in documents)
+    assert found.top1_agreement == pytest.approx(math.sqrt(squares * 10 / 9) / 40)
+    assert found.kl_to_teacher_nats is not None
+    few = MetricSums(3, 1.0, [UnitSums("document"), UnitSums("window")])
+    few.add(student, labels, None, [torch.arange(40) // 5, torch.arange(40) // 20])
+    errors = few.metrics(1.0).standard_errors
+    assert errors is not None
+    assert (errors.unit, errors.num_units, errors.kl_to_teacher_nats) == ("window", 2, None), "eight documents are few"
+
+
+def test_documents_are_told_apart_by_their_end_across_windows() -> None:
+    stream = torch.tensor([5, 5, 0, 6, 6, 6, 6, 6, 0, 7, 0, 8, 8])
+    expected = [1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4]  # the end of a document is its last label
+    for length in (2, 3, 4, 6, 12):
+        documents, found = Documents(0), []
+        windows = [stream[at : at + length + 1] for at in range(0, 12, length)]
+        for first in range(0, len(windows), 2):
+            ids = torch.stack(windows[first : first + 2])
+            found += documents.of(ids[:, :-1], ids[:, 1:]).flatten().tolist()
+        names = {number: name for name, number in enumerate(dict.fromkeys(found), start=1)}
+        assert [names[number] for number in found] == expected[1:], length
