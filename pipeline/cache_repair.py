@@ -13,6 +13,7 @@ from cache.tables import stored_calibration
 from cache.verify import Damage, find_damage, tokenizer_damage
 from pipeline.errors import RepairError, StaleError
 from pipeline.provenance import Provenance, differences, locked, new_provenance, read_provenance
+from pipeline.reading import reading
 from pipeline.steps import DumpLogits
 from pipeline.workspace import Workspace
 from stages.progress import Progress
@@ -120,8 +121,10 @@ def _write_again(
             + "\nname the run that has it with --config and --run-dir, and run `tristill cache repair` again"
         )
     scratch = lend_good_files(folder, manifest, damaged)
+    dump = DumpLogits(workspace)
     try:
-        DumpLogits(workspace).dump_into(scratch)
+        with reading(dump.reads(), folder):  # by its bytes a file is known to be what it was
+            dump.dump_into(scratch)
     except CacheMismatchError as exc:
         return f"{folder}: could not repair {names}: the run in {workspace.run_dir} makes another cache: {exc}"
     finally:

@@ -73,6 +73,6 @@ def sweep(
     if as_json:
         click.echo(results.model_dump_json(indent=2))
         return
-    click.echo(results_text(results))
+    click.echo(results_text(results, base.run_dir))
     click.echo()
     click.echo(ledger_text(results.ledger) if results.ledger else f"no ledger: {results.ledger_missing}")

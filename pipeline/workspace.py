@@ -93,8 +93,9 @@ class Workspace:
         return self.run_dir / "students" / name
 
     def model_folder(self, name: str) -> Path:
-        """The folder of a model: `teacher`, a student of the run, or any model folder by its path."""
-        places = [self.run_dir / "teacher"] if name == "teacher" else [self.student(name), Path(name)]
+        """The folder of a model: `teacher`, a student of the run, or any by its path, from here or within the run."""
+        own = [self.student(name), Path(name), self.run_dir / name]
+        places = [self.run_dir / "teacher"] if name == "teacher" else own
         for folder in places:
             if (folder / CONFIG_NAME).is_file():
                 return folder

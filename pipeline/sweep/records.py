@@ -148,8 +148,8 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
 
 
-def results_text(results: SweepResults) -> str:
-    """The tables that are printed: every trial, points over their seeds, the best student."""
+def results_text(results: SweepResults, run_dir: Path) -> str:
+    """The tables that are printed: every trial, points over their seeds, the best student and where it is."""
     keys = list(dict.fromkeys(key for trial in results.trials for key in trial.parameters))
     titles, forms = short_keys(keys), COLUMNS | {"loss_nats": ("loss, nats", "{:.4f}")}
     own = results.metric.removeprefix("validation.")
@@ -173,9 +173,8 @@ def results_text(results: SweepResults) -> str:
     if results.best is not None:
         best = next(trial for trial in results.trials if trial.number == results.best)
         of = ", the best seed of the best point" if has_seeds else ""
-        parts.append(
-            f"best: trial {best.number}, {in_words(best.parameters)}{of}: {best.folder or 'not in this folder'}"
-        )
+        where = run_dir / best.folder if best.folder else "not in this folder"
+        parts.append(f"best: trial {best.number}, {in_words(best.parameters)}{of}: {where}")
     parts.append(f"cache {results.cache_fingerprint}")
     return "\n\n".join(parts)
 

@@ -19,6 +19,7 @@ from cache.atomic import partial_of
 from cache.manifest import cache_fingerprint, load_manifest
 from pipeline.errors import BusyError
 from pipeline.provenance import locked, read_provenance
+from pipeline.reading import cache_input, reading
 from pipeline.results import read_summary
 from pipeline.runner import build_held
 from pipeline.sweep.check import check_sweep
@@ -55,7 +56,10 @@ def run_sweep(sweep: SweepConfig, base: Base, *, force: bool = False, take_over:
     if force:
         _clear(sweep, base, take_over=take_over)
     shutil.rmtree(_cleared(base), ignore_errors=True)  # now, or what an earlier one that was killed has left
-    with open_study(sweep, base.name, base.folder, _identity(sweep, base), take_over=take_over) as study:
+    with (
+        reading({"cache": cache_input(base.workspace.cache)}),  # from the first student to the last
+        open_study(sweep, base.name, base.folder, _identity(sweep, base), take_over=take_over) as study,
+    ):
         return _Worker(sweep, base, study).run()
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 from pipeline.config import load_config
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.ledger import _steps_of_teacher, ledger_text
+from pipeline.sweep.points import folder_name
 from pipeline.sweep.records import results_csv, results_of, results_text
 from pipeline.sweep.results import SweepResults
 from pipeline.workspace import Workspace
@@ -47,12 +48,27 @@ def test_a_point_whose_bad_seeds_were_ended_does_not_win_by_those_that_are_left(
     found = results(survivors + whole)
     assert found.best == 4
     assert [(group.mean, group.seeds_text) for group in found.groups] == [(5.0, "1 of 3"), (7.0, "3")]
-    table = results_text(found).split("\n\n")[1].splitlines()
+    table = results_text(found, Path("runs/x")).split("\n\n")[1].splitlines()
     assert [line.split()[1] for line in table[-2:]] == ["0.2", "0.1"], "the best first"
     assert "| 1 of 3" in " ".join(table[-1].split())
     highest = results(survivors + whole, metric="validation.top1_agreement")
     assert highest.best == 5
     assert results(survivors).best == 0, "if there is no other"
+
+
+def test_the_best_student_is_named_by_a_path_at_which_it_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Workspace(load_config(ROOT / "configs" / "test.toml"), Path("runs/x"))
+    folder = Path("runs/x/sweeps/test/students") / folder_name({"distill.alpha": 0.1, SEED: 0})
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    found = results([trial(0, 0.1, 0, 5.0)])
+    named = results_text(found, run.run_dir).split("best: ")[1].splitlines()[0].rpartition(" ")[2]
+    assert named == str(folder)
+    assert run.model_folder(named) == folder
+    assert run.model_folder(str(found.trials[0].folder)) == folder, "as results.json names it, within the run's folder"
 
 
 def test_a_seed_that_is_not_trained_yet_or_is_of_a_larger_sweep_before_counts_as_one_of_the_point() -> None:

@@ -1,5 +1,6 @@
 """Studies that cannot be read, and what --force may forget."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -79,3 +80,28 @@ def test_force_does_not_forget_trials_that_run_elsewhere(tmp_path: Path) -> None
     _clear(found, here, take_over=True)
     with open_study(found, "test", here.folder, {"is": "another"}, take_over=False) as study:
         assert study.trials() == []
+
+
+def test_a_study_stays_in_its_folder_whatever_the_name_of_that(tmp_path: Path) -> None:
+    found, _ = load_sweep(CONFIG, ())
+    names = (
+        "what?one",
+        "what?two",
+        "a#b",
+        "100%",
+        "x%3Fy",
+        "{n}",
+        "a&mode=memory",
+        ":memory:",
+        "file:x",
+        os.fsdecode(b"\xff"),
+    )
+    for name in names:
+        base = Base(found, CONFIG, (), tmp_path / name)
+        with open_study(found, name.encode("ascii", "replace").decode(), base.folder, {}, take_over=False) as study:
+            assert study.study.user_attrs == {"identity": {}}
+            assert study.trials() == []
+        assert (base.folder / "study.db").stat().st_size > 0
+        _clear(found, base, take_over=False)
+        assert not (base.folder / "study.db").exists()
+    assert len(list(tmp_path.iterdir())) == len(names)
