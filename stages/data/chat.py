@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +162,7 @@ class ChatTemplate:
     def _unused(self, messages: Sequence[Message], tools: Sequence[Tool], count: int = 1) -> str:
         """Characters that occur nowhere in a chat."""
         used = json.dumps([list(messages), list(tools)], ensure_ascii=False)
-        return "".join([mark for mark in map(chr, _MARKS) if mark not in used][:count])
+        return "".join(islice((mark for mark in map(chr, _MARKS) if mark not in used), count))
 
     def _shown(self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompts: bool = False) -> str:
         """The text of a chat; none if the template refuses it."""
@@ -317,11 +318,13 @@ def assistant_tokens(
     text, ids = document.text, [*encoding.ids, end_of_text_id]
     offsets = [*encoding.offsets, (len(text), len(text))]
     own = [
-        _own_characters(text, *offset, token) for offset, token in zip(encoding.offsets, encoding.tokens, strict=True)
+        offset if token == token.strip() else _own_characters(text, *offset)
+        for offset, token in zip(encoding.offsets, encoding.tokens, strict=True)
     ]
     firsts, ends = np.array([*own, offsets[-1]]).T
+    turn_ends = set(document.ends)
     has_no_bytes = np.array([token_id in special_ids for token_id in ids])
-    has_no_bytes |= [offset in document.ends for offset in [*own, offsets[-1]]]
+    has_no_bytes[:-1] |= np.array([offset in turn_ends for offset in own], bool)
     is_assistants = np.zeros(len(ids), np.uint8)
     text_bytes = 0
     for start, stop in document.assistant:
@@ -341,13 +344,11 @@ def assistant_tokens(
     return ids, is_assistants, text_bytes
 
 
-def _own_characters(text: str, first: int, end: int, token: str) -> Span:
-    """Where a token itself stands; the offsets of one added with lstrip or rstrip have the white space too."""
-    covered = text[first:end]
-    if covered.strip() != token.strip() or not covered.strip():  # the first: an ordinary token, spelt in bytes
-        return first, end
-    first += len(covered) - len(covered.lstrip())
-    return first, first + len(covered.strip())
+def _own_characters(text: str, first: int, end: int) -> Span:
+    """Where a token stands that was added with lstrip or rstrip: its text has the white space around it."""
+    said = text[first:end].strip()
+    start = text.find(said, first, end)
+    return (start, start + len(said)) if said else (first, end)
 
 
 def _num_bytes(text: str) -> int:

@@ -57,7 +57,10 @@ def conversation(row: Mapping[str, Any], column: str, where: str, *, is_aligned:
     if read is None:
         raise CorpusError(f"{where}: {_unknown(value, row, column)}")
     try:
-        return Conversation(tuple(read(value, given, column)), _tools(given))
+        messages, system = list(read(value, given, column)), given.get("system")
+        if isinstance(system, str) and system and all(message["role"] != "system" for message in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        return Conversation(tuple(messages), _tools(given))
     except _NoChatError as exc:
         raise CorpusError(f"{where}: {exc}") from exc
 
@@ -93,7 +96,8 @@ def _messages(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Messa
     """OpenAI's form. A conversation in `prompt` goes on in `completion`."""
     listed = _listed(value) or []
     if column in _PROMPTS and (answer := next((row[name] for name in _ANSWERS if row.get(name)), None)):
-        if not (rest := _listed(answer)):
+        rest = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _listed(answer)
+        if not rest:
             raise _NoChatError(f"found messages in column {column!r}, but {str(answer)[:60]!r} for what follows them")
         listed = [*listed, *rest]
     for number, message in enumerate(listed, start=1):
@@ -104,8 +108,6 @@ def _messages(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Messa
 
 def _sharegpt(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Message]:  # noqa: ARG001 - as its siblings
     listed = _listed(value) or []
-    if (system := _text_beside(row, "system")) and all(message["from"] != "system" for message in listed):
-        yield {"role": "system", "content": system}
     for number, message in enumerate(listed, start=1):
         role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
         if role is None:
@@ -121,7 +123,7 @@ def _sharegpt(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Messa
 
 
 def _prompt_and_completion(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Message]:
-    """Two texts, the first with what is in a column `input`, after what `system` and `history` say."""
+    """Two texts, the first with what is in a column `input`, after what `history` says."""
     name = next((name for name in _ANSWERS if name in row and name != column), None)
     if name is None:
         raise _NoChatError(_unknown(value, row, column))
@@ -130,8 +132,6 @@ def _prompt_and_completion(value: Any, row: Mapping[str, Any], column: str) -> I
         raise _NoChatError(
             f"found text in column {column!r}, but {str(answer)[:60]!r} in {name!r}; expected its answer as text"
         )
-    if system := _text_beside(row, "system"):
-        yield {"role": "system", "content": system}
     for turn in row.get("history") or ():
         if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise _NoChatError(
@@ -139,14 +139,9 @@ def _prompt_and_completion(value: Any, row: Mapping[str, Any], column: str) -> I
             )
         yield {"role": "user", "content": turn[0]}
         yield {"role": "assistant", "content": turn[1]}
-    further = _text_beside(row, "input") if column != "input" else ""
+    further = row.get("input") if column != "input" else None
     yield {"role": "user", "content": f"{value}\n{further}" if further else value}
     yield {"role": "assistant", "content": answer}
-
-
-def _text_beside(row: Mapping[str, Any], name: str) -> str:
-    found = row.get(name)
-    return found if isinstance(found, str) else ""
 
 
 def _message(message: Message, number: int) -> Message:

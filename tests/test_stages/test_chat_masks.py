@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chats import HELLO, MARKED_TEMPLATE, PLAIN_TEMPLATE, Chat, make_tokenizer
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.normalizers import Normalizer
 
 from stages.data.chat import ChatTemplate, assistant_tokens, special_ids
@@ -108,3 +108,25 @@ def test_a_template_that_opens_reasoning_in_its_prompt_shows_turns_without_any(t
     texts, _, ends = pieces_of(folder, chat)
     assert texts == ['f{"a": 1}<|call|>', " river <|im_end|>"]
     assert ends == ["<|call|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("scheme", ["normalizer", "first", "always"])
+def test_signs_for_a_space_before_a_text_count_with_the_turn_that_they_begin(tmp_path: Path, scheme: str) -> None:
+    """As Llama 2's: a sign that stands for no character comes after every added token."""
+    begins = PLAIN_TEMPLATE.replace("\n{{ message.content", "<|im_start|>{{ message.content")
+    folder = make_tokenizer(tmp_path, begins.replace("assistant\n", "assistant<|im_start|>"))
+    vocab = {sign: n for n, sign in enumerate(["\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), "yes"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    if scheme == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    document = ChatTemplate(folder).document([HELLO[0], {"role": "assistant", "content": "\U0001f98a e"}], "a test")
+    encoding = tokenizer.encode(document.text, add_special_tokens=False)
+    ids, mask, num_bytes = assistant_tokens(document, encoding, special_ids(tokenizer), 0)
+    said = [tokenizer.id_to_token(token_id) for token_id, counts in zip(ids, mask, strict=True) if counts]
+    sign = [] if scheme == "first" else ["\u2581"]
+    assert said == [*sign, "<0xF0>", "<0x9F>", "<0xA6>", "<0x8A>", "\u2581", "<0x65>", "<|im_end|>"]
+    assert num_bytes == 6
