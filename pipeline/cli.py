@@ -28,6 +28,7 @@ from pipeline.runner import plan as steps_to_run
 from pipeline.step import COMMANDS_ON_RANKS, Step
 from pipeline.steps import Distill, DumpLogits, Teacher
 from pipeline.sweep_command import sweep
+from pipeline.tables import echo_tables
 from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import Progress, say
@@ -215,7 +216,7 @@ def info(
 
     folder = folder or workspace_of(config_path, assignments, run_dir).cache
     found = {**cache_info(folder), **cache_details(folder)}
-    click.echo(json.dumps(found, indent=2) if as_json else cache_info_text(found))
+    click.echo(json.dumps(found, indent=2)) if as_json else echo_tables(cache_info_text(found))
 
 
 @cache.command()
@@ -310,9 +311,9 @@ def fidelity(
     if as_json:
         click.echo(json.dumps([row.model_dump() for row in rows], indent=2))
         return
-    click.echo(fidelity_table(rows))
+    echo_tables(fidelity_table(rows))
     if calibration := load_manifest(folder).calibration:
-        click.echo("\n" + calibration_table(calibration))
+        echo_tables("\n" + calibration_table(calibration))
 
 
 @cache.command()
@@ -372,7 +373,7 @@ def _print_results(workspace: Workspace) -> None:
     from pipeline.cache_info import cache_info
     from pipeline.results import run_table
 
-    click.echo(run_table(workspace))
+    echo_tables(run_table(workspace))
     for name in workspace.config.link_names:
         folder = workspace.link(name).cache
         if cache_fingerprint(folder) is not None:

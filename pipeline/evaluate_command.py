@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from pipeline.options import run_options, workspace_of
+from pipeline.tables import echo_tables
 from pipeline.workspace import Workspace
 
 
@@ -62,7 +63,7 @@ def print_evaluation(workspace: Workspace, names: tuple[str, ...], *, as_json: b
     from pipeline.results import metrics_table
 
     metrics = evaluate_models(workspace, names, force=force)
-    click.echo(json.dumps(metrics, indent=2) if as_json else metrics_table(metrics))
+    click.echo(json.dumps(metrics, indent=2)) if as_json else echo_tables(metrics_table(metrics))
 
 
 def print_deployment(workspace: Workspace, names: tuple[str, ...], threads: int | None, *, as_json: bool) -> None:
@@ -70,4 +71,4 @@ def print_deployment(workspace: Workspace, names: tuple[str, ...], threads: int 
     from pipeline.deployment import deployment_table, evaluate_deployment
 
     found = evaluate_deployment(workspace, names, threads)
-    click.echo(found.model_dump_json(indent=2) if as_json else deployment_table(found))
+    click.echo(found.model_dump_json(indent=2)) if as_json else echo_tables(deployment_table(found))

@@ -6,6 +6,7 @@ import click
 
 from pipeline.config import DEFAULT_STUDENT
 from pipeline.options import run_options, workspace_of
+from pipeline.tables import echo_tables
 from stages.export.formats import ExportFormat, ternary_types
 
 
@@ -53,4 +54,4 @@ def export(
     from pipeline.exporting import export_model
 
     types = ternary_types(ternary_type) if export_format == "gguf" else ()
-    export_model(workspace_of(config_path, assignments, run_dir), name, export_format, types, out, click.echo)
+    export_model(workspace_of(config_path, assignments, run_dir), name, export_format, types, out, echo_tables)

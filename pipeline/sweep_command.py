@@ -10,6 +10,7 @@ from pipeline.runner import plan, run_steps
 from pipeline.sweep.check import check_settings
 from pipeline.sweep.config import load_sweep
 from pipeline.sweep.student import Base
+from pipeline.tables import echo_tables
 
 
 @click.command()
@@ -73,6 +74,6 @@ def sweep(
     if as_json:
         click.echo(results.model_dump_json(indent=2))
         return
-    click.echo(results_text(results, base.run_dir))
+    echo_tables(results_text(results, base.run_dir))
     click.echo()
     click.echo(ledger_text(results.ledger) if results.ledger else f"no ledger: {results.ledger_missing}")

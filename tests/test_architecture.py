@@ -14,7 +14,7 @@ PACKAGES = ("pipeline", "stages", "cache")
 MAY_IMPORT = {"pipeline": {"stages", "cache"}, "stages": {"cache"}, "cache": set()}
 THIRD_PARTY = {
     "pipeline": {
-        "click", "jinja2", "matplotlib", "optuna", "pydantic", "pydantic_core", "sqlalchemy", "tomli_w", "wcwidth",
+        "click", "jinja2", "matplotlib", "optuna", "pydantic", "pydantic_core", "rich", "sqlalchemy", "tomli_w", "wcwidth",
     },
     "stages": {
         "torch", "numpy", "datasets", "tokenizers", "safetensors", "pydantic", "tqdm", "transformers",

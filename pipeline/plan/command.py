@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from pipeline.options import run_options, workspace_of
+from pipeline.tables import echo_tables
 
 
 @click.command()
@@ -51,8 +52,8 @@ def plan(
     if as_json:
         click.echo(found.model_dump_json(indent=2))
         return
-    click.echo(plan_text(found))
+    echo_tables(plan_text(found))
     if lines := list(disk_lines(*needed_and_free(found, workspace))):
         click.echo("\n" + "\n".join(lines))
     if rows := compare(workspace):
-        click.echo("\n" + comparison_table(rows))
+        echo_tables("\n" + comparison_table(rows))
