@@ -112,6 +112,7 @@ def _write_again(
     folder: Path, manifest: Manifest, damaged: list[str], workspace: Workspace, report: Report
 ) -> str | None:
     """Dumps the damaged files in a scratch folder and takes those that are as before; what is in the way of that."""
+    DumpLogits(workspace).refuse_outside()
     names = _listed(damaged)
     recorded = _record(folder)
     if problems := list(_other_origin(workspace, manifest.spec, recorded)):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
 
 from cache import SplitName
 from cache.manifest import cache_fingerprint, load_manifest
@@ -20,7 +19,7 @@ from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
 from pipeline.evaluate_command import evaluate, print_evaluation
 from pipeline.export_command import export
 from pipeline.generate_command import generate
-from pipeline.options import run_options, workspace_of
+from pipeline.options import arguments_of, run_options, workspace_of
 from pipeline.plan.command import plan
 from pipeline.report_command import report
 from pipeline.runner import execute, run_steps
@@ -30,7 +29,7 @@ from pipeline.steps import Distill, DumpLogits, Teacher
 from pipeline.sweep_command import sweep
 from pipeline.tables import echo_tables
 from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from pipeline.workspace import Workspace
 from stages.progress import Progress, say
 from stages.ranks import announced_ranks
 from stages.visible import Painted, visible
@@ -86,7 +85,7 @@ def cli() -> None:
 )
 @run_options
 def run(
-    until: str, dry_run: bool, ranks: int, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
+    until: str, dry_run: bool, ranks: int, config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None
 ) -> None:
     """Run all steps that are needed, in order; skip what is up to date, go on with what is partly done.
 
@@ -100,8 +99,7 @@ def run(
     if dry_run:
         click.echo("\n".join(step.label for step in steps) or "nothing to do")
         return
-    changes = [part for assignment in assignments for part in ("--set", assignment)]
-    run_steps(steps, ["--config", str(config_path), *changes, "--run-dir", str(workspace.run_dir)], ranks)
+    run_steps(steps, arguments_of(workspace, config_path, assignments), ranks)
     if until == "evaluate":
         print_evaluation(workspace, (), as_json=False)
     elif until == "distill":
@@ -111,7 +109,7 @@ def run(
 @cli.command()
 @run_options
 @force_option
-def tokenize(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+def tokenize(config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
     """Turn the corpus into a tokenizer and files of token ids.
 
     \b
@@ -124,7 +122,7 @@ def tokenize(config_path: Path, assignments: tuple[str, ...], run_dir: Path | No
 @cli.command()
 @run_options
 @force_option
-def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+def teacher(config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
     """Train the full-precision teacher, or take the checkpoint that teacher.path names: a student can be a teacher.
 
     \b
@@ -140,7 +138,9 @@ def teacher(config_path: Path, assignments: tuple[str, ...], run_dir: Path | Non
 )
 @run_options
 @force_option
-def dump_logits(name: str, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None, force: bool) -> None:
+def dump_logits(
+    name: str, config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None, force: bool
+) -> None:
     """Write what the teacher knows about every position into the cache.
 
     \b
@@ -165,7 +165,7 @@ def dump_logits(name: str, config_path: Path, assignments: tuple[str, ...], run_
 def distill(
     name: str,
     targets: str | None,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
     force: bool,
@@ -201,7 +201,7 @@ def cache_folder_options(command: _Command) -> _Command:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @cache_folder_options
 def info(
-    folder: Path | None, as_json: bool, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None
+    folder: Path | None, as_json: bool, config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None
 ) -> None:
     """Say what a cache holds, how many bytes a position takes, and how the teacher's probability is spread.
 
@@ -214,7 +214,7 @@ def info(
     from pipeline.cache_info import cache_details, cache_info
     from pipeline.cache_info_text import cache_info_text
 
-    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    folder = folder or workspace_of(config_path, assignments, run_dir).named_cache
     found = {**cache_info(folder), **cache_details(folder)}
     click.echo(json.dumps(found, indent=2)) if as_json else echo_tables(cache_info_text(found))
 
@@ -244,7 +244,7 @@ def peek(
     positions: int,
     top: int,
     color: bool | None,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:
@@ -260,7 +260,7 @@ def peek(
     from pipeline.cache_peek import peek_text
     from pipeline.terminal import wants_colour
 
-    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    folder = folder or workspace_of(config_path, assignments, run_dir).named_cache
     is_coloured = wants_colour(color)
     chosen, closely = range(window, window + windows), range(first, first + positions)
     for text in peek_text(folder, split, chosen, closely, top, is_coloured=is_coloured):
@@ -289,7 +289,7 @@ def fidelity(
     temperatures: tuple[float, ...],
     positions: int,
     as_json: bool,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:
@@ -302,8 +302,8 @@ def fidelity(
     from pipeline.cache_fidelity import calibration_table, fidelity_table
     from stages.fidelity.cache import cache_fidelity
 
-    workspace = workspace_of(config_path, assignments, run_dir)
-    folder = folder or workspace.cache
+    workspace = workspace_of(config_path, assignments, run_dir, folder)
+    folder = folder or workspace.named_cache
     named = None if student is None else workspace.student(student)
     student_folder = Path(student) if named is not None and student and not named.is_dir() else named
     teacher_folder = workspace.link_of_cache(folder).teacher
@@ -318,7 +318,7 @@ def fidelity(
 
 @cache.command()
 @cache_folder_options
-def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+def verify(folder: Path | None, config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None) -> None:
     """Read every byte of a cache and compare it with its checksums; exits with 1 if any is damaged.
 
     \b
@@ -327,7 +327,7 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     """
     from cache import verify_cache
 
-    folder = folder or workspace_of(config_path, assignments, run_dir).cache
+    folder = folder or workspace_of(config_path, assignments, run_dir).named_cache
     total = sum(shard.file_bytes for shard in load_manifest(folder).shards)
     with Progress("verify", total, "bytes") as progress:
         problems = verify_cache(folder, progress.advance)
@@ -341,7 +341,7 @@ def verify(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
 
 @cache.command()
 @cache_folder_options
-def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
+def repair(folder: Path | None, config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None) -> None:
     """Make every byte of a cache what it was; exits with 1 if something could not be repaired.
 
     A manifest is made again from the shards alone. Shards that are damaged or missing are written again by the
@@ -354,13 +354,13 @@ def repair(folder: Path | None, config_path: Path, assignments: tuple[str, ...],
     """
     from pipeline.cache_repair import repair_cache
 
-    folder = folder or workspace_of(config_path, assignments, run_dir).cache
-    run_folder = folder.parent.parent if folder.parent.name == "caches" else folder.parent
-    own = run_folder / RUN_CONFIG_NAME
-    is_named = click.get_current_context().get_parameter_source("config_path") is not ParameterSource.DEFAULT
-    of_run = config_path if is_named or not own.is_file() else own
-    if not repair_cache(folder, lambda: workspace_of(of_run, assignments, run_dir).link_of_cache(folder), click.echo):
-        click.echo(f"{folder}: nothing to repair, every byte is as it was written")
+    place = folder or workspace_of(config_path, assignments, run_dir).named_cache
+
+    def run_of() -> Workspace:
+        return workspace_of(config_path, assignments, run_dir, place).link_of_cache(place)
+
+    if not repair_cache(place, run_of, click.echo):
+        click.echo(f"{place}: nothing to repair, every byte is as it was written")
 
 
 def _run_step(step: Step, force: bool) -> None:

@@ -114,7 +114,7 @@ class Config(Section):
             plain["cache"]["dir"] = plain["cache"]["url"] = None
         merged = _merged(plain, self.stages.get(name) or self.variants.get(name, {}))
         before = self.teacher_of(name)
-        if before is not None and merged["student"]["model"] is None:
+        if before is not None and not any(merged["student"].get(key) for key in ("model", "path")):
             merged["student"]["model"] = self.for_student(before).student.model
         return Config.model_validate(merged)
 
@@ -192,7 +192,7 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
 def set_key(plain: dict[str, Any], key: str, value: Any, given: set[str], where: str) -> None:
     """Set one dotted key, and take away what it displaces unless that was `given` too, to which the key is added."""
     *parents, last = key.split(".")
-    if parents[-2:] == ["student", "model"]:
+    if parents[-2:] == ["student", "model"] and (not parents[:-2] or parents[0] in ("stages", "variants")):
         _take_shape_of_teacher(plain, parents[:-2], where)
     table = plain
     for parent in parents:

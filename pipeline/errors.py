@@ -4,6 +4,7 @@ PipelineError
     ConfigError         a config that does not parse or breaks its bounds   (exit code 2, as all usage errors)
     MissingInputError   a step's input is not there; says which command makes it
     StaleError          an artefact was made with other settings or inputs; names them
+    OutsideError        the config of a run folder names what lies outside of it, and nobody has said yes to that
     BusyError           another process works on the same folder
     MovedError          an input changed while it was read
     ChildError          a step that `run` started has failed; it has said why itself
@@ -31,6 +32,10 @@ class MissingInputError(PipelineError):
 
 class StaleError(PipelineError):
     """An artefact on disk was made with other settings or inputs."""
+
+
+class OutsideError(PipelineError):
+    """A run folder's own config, or a link in the folder, leads out of it."""
 
 
 class BusyError(PipelineError):

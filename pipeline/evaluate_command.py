@@ -30,7 +30,7 @@ def evaluate(
     is_packed: bool,
     threads: int | None,
     force: bool,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:

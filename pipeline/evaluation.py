@@ -15,10 +15,11 @@ from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.distill.caches import open_caches
 from stages.distill.config import DistillConfig
 from stages.distill.distill import CO_TEACHER
+from stages.errors import CheckpointError
 from stages.evaluate.evaluate import basis, evaluate
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.folder import CONFIG_NAME, load_model, pick_device
-from stages.models.origin import content_fingerprint
+from stages.models.origin import content_fingerprint, refuse_untrusted_record
 from stages.progress import say
 from stages.targets.online import OnlineSource
 from stages.targets.source import TargetSource
@@ -36,13 +37,14 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...], *, force: bool
     teacher that moved with the student, if there is one in its folder; else from the validation targets of the link's
     cache, or caches, or from the teacher itself where there is no cache.
     """
-    folders = {name: workspace.model_folder(name) for name in names or [row.name for row in run_rows(workspace)]}
+    folders = {name: workspace.model_folder(name) for name in names or _names(workspace)}
     if not folders:
         raise MissingInputError(f"{workspace.run_dir}: found no trained model; run `tristill run --until distill`")
     device = pick_device(workspace.config.distill.training.device)
     sources: dict[tuple[object, ...], TargetSource] = {}
     metrics = {}
     for name, folder in folders.items():
+        refuse_untrusted_record(folder)
         link = workspace.link(workspace.config.link_names[0] if name == "teacher" else name)
         distill = link.config.for_student(link.name).distill
         moved = folder / CO_TEACHER
@@ -86,9 +88,23 @@ def _known(workspace: Workspace, name: str, folder: Path, follows_from: str) -> 
     return None
 
 
+def _names(workspace: Workspace) -> list[str]:
+    """The finished models of the run, without those elsewhere whose records are not followed, of which it says so."""
+    names = []
+    for row in run_rows(workspace):
+        try:
+            refuse_untrusted_record(workspace.model_folder(row.name))
+        except CheckpointError as exc:
+            say(f"{row.name}: left out: {exc}")
+        else:
+            names.append(row.name)
+    return names
+
+
 def _source(link: Workspace, distill: DistillConfig) -> TargetSource:
     device = pick_device(link.config.distill.training.device)
-    if (link.cache / MANIFEST_NAME).is_file() or distill.caches:
+    link.refuse_outside("distill.caches")
+    if (link.named_cache / MANIFEST_NAME).is_file() or distill.caches:
         return open_caches(open_cache(link.cache), distill, device)
     dump = link.config.for_student(link.name).cache
     is_the_teacher = not dump.ensemble and (link.teacher / CONFIG_NAME).is_file()

@@ -36,7 +36,7 @@ def export(
     export_format: ExportFormat,
     ternary_type: str,
     out: Path | None,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:

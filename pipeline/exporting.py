@@ -245,7 +245,8 @@ def _wanted(
 def _source(link: Workspace) -> TargetSource:
     if (link.data / "data.json").is_file():
         return OnlineSource(link.data, pick_device("cpu"))
-    if (link.cache / MANIFEST_NAME).is_file():
+    link.refuse_outside("distill.caches")
+    if (link.named_cache / MANIFEST_NAME).is_file():
         return open_caches(open_cache(link.cache), link.config.for_student(link.name).distill, pick_device("cpu"))
     raise MissingInputError(
         f"found neither tokens in {link.data} nor a cache in {link.cache}, and an export is checked on held-out text; "

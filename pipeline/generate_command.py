@@ -73,7 +73,7 @@ def _prompt(_context: click.Context, _option: click.Parameter, value: str) -> st
 def generate(
     name: str,
     prompt: str,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
     **sampling: Any,

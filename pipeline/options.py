@@ -6,9 +6,12 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.config import load_config
+from pipeline.config import load_config, parse_assignment
+from pipeline.received import refuse_links
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from stages.models.trust import trust_records_of
 
+DEFAULT_CONFIG = Path("configs/demo.toml")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -20,8 +23,7 @@ def run_options(command: _Command) -> _Command:
                 "--config",
                 "config_path",
                 type=click.Path(path_type=Path),
-                default=Path("configs/demo.toml"),
-                show_default=True,
+                show_default=f"config.toml of the folder that --run-dir names, else {DEFAULT_CONFIG}",
                 help="TOML file with the settings of the run.",
             ),
             click.option(
@@ -43,7 +45,38 @@ def run_options(command: _Command) -> _Command:
     return command
 
 
-def workspace_of(config_path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> Workspace:
-    """The checked config and the run folder; a run's own config.toml belongs to the folder it is in."""
-    default = config_path.parent if config_path.name == RUN_CONFIG_NAME else Path("runs") / config_path.stem
-    return Workspace(load_config(config_path, assignments), run_dir or default)
+def workspace_of(
+    config_path: Path | None, assignments: tuple[str, ...], run_dir: Path | None, cache: Path | None = None
+) -> Workspace:
+    """The checked config and the run folder.
+
+    A run folder with a config.toml is that run: its config holds where no other is named, and names nothing outside of
+    the folder (pipeline/received.py). cache: a cache folder, whose run it is about if neither is named.
+    """
+    if config_path is None:
+        run_dir = run_dir or (run_of_cache(cache) if cache is not None else None)
+    own = run_dir / RUN_CONFIG_NAME if run_dir is not None else None
+    if config_path is None and run_dir is not None and own is not None:
+        trust_records_of(run_dir, is_trusted=False)
+        refuse_links(run_dir, own if own.is_file() else DEFAULT_CONFIG)
+        if own.is_file():
+            given = frozenset(parse_assignment(assignment)[0] for assignment in assignments)
+            return Workspace(load_config(own, assignments), run_dir, given=given)
+    path = config_path or DEFAULT_CONFIG
+    folder = run_dir or (path.parent if path.name == RUN_CONFIG_NAME else Path("runs") / path.stem)
+    if config_path is not None:
+        trust_records_of(folder, is_trusted=True)
+    return Workspace(load_config(path, assignments), folder)
+
+
+def arguments_of(workspace: Workspace, config_path: Path | None, assignments: tuple[str, ...]) -> list[str]:
+    """The options by which another process of this program has the same config and run folder."""
+    named = ["--config", str(config_path or DEFAULT_CONFIG)] if workspace.given is None else []
+    changes = [part for assignment in assignments for part in ("--set", assignment)]
+    return [*named, *changes, "--run-dir", str(workspace.run_dir)]
+
+
+def run_of_cache(folder: Path) -> Path | None:
+    """The run folder that a cache lies in, if it lies in one."""
+    run_dir = folder.parent.parent if folder.parent.name == "caches" else folder.parent
+    return run_dir if (run_dir / RUN_CONFIG_NAME).is_file() else None

@@ -66,6 +66,7 @@ def _begun(step: Step, held: ExitStack, *, force: bool, ranks: Ranks) -> "_Recor
         step.refuse_force()
     elif _is_up_to_date(step):
         return None
+    step.refuse_outside()
     inputs = held.enter_context(reading(step.reads(), step.folder))
     _require_inputs(step)
     trace = _Trace(step)
@@ -105,6 +106,7 @@ def build_held(step: Step, kept_s: float = 0.0) -> None:
     if step.is_complete():
         _remove(_found(step, step.scratch))
         return
+    step.refuse_outside()
     with reading(step.reads(), step.folder) as inputs, _Trace(step) as trace:
         record = _Record(step, inputs, trace, kept_s)
         record.finish(_built(step, record))

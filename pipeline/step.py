@@ -11,6 +11,7 @@ from pipeline.config import save_config
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.reading import Input
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from stages.models.origin import refuse_untrusted_record
 
 COMMANDS_ON_RANKS = ("teacher", "dump-logits", "distill")
 """Commands of the heavy steps, which many processes can work on together."""
@@ -29,6 +30,8 @@ class Step(ABC):
     resumable: ClassVar[tuple[str, ...]]
     """Patterns of what an unfinished build can go on from."""
 
+    names_outside: ClassVar[tuple[str, ...]]
+    """Tables of the config that may name what is read from elsewhere to build it."""
     scratch: ClassVar[tuple[str, ...]] = ()
     """Patterns of what nobody needs once the artefact is complete."""
     fetched: ClassVar[tuple[str, ...]] = ()
@@ -67,6 +70,10 @@ class Step(ABC):
         """Make the artefact, or the rest of it; its fingerprint."""
 
     def inputs(self) -> dict[str, str]:
+        """Fingerprints of what it is made from, as far as that is here and may be read: see `refuse_outside`."""
+        return fingerprints(self.needs) if self.workspace.outside(*self.names_outside) else self.inputs_here()
+
+    def inputs_here(self) -> dict[str, str]:
         """Fingerprints of what it is made from, as far as that is here."""
         return fingerprints(self.needs)
 
@@ -78,6 +85,16 @@ class Step(ABC):
     def is_copy(self) -> bool:
         """Whether its folder only keeps what is at a URL, so that no record needs to be there."""
         return False
+
+    def models(self) -> tuple[Path, ...]:
+        """Folders of models of the run that are loaded to build it."""
+        return ()
+
+    def refuse_outside(self) -> None:
+        """Raise an error if building it takes what a run folder that may come from anybody names outside of itself."""
+        self.workspace.refuse_outside(*self.names_outside)
+        for folder in self.models():
+            refuse_untrusted_record(folder)
 
     def refuse_force(self) -> None:  # noqa: B027 - most can
         """Raise StaleError if `--force` cannot build it anew."""

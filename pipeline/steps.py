@@ -44,6 +44,7 @@ class Teacher(Step):
     resumable = ("checkpoints/step-*",)
     scratch = ("checkpoints",)
     fetched = ("checkpoint",)
+    names_outside = ("teacher",)
 
     @property
     def folder(self) -> Path:
@@ -59,7 +60,7 @@ class Teacher(Step):
         """The teacher section."""
         return {"teacher": self.config.teacher.numbers()}
 
-    def inputs(self) -> dict[str, str]:
+    def inputs_here(self) -> dict[str, str]:
         """The tokens, and the checkpoint that is given, if it is here."""
         config = self.config.teacher
         given = None if config.path is None else find_model(config.path, config.revision, download=False)
@@ -67,11 +68,11 @@ class Teacher(Step):
         if given is None:
             is_used = used is not None and used.named == config.named
             if config.path is None or not is_hub_name(config.path) or is_used:
-                return super().inputs()
-            return {**super().inputs(), "checkpoint": f"{NOT_HERE}{config.named}"}
+                return super().inputs_here()
+            return {**super().inputs_here(), "checkpoint": f"{NOT_HERE}{config.named}"}
         if used is not None and used.folder == given.absolute() and used.is_unchanged():
-            return {**super().inputs(), "checkpoint": used.fingerprint}  # weights may take minutes to read
-        return super().inputs() | known({"checkpoint": known_fingerprint(given, config.dtype)})
+            return {**super().inputs_here(), "checkpoint": used.fingerprint}  # weights may take minutes to read
+        return super().inputs_here() | known({"checkpoint": known_fingerprint(given, config.dtype)})
 
     def reads(self) -> dict[str, Input]:
         """The tokens, and the model that is given."""
@@ -87,6 +88,8 @@ class Teacher(Step):
     def shape(self) -> Shape:
         """The teacher's shape: of one that is given, as its copy here says, if there is one."""
         is_copied = self.config.teacher.path is not None and (self.folder / CONFIG_NAME).is_file()
+        if not is_copied:
+            self.workspace.refuse_outside("teacher")
         return read_description(self.folder).shape if is_copied else self.config.teacher.shape
 
     def build(self) -> str:
@@ -118,6 +121,7 @@ class DumpLogits(Step):
     products = ("cache.json", "tokenizer.json")
     owned = (*products, "tables.h5", "train-*.h5", "validation-*.h5", ".*.partial")
     resumable = ("tables.h5", "train-*.h5", "validation-*.h5")
+    names_outside = ("cache",)
 
     @property
     def label(self) -> str:
@@ -138,10 +142,14 @@ class DumpLogits(Step):
         """Tokens and teacher."""
         return {"data": Tokenize(self.workspace), "teacher": teacher_step(self.workspace)}
 
-    def inputs(self) -> dict[str, str]:
+    def inputs_here(self) -> dict[str, str]:
         """Tokens, teacher, and the teachers beside it."""
         others = {f"teacher {n}": found.fingerprint for n, found in enumerate(self.config.cache.ensemble, start=2)}
-        return super().inputs() | known(others)
+        return super().inputs_here() | known(others)
+
+    def models(self) -> tuple[Path, ...]:
+        """The teacher of its link."""
+        return (self.workspace.teacher,)
 
     def reads(self) -> dict[str, Input]:
         """Tokens, teacher, and the teachers beside it."""
@@ -151,6 +159,8 @@ class DumpLogits(Step):
     def teacher_fingerprint(self) -> str | None:
         """What its cache names the teacher, or the ensemble; None while one of them is not here."""
         own = teacher_step(self.workspace).fingerprint()
+        if self.workspace.outside("cache.ensemble"):
+            return None
         return own and self.config.cache.teacher_fingerprint(own)
 
     def settings(self) -> dict[str, Any]:
@@ -207,6 +217,7 @@ class Distill(Step):
     resumable = Teacher.resumable
     scratch = Teacher.scratch
     fetched = ("student checkpoint",)
+    names_outside = ("cache", "student", "distill")
 
     def __init__(self, workspace: Workspace, name: str) -> None:
         super().__init__(workspace.link(name))
@@ -250,7 +261,7 @@ class Distill(Step):
         """What online targets need; a cache says itself what is wrong with it."""
         return self.needs if self.config.distill.targets == "online" else {}
 
-    def inputs(self) -> dict[str, str]:
+    def inputs_here(self) -> dict[str, str]:
         """Fingerprints of all that its targets can come from, as far as that is here."""
         steps = self._sources if self.config.distill.online is None else self.needs
         if self.config.distill.targets != "online":
@@ -274,7 +285,12 @@ class Distill(Step):
 
     def shape(self) -> Shape:
         """The student's own shape, or its teacher's."""
+        self.workspace.refuse_outside("student")
         return self.config.student.shape or Teacher(self.workspace).shape()
+
+    def models(self) -> tuple[Path, ...]:
+        """The teacher of its link, unless a cache stands in its place."""
+        return () if self.targets() == "cached" and self.config.student.init != "teacher" else (self.workspace.teacher,)
 
     def settings(self) -> dict[str, Any]:
         """The student's sections, with its shape resolved."""

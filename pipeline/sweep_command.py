@@ -9,7 +9,7 @@ from pipeline.errors import MissingPackageError
 from pipeline.runner import plan, run_steps
 from pipeline.sweep.check import check_settings
 from pipeline.sweep.config import load_sweep
-from pipeline.sweep.student import Base
+from pipeline.sweep.student import DEFAULT_SWEEP, Base
 from pipeline.tables import echo_tables
 
 
@@ -18,9 +18,9 @@ from pipeline.tables import echo_tables
     "--config",
     "config_path",
     type=click.Path(path_type=Path),
-    default=Path("configs/sweeps/demo.toml"),
-    show_default=True,
-    help="TOML file that says what is varied; the sweep is named after it.",
+    show_default=str(DEFAULT_SWEEP),
+    help="TOML file that says what is varied, of which base; the sweep is named after it. Without it, the base is the "
+    "run that --run-dir names, if that has a config.toml.",
 )
 @click.option(
     "--set",
@@ -40,7 +40,7 @@ from pipeline.tables import echo_tables
 @click.option("--take-over", is_flag=True, help="Go on with trials that run elsewhere: their processes must be gone.")
 @click.option("--force", is_flag=True, help="Remove what an earlier sweep of this name left and begin anew.")
 def sweep(
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
     make_cache: bool,
@@ -59,13 +59,11 @@ def sweep(
     """
     if importlib.util.find_spec("optuna") is None:
         raise MissingPackageError("a sweep needs the package optuna, which is not installed; pip install -e '.[sweep]'")
-    found, of_base = load_sweep(config_path, assignments)
+    found, of_base = load_sweep(config_path or DEFAULT_SWEEP, assignments)
     base = Base(found, config_path, of_base, run_dir)
     if make_cache:
         check_settings(found, base)
-        changes = [part for assignment in of_base for part in ("--set", assignment)]
-        steps = plan(base.workspace, "dump-logits")
-        run_steps(steps, ["--config", str(base.path), *changes, "--run-dir", str(base.run_dir)])
+        run_steps(plan(base.workspace, "dump-logits"), base.arguments)
     from pipeline.sweep.ledger import ledger_text
     from pipeline.sweep.records import results_text
     from pipeline.sweep.run import run_sweep

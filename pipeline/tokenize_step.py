@@ -17,6 +17,7 @@ class Tokenize(Step):
     owned = (*products, "*-mask.npy", "synthetic", ".*.partial")
     resumable = ("synthetic/part-*.jsonl",)
     fetched = ("corpus", "chat template")
+    names_outside = ("data",)
 
     @property
     def folder(self) -> Path:
@@ -32,7 +33,7 @@ class Tokenize(Step):
         """The data section."""
         return {"data": self.config.data.numbers()}
 
-    def inputs(self) -> dict[str, str]:
+    def inputs_here(self) -> dict[str, str]:
         """A sign of the files of the corpus, or of the model that writes it; nothing where they are not here.
 
         Of chats, also of the tokenizer and its chat template.

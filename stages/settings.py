@@ -1,6 +1,8 @@
 """The base of all config sections: frozen, closed, documented; some fields are marked as affecting no numbers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,6 +32,38 @@ class Section(BaseModel):
             elif isinstance(value, Section):
                 plain[name] = value.numbers()
         return plain
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Mark of a field whose value is read, written, fetched or run: a path, a URL, a name on the hub, or consent.
+
+    A config that comes with a run folder may use it for what lies in that folder alone; see pipeline/received.py.
+    is_path: a path in the folder leads nowhere else. Otherwise whatever is given leads out.
+    """
+
+    is_path: bool = True
+
+    def leads_out(self, value: Any, folder: Path) -> bool:
+        """Whether a value of the field names anything outside of the folder."""
+        if not value or not self.is_path:
+            return bool(value)
+        home = folder.resolve()
+        names = value if isinstance(value, tuple | list) else (value,)
+        return any("://" in str(name) or not _resolved(name).is_relative_to(home) for name in names)
+
+
+def _resolved(name: Path | str) -> Path:
+    try:
+        return Path(name).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError):  # no such user, a circle of links, a null byte
+        return Path("/")
+
+
+OUTSIDE = Outside()
+"""A path, a URL or a name."""
+ALWAYS_OUTSIDE = Outside(is_path=False)
+"""What leads out whatever it is."""
 
 
 def normalised(weights: Sequence[float]) -> tuple[float, ...]:

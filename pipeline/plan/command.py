@@ -29,7 +29,7 @@ def plan(
     as_json: bool,
     seconds: float,
     teacher_seconds: float,
-    config_path: Path,
+    config_path: Path | None,
     assignments: tuple[str, ...],
     run_dir: Path | None,
 ) -> None:

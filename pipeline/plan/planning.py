@@ -52,6 +52,9 @@ def plan_of(workspace: Workspace, budget: Budget) -> Plan:
         before = None
     todo = {step.label for step in steps_to_run(workspace, "distill")}
     steps = [step for step in all_steps(workspace) if step.label in todo or step.is_complete()]
+    for step in steps:
+        if step.label in todo:
+            step.refuse_outside()
     with tempfile.TemporaryDirectory(prefix="tristill-plan-", ignore_cleanup_errors=True) as folder:
         rehearsals = _Rehearsals(workspace, Path(folder), budget, todo)
         for step in steps:

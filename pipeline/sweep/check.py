@@ -1,5 +1,6 @@
 """What can be known to be wrong with a sweep before any of its students is trained."""
 
+import shlex
 from collections.abc import Iterator
 
 from cache import CacheSpec
@@ -38,10 +39,9 @@ def _cache(base: Base) -> CacheSpec:
     dump = DumpLogits(base.workspace)
     refuse_if_stale(dump)
     if not dump.is_complete():
-        changes = "".join(f" --set {assignment!r}" for assignment in base.assignments)
         raise MissingInputError(
             f"the sweep needs the cache {dump.folder}, which is missing or unfinished; run `tristill run --until "
-            f"dump-logits --config {base.path} --run-dir {base.run_dir}{changes}` first, or add --make-cache"
+            f"dump-logits {shlex.join(base.arguments)}` first, or add --make-cache"
         )
     return load_manifest(dump.folder).spec
 

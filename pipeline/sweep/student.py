@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,37 @@ from pipeline.config import (
     read_toml,
     set_key,
 )
-from pipeline.options import workspace_of
+from pipeline.options import arguments_of, workspace_of
 from pipeline.step import Step
 from pipeline.steps import Distill
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.points import Point, folder_name
-from pipeline.workspace import Workspace
+from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.models.config import ModelConfig
+
+DEFAULT_SWEEP = Path("configs/sweeps/demo.toml")
 
 
 class Base:
     """The run that a sweep varies, and the sweep's own folder in it."""
 
-    def __init__(self, sweep: SweepConfig, path: Path, assignments: tuple[str, ...], run_dir: Path | None) -> None:
-        """`path`: of the sweep's file. Raises ConfigError with every problem of the base's config."""
-        self.workspace = workspace_of(sweep.base, assignments, run_dir or sweep.run_dir)
+    def __init__(
+        self, sweep: SweepConfig, path: Path | None, assignments: tuple[str, ...], run_dir: Path | None
+    ) -> None:
+        """`path`: of the sweep's file; None for the default one, whose base gives way to the config of the run folder.
+
+        Raises ConfigError with every problem of the base's config.
+        """
+        own = run_dir / RUN_CONFIG_NAME if run_dir is not None and path is None else None
+        self.path = own if own is not None and own.is_file() else sweep.base
+        self.workspace = workspace_of(None if self.path == own else self.path, assignments, run_dir or sweep.run_dir)
+        self.workspace.refuse_outside("cache.dir", "cache.url", "student", "distill")
         self.run_dir = self.workspace.run_dir
-        self.assignments = assignments
-        self.path = sweep.base
-        self.sweep_path = path
+        self.arguments = arguments_of(self.workspace, self.path, assignments)
+        self.sweep_path = path = path or DEFAULT_SWEEP
         self.name = path.stem
         self.folder = self.run_dir / "sweeps" / self.name
-        self._plain = read_toml(sweep.base, assignments)
+        self._plain = read_toml(self.path, assignments)
         self._plain.pop("variants", None)
         student = self._plain.setdefault("student", {})
         if any(key.startswith("student.model.") for key in sweep.vary) and "model" not in student:
@@ -73,7 +83,8 @@ class Base:
     def student(self, parameters: Point) -> "SweptStudent":
         """The step of a student whose parameters have no problem."""
         config = Config.model_validate(self.plain(parameters))
-        return SweptStudent(Workspace(config, self.run_dir), self.folder / "students" / folder_name(parameters))
+        workspace = replace(self.workspace, config=config)
+        return SweptStudent(workspace, self.folder / "students" / folder_name(parameters))
 
 
 class SweptStudent(Distill):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cache.store import check_url
-from stages.settings import Section, neutral
+from stages.settings import ALWAYS_OUTSIDE, OUTSIDE, Section, neutral
 
 
 def _plain_urls(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -15,6 +15,7 @@ def _plain_urls(paths: tuple[str, ...]) -> tuple[str, ...]:
 
 Paths = Annotated[
     tuple[str, ...],
+    OUTSIDE,
     Field(
         min_length=1,
         description="files, folders (all files in them) and globs, of this machine (~ is expanded) or at URLs such as "
@@ -87,13 +88,16 @@ class HuggingFaceDataset(_Rows):
 
     kind: Annotated[Literal["hf"], Field(description="this source")]
     path: Annotated[
-        str, Field(description="first argument of load_dataset: hub name, builder (json, parquet) or folder")
+        str,
+        ALWAYS_OUTSIDE,
+        Field(description="first argument of load_dataset: hub name, builder (json, parquet) or folder"),
     ]
     name: Annotated[str | None, Field(description="configuration of the data set; none if it has but one")] = None
     split: Annotated[str, Field(description="split to read; ours into train and validation is made from it")] = "train"
     streaming: Annotated[bool, Field(description="read as it comes instead of downloading and preparing first")] = True
     arguments: Annotated[
         dict[str, Any],
+        ALWAYS_OUTSIDE,
         Field(default_factory=dict, description="further arguments of load_dataset, such as data_files"),
     ]
 
@@ -114,6 +118,7 @@ class SyntheticText(Section):
     kind: Annotated[Literal["synthetic"], Field(description="this source")]
     model: Annotated[
         Path,
+        OUTSIDE,
         Field(
             description="folder of the model, with its tokenizer.json: a teacher or student of ours, or any causal "
             "language model of transformers in safetensors (extra `hf`)"
@@ -132,6 +137,7 @@ class SyntheticText(Section):
     seed: Annotated[int, Field(ge=0, description="of the draws")] = 0
     prompts: Annotated[
         Path | None,
+        OUTSIDE,
         Field(
             description="UTF-8 file with a prompt per line, taken in turn; a document is a prompt and what follows. "
             "None writes from nothing: from the token that the model knows before a text"
@@ -164,6 +170,7 @@ class ExistingTokenizer(Section):
     kind: Annotated[Literal["file"], Field(description="this tokenizer")]
     path: Annotated[
         str,
+        OUTSIDE,
         Field(
             description="a tokenizer.json, a Hugging Face folder that holds one, or a name on the hub; for chats no "
             "file, but a folder with its chat template"

@@ -6,15 +6,17 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from cache.store import check_url
-from stages.settings import Section, neutral
+from stages.settings import OUTSIDE, Section, neutral
 
 
 class FurtherCache(Section):
     """A further cache beside the run's own, over the same windows."""
 
-    dir: Annotated[Path, neutral("folder of the cache; its content is what counts, not where it is")]
+    dir: Annotated[Path, OUTSIDE, neutral("folder of the cache; its content is what counts, not where it is")]
     url: Annotated[
-        str | None, neutral("where the cache is, such as s3://bucket/folder, of which `dir` is then the local copy")
+        str | None,
+        OUTSIDE,
+        neutral("where the cache is, such as s3://bucket/folder, of which `dir` is then the local copy"),
     ] = None
     local_bytes: Annotated[int | None, neutral("bytes of its shards kept in `dir` at most; none keeps all", ge=1)] = (
         None

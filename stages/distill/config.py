@@ -17,7 +17,7 @@ from stages.models.description import read_description
 from stages.models.hub import fetch_model, find_model
 from stages.models.hugging_face_shape import Shape
 from stages.quantize.config import QuantizeConfig
-from stages.settings import Section, neutral, normalised
+from stages.settings import OUTSIDE, Section, neutral, normalised
 from stages.training.config import TrainingConfig
 
 
@@ -35,6 +35,7 @@ class StudentConfig(Section):
     ] = None
     path: Annotated[
         Path | None,
+        OUTSIDE,
         neutral(
             "a model whose architecture the student has, and whose weights too with init = 'given': a folder of ours, "
             "one of transformers, or a name on the hub. A plain Llama becomes one of our own transformer"

@@ -14,7 +14,7 @@ from cache.profiles.topk import Temperatures, TopKProfile
 from cache.store import check_url
 from stages.dump.ensemble_config import EnsembleMember
 from stages.dump.hidden_config import HiddenSettings
-from stages.settings import Section, neutral, normalised
+from stages.settings import OUTSIDE, Section, neutral, normalised
 
 
 class TransformSettings(Section):
@@ -103,9 +103,10 @@ class FidelityConfig(Section):
 class DumpConfig(Section):
     """What the teacher's knowledge is kept as, and where."""
 
-    dir: Annotated[Path | None, neutral("folder of the cache; none is `cache` in the run folder")] = None
+    dir: Annotated[Path | None, OUTSIDE, neutral("folder of the cache; none is `cache` in the run folder")] = None
     url: Annotated[
         str | None,
+        OUTSIDE,
         neutral(
             "where the cache is, such as s3://bucket/folder, of which `dir` is then the local copy; none: in `dir`"
         ),

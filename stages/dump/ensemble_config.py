@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.models.origin import known_fingerprint
-from stages.settings import Section, neutral
+from stages.settings import OUTSIDE, Section, neutral
 
 
 class EnsembleMember(Section):
@@ -14,6 +14,7 @@ class EnsembleMember(Section):
 
     path: Annotated[
         Path,
+        OUTSIDE,
         neutral(
             "folder of a finished model, a teacher, a student or a causal language model of transformers; its content "
             "is what counts, not where it is"

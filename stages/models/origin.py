@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cache.atomic import write_atomically
 from cache.hashing import fingerprint_of, sha256_of_file
 from cache.regular_file import read_json_object
+from cache.secrets import masked
 from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, read_config
+from stages.models.trust import follows_records_of
 
 ORIGIN_NAME = "origin.json"
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -62,8 +64,10 @@ class Origin(BaseModel):
 def checked_origin(folder: Path) -> Origin | None:
     """As load_origin; raises CheckpointError if the model is another than it was, or is gone.
 
-    Files of other sizes or times are read and hashed again.
+    Files of other sizes or times are read and hashed again. Raises CheckpointError, too, for a record in a folder that
+    may come from anybody (see trust.py).
     """
+    refuse_untrusted_record(folder)
     origin = load_origin(folder)
     if origin is None or origin.is_unchanged():
         return origin
@@ -79,6 +83,15 @@ def checked_origin(folder: Path) -> Origin | None:
             "put the model back"
         )
     return origin
+
+
+def refuse_untrusted_record(folder: Path) -> None:
+    """Raise CheckpointError if the folder says that its model is elsewhere and may come from anybody (trust.py)."""
+    if not follows_records_of(folder) and (origin := load_origin(folder)) is not None:
+        raise CheckpointError(
+            f"{folder}: its {ORIGIN_NAME} names a model outside of the folder, {masked(str(origin.folder))}, and may "
+            "come from anybody; if you trust it, name the config of its run with --config, or that model itself"
+        )
 
 
 def load_origin(folder: Path) -> Origin | None:

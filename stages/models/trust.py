@@ -1,11 +1,14 @@
-"""Whose Python code may run: the folders that the config of this process names as trusted, and no others.
+"""What the config of this process names as trusted: folders whose Python code may run, and whose records are followed.
 
 Nothing that is on disk beside a model can say so of itself.
 """
 
+import os
 from pathlib import Path
 
 _trusted: set[Path] = set()
+_UNTRUSTED_RECORDS = "TRISTILL_UNTRUSTED_RECORDS"
+"""Variable of the environment, which processes that this one starts have too: folders, one a line."""
 
 
 def trust_code_of(folder: Path) -> None:
@@ -16,3 +19,20 @@ def trust_code_of(folder: Path) -> None:
 def is_trusted(folder: Path) -> bool:
     """Whether the config said so."""
     return folder.resolve() in _trusted
+
+
+def trust_records_of(folder: Path, *, is_trusted: bool) -> None:
+    """Whether records in this folder are followed from now on that name models elsewhere (origin.json)."""
+    folders = _untrusted()
+    (folders.discard if is_trusted else folders.add)(str(folder.resolve()))
+    os.environ[_UNTRUSTED_RECORDS] = "\n".join(sorted(folders))
+
+
+def follows_records_of(folder: Path) -> bool:
+    """Whether a record in this folder may name a model elsewhere."""
+    place = folder.resolve()
+    return not any(place.is_relative_to(one) for one in _untrusted())
+
+
+def _untrusted() -> set[str]:
+    return set(filter(None, os.environ.get(_UNTRUSTED_RECORDS, "").split("\n")))

@@ -10,7 +10,7 @@ from stages.models.description import read_description
 from stages.models.hub import find_model
 from stages.models.hugging_face_shape import Shape
 from stages.models.origin import Dtype
-from stages.settings import Section, neutral
+from stages.settings import ALWAYS_OUTSIDE, OUTSIDE, Section, neutral
 from stages.training.config import TrainingConfig
 
 
@@ -21,6 +21,7 @@ class TeacherConfig(Section):
 
     path: Annotated[
         Path | None,
+        OUTSIDE,
         neutral(
             "a finished model whose tokenizer is that of `data`, in place of model and training. A folder of ours, a "
             "teacher or a student, quantised or not; or any causal language model of transformers in safetensors "
@@ -38,6 +39,7 @@ class TeacherConfig(Section):
     ] = None
     trust_remote_code: Annotated[
         bool,
+        ALWAYS_OUTSIDE,
         neutral("run the Python code that comes with a model of transformers: only what you have read or trust wholly"),
     ] = False
     model: Annotated[ModelConfig | None, Field(description="its shape, if it is trained here")] = None
