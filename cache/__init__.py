@@ -13,7 +13,7 @@ from cache.errors import (
     CacheStoreError,
     CacheWriteError,
 )
-from cache.hidden import CodedLayer, Float16Hidden, HiddenSpec, Int8Hidden, Reduction, TransformHidden
+from cache.hidden import CodedLayer, Float16Hidden, Float32Hidden, HiddenSpec, Int8Hidden, Reduction, TransformHidden
 from cache.profiles.dense import DenseProfile
 from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.profile import Need
@@ -39,6 +39,7 @@ __all__ = [
     "CodedLayer",
     "DenseProfile",
     "Float16Hidden",
+    "Float32Hidden",
     "HiddenSpec",
     "Int8Hidden",
     "Need",

@@ -57,6 +57,13 @@ class Float16Hidden(_Strict):
     reduction: Annotated[Reduction | None, Field(description="projection before storing; none keeps all")] = None
 
 
+class Float32Hidden(_Strict):
+    """Every value in 32 bits: residual streams that pass 65504, where float16 ends."""
+
+    kind: Annotated[Literal["float32"], Field(description="name of the coding")] = "float32"
+    reduction: Annotated[Reduction | None, Field(description="projection before storing; none keeps all")] = None
+
+
 class Int8Hidden(_Strict):
     """Every value in 8 bits, in units of a scale per position."""
 
@@ -82,7 +89,7 @@ class TransformHidden(_Strict):
     coded: Annotated[tuple[CodedLayer, ...], Field(min_length=1)]
 
 
-HiddenCoding = Annotated[Float16Hidden | Int8Hidden | TransformHidden, Field(discriminator="kind")]
+HiddenCoding = Annotated[Float16Hidden | Float32Hidden | Int8Hidden | TransformHidden, Field(discriminator="kind")]
 
 
 class HiddenSpec(_Strict):
@@ -159,8 +166,9 @@ class HiddenSpec(_Strict):
         match self.coding:
             case TransformHidden():
                 return self._coded_part(name, self.layers.index(layer), vocab_size, kept)
-            case Float16Hidden():
-                arrays: tuple[ArraySpec, ...] = (ArraySpec(name, (kept, self._stored_width), "<f2"),)
+            case Float16Hidden() | Float32Hidden():
+                dtype = "<f2" if isinstance(self.coding, Float16Hidden) else "<f4"
+                arrays: tuple[ArraySpec, ...] = (ArraySpec(name, (kept, self._stored_width), dtype),)
             case Int8Hidden():
                 scale = ArraySpec(f"{name}_scale", (kept,), "<f2")
                 arrays = (ArraySpec(name, (kept, self._stored_width), "|i1"), scale)

@@ -3,12 +3,19 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from cache.spec import CacheSpec, SplitName
 
 MANIFEST_NAME = "cache.json"
 TOKENIZER_NAME = "tokenizer.json"
 TABLES_NAME = "tables.h5"
+CompanionName = Literal[
+    "chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"
+]
+COMPANION_NAMES: tuple[CompanionName, ...] = get_args(CompanionName)
+"""Files that go with a tokenizer: special tokens, chat template, when and how to generate. Each may be absent."""
+LARGEST_COMPANION_BYTES = 2**24
 _POSITIONS_PER_CHUNK = 8192
 DEFAULT_SHARD_POSITIONS = 2**17
 SHARD_NAME = re.compile(r"^(train|validation)-[0-9]{5,}\.h5$")

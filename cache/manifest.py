@@ -19,7 +19,7 @@ from cache.calibration import Calibration
 from cache.copies import copy_in
 from cache.errors import CacheCorruptError, CacheMissingError, CacheRequestError
 from cache.hashing import canonical_json, fingerprint_of
-from cache.layout import MANIFEST_NAME, SHARD_NAME, ShardRange, num_shards, shard_ranges
+from cache.layout import MANIFEST_NAME, SHARD_NAME, TOKENIZER_NAME, CompanionName, ShardRange, num_shards, shard_ranges
 from cache.regular_file import IrregularFileError, read_regular
 from cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
@@ -48,12 +48,16 @@ class Manifest(_Strict):
     spec: CacheSpec
     shards: tuple[ShardRecord, ...]
     calibration: Calibration | None = None
+    companions: dict[CompanionName, Fingerprint] = {}
+    """SHA-256 of each of the files that go with the tokenizer, by name; they change no number of the cache."""
 
     @model_serializer(mode="wrap")
     def _as_its_version_wrote_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         if self.spec.format_version == 1:
             del fields["calibration"]
+        if not self.companions:
+            fields.pop("companions", None)
         return fields
 
     @model_validator(mode="after")
@@ -71,6 +75,11 @@ class Manifest(_Strict):
         return self
 
     @property
+    def copied(self) -> dict[str, str]:
+        """SHA-256 of the tokenizer and of the files that go with it, by name."""
+        return {TOKENIZER_NAME: self.spec.tokenizer_fingerprint, **dict[str, str](self.companions.items())}
+
+    @property
     def ranges(self) -> list[ShardRange]:
         """The shards' windows, in the order of `shards`."""
         return list(shard_ranges(self.spec))
@@ -78,7 +87,7 @@ class Manifest(_Strict):
     @property
     def fingerprint(self) -> str:
         """That of the cache: the manifest holds the hash of every shard."""
-        return fingerprint_of(self.model_dump(mode="json"))
+        return fingerprint_of(self.model_dump(mode="json", exclude={"companions"}))
 
     def to_json(self) -> str:
         """Canonical JSON, as stored."""

@@ -23,7 +23,7 @@ from cache.shard import OpenShard, corrupt
 from cache.shard_files import LocalShardFiles, ShardFiles
 from cache.spec import CacheSpec, SplitName
 from cache.tables import load_tables
-from cache.verify import verify_cache
+from cache.verify import copied_file_problem, verify_cache
 
 _MAX_OPEN_SHARDS = 64
 _MAX_GROUPS_AHEAD = 64
@@ -119,6 +119,9 @@ class Cache:
                 f"{self.tokenizer_path}: found a tokenizer with fingerprint {sha256}, expected "
                 f"{self.spec.tokenizer_fingerprint}, which made this cache; run `tristill cache repair`"
             )
+        for name, sha256 in self.manifest.companions.items():
+            if problem := copied_file_problem(folder / name, sha256):
+                raise CacheCorruptError(f"{folder / name}: {problem}; run `tristill cache repair`")
         self.tables = load_tables(folder, self.spec)
         self._coders = part_coders(self.spec, self.tables)
         self._target_names = [array.name for array in self.spec.target_part.arrays]

@@ -15,7 +15,7 @@ from cache.copies import copy_in, set_copy
 from cache.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from cache.fetched_files import FetchedShardFiles
 from cache.hashing import sha256_of_file
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
+from cache.layout import LARGEST_COMPANION_BYTES, MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.locks import lock
 from cache.manifest import LARGEST_MANIFEST_BYTES, Manifest
 from cache.spec import CacheSpec, describe
@@ -72,6 +72,8 @@ class CacheCopy:
                 if spec.tables_fingerprint is not None:
                     self._bring(TABLES_NAME, spec.tables_fingerprint, _LARGEST_TABLES_BYTES)
                 self._bring(TOKENIZER_NAME, spec.tokenizer_fingerprint, _LARGEST_TOKENIZER_BYTES)
+                for name, sha256 in manifest.companions.items():
+                    self._bring(name, sha256, LARGEST_COMPANION_BYTES)
                 if not is_same:
                     write_atomically(path, content)
             self._is_fresh = True

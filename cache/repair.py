@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cache.atomic import sync_folder, write_atomically
 from cache.errors import CacheCorruptError, CacheError, CacheMissingError
-from cache.layout import SHARD_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.layout import COMPANION_NAMES, SHARD_NAME, TABLES_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord
 from cache.regular_file import IrregularFileError, sha256_of_regular_file
 from cache.shard import spec_of_shard
@@ -52,7 +52,13 @@ def manifest_of_shards(folder: Path, on_shard: OnShard, workers: int | None = No
             "\n".join(problems) + f"\n{folder}: without these files no manifest can be made from the rest; run "
             "`tristill dump-logits`, which keeps the good shards and writes the others and the manifest"
         )
-    return Manifest(spec=spec, shards=tuple(records), calibration=stored_calibration(folder, spec))
+    companions = {name: sha256_of_regular_file(folder / name) for name in COMPANION_NAMES if (folder / name).is_file()}
+    return Manifest(
+        spec=spec,
+        shards=tuple(records),
+        calibration=stored_calibration(folder, spec),
+        companions=companions,
+    )
 
 
 def _spec_of_any(folder: Path, names: list[str]) -> CacheSpec:
@@ -71,14 +77,14 @@ def _missing(spec: CacheSpec, found: Collection[str]) -> Iterator[ShardRange]:
     return (shard for shard in shard_ranges(spec) if shard.name not in found)
 
 
-def restore_tokenizer(folder: Path, spec: CacheSpec, source: Path) -> bool:
-    """Whether `source` is the tokenizer that made the cache; then it is copied into `folder`."""
+def restore_copy(folder: Path, source: Path, sha256: str) -> bool:
+    """Whether `source`, a tokenizer or what goes with one, has that SHA-256; then it is copied into `folder`."""
     if not source.is_file():
         return False
     content = source.read_bytes()
-    if hashlib.sha256(content).hexdigest() != spec.tokenizer_fingerprint:
+    if hashlib.sha256(content).hexdigest() != sha256:
         return False
-    write_atomically(folder / TOKENIZER_NAME, content)
+    write_atomically(folder / source.name, content)
     return True
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.layout import MANIFEST_NAME, TABLES_NAME, ShardRange, shard_ranges
 from cache.manifest import Manifest, ShardRecord, load_manifest
 from cache.regular_file import IrregularFileError, sha256_of_regular_file
 from cache.remote import copied_from, remote_copy
@@ -62,7 +62,7 @@ def find_damage(folder: Path, manifest: Manifest, on_shard: OnShard, workers: in
             text = f"{folder / record.name}: its bytes differ from those the manifest was written for"
             damages.append(Damage(record.name, text, is_whole=True))
     damages += tables_damage(folder, manifest.spec) or _calibration_damage(folder, manifest)
-    return damages + tokenizer_damage(folder, manifest.spec)
+    return damages + tokenizer_damage(folder, manifest)
 
 
 def checked_shards(
@@ -108,17 +108,24 @@ def tables_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
     return [Damage(TABLES_NAME, f"{path}: found SHA-256 {found}, expected {expected}; its bytes are damaged")]
 
 
-def tokenizer_damage(folder: Path, spec: CacheSpec) -> list[Damage]:
-    """What is wrong with the tokenizer."""
-    path = folder / TOKENIZER_NAME
+def tokenizer_damage(folder: Path, manifest: Manifest) -> list[Damage]:
+    """Damage of the tokenizer and of the files that go with it."""
+    return [
+        Damage(name, f"{folder / name}: {problem}")
+        for name, sha256 in manifest.copied.items()
+        if (problem := copied_file_problem(folder / name, sha256))
+    ]
+
+
+def copied_file_problem(path: Path, sha256: str) -> str | None:
+    """Why a file is not the one of that SHA-256; None if it is."""
     try:
-        if sha256_of_regular_file(path) == spec.tokenizer_fingerprint:
-            return []
+        found = sha256_of_regular_file(path)
     except IrregularFileError as exc:
-        return [Damage(TOKENIZER_NAME, f"{path}: {exc}")]
+        return str(exc)
     except FileNotFoundError:
-        pass
-    return [Damage(TOKENIZER_NAME, f"{path}: is missing or is not the tokenizer that made this cache")]
+        return "is missing"
+    return None if found == sha256 else f"found SHA-256 {found}, expected {sha256}, of the file that was dumped"
 
 
 def _calibration_damage(folder: Path, manifest: Manifest) -> list[Damage]:

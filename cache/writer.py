@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import zstandard
 
 from cache.atomic import write_atomically
 from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, ShardRange, shard_ranges
+from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, CompanionName, ShardRange, shard_ranges
 from cache.locks import lock
 from cache.manifest import Manifest, ShardRecord, refuse_too_many_shards, save_manifest
 from cache.parts import MASK_NAME, PartCoder, part_coders
@@ -39,6 +40,7 @@ class CacheWriter:
         tables_image: bytes | None = None,
         compression_level: int = 3,
         found: Iterable[ShardRecord] | None = None,
+        companions: Mapping[CompanionName, bytes] = MappingProxyType({}),
     ) -> None:
         """Prepare `folder`. Raises CacheMismatchError, before anything is written, if it holds another cache.
 
@@ -46,12 +48,14 @@ class CacheWriter:
 
         `tables_image` are the bytes of `tables.h5`, for a spec that has tables; without it, and without
         `tokenizer_json`, these files are there already. `found` are the shards on disk where they were verified
-        before; without it all are verified here.
+        before; without it all are verified here. `companions` are the files that go with the tokenizer, of whoever
+        finishes.
         """
         refuse_too_many_shards(spec)
         self.folder = folder
         self.spec = spec
         self._compression_level = compression_level
+        self._companions = {name: hashlib.sha256(content).hexdigest() for name, content in companions.items()}
         folder.mkdir(parents=True, exist_ok=True)
         copy = remote_copy(folder)
         self._uploads = copy.uploads(spec) if copy else None
@@ -62,7 +66,7 @@ class CacheWriter:
         if copy:
             copy.claim()
         given = {TOKENIZER_NAME: tokenizer_json, TABLES_NAME: tables_image}
-        once = {name: content for name, content in given.items() if content is not None}
+        once = {name: content for name, content in given.items() if content is not None} | dict(companions)
         for name, content in once.items():
             self._write(folder / name, content)
         if self._uploads and once:
@@ -99,7 +103,12 @@ class CacheWriter:
             names = ", ".join(shard.name for shard in missing[:5])
             raise CacheRequestError(f"{self.folder}: {len(missing)} shards are not written yet: {names}")
         records = tuple(self._records[shard.name] for shard in shard_ranges(self.spec))
-        manifest = Manifest(spec=self.spec, shards=records, calibration=stored_calibration(self.folder, self.spec))
+        manifest = Manifest(
+            spec=self.spec,
+            shards=records,
+            calibration=stored_calibration(self.folder, self.spec),
+            companions=self._companions,
+        )
         if self._uploads:
             self._uploads.commit(manifest)
         try:

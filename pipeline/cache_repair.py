@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, CacheSpec
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
+from cache.layout import MANIFEST_NAME, SHARD_NAME, TABLES_NAME
 from cache.manifest import Manifest, load_manifest, save_manifest
 from cache.remote import remote_copy
-from cache.repair import lend_good_files, manifest_of_shards, restore_tokenizer, take_back
+from cache.repair import lend_good_files, manifest_of_shards, restore_copy, take_back
 from cache.spec import FORMAT_VERSION, MASKED_VERSION
 from cache.tables import stored_calibration
 from cache.verify import Damage, find_damage, tokenizer_damage
@@ -49,9 +49,10 @@ def repair_cache(folder: Path, run_of: RunOf, tell: Callable[[str], object]) -> 
         for name in (taken := take_back(folder, manifest, damaged)):
             report(name, "written by a repair that was interrupted, now in its place")
         left = [damage for damage in damages if damage.name not in taken]
-        tokenizer = [damage for damage in left if damage.name == TOKENIZER_NAME]
-        dumped = [damage.name for damage in left if damage.name != TOKENIZER_NAME]
-        problems = [_tokenizer_problem(folder, manifest.spec, run_of(), report)] if tokenizer else []
+        copies = manifest.copied
+        copied = {damage.name: copies[damage.name] for damage in left if damage.name in copies}
+        dumped = [damage.name for damage in left if damage.name not in copies]
+        problems = [_copy_problem(folder, name, copied[name], run_of(), report) for name in copied]
         problems += [_write_again(folder, manifest, dumped, run_of(), report)] if dumped else []
     if problems := [problem for problem in problems if problem]:
         raise RepairError("\n".join(problems))
@@ -66,14 +67,14 @@ def _sound_manifest(folder: Path, report: Report) -> tuple[Manifest, list[Damage
         manifest = _read_shards(folder)
         save_manifest(folder, manifest)
         report(MANIFEST_NAME, f"made again from the {len(manifest.shards)} shards")
-        return manifest, tokenizer_damage(folder, manifest.spec)
+        return manifest, tokenizer_damage(folder, manifest)
     damages = _damage(folder, manifest)
     if any(damage.name == MANIFEST_NAME for damage in damages):
         manifest = manifest.model_copy(update={"calibration": stored_calibration(folder, manifest.spec)})
         save_manifest(folder, manifest)
         report(MANIFEST_NAME, f"its calibration taken from {TABLES_NAME} again")
         damages = [damage for damage in damages if damage.name != MANIFEST_NAME]
-    doubts = [damage for damage in damages if damage.name not in {TABLES_NAME, TOKENIZER_NAME}]
+    doubts = [damage for damage in damages if SHARD_NAME.match(damage.name)]
     if not doubts or not all(damage.is_whole for damage in doubts):
         return manifest, damages
     try:
@@ -82,9 +83,10 @@ def _sound_manifest(folder: Path, report: Report) -> tuple[Manifest, list[Damage
         return manifest, damages
     if not _is_what_was_dumped(found, manifest, _record(folder)):
         return manifest, damages
+    found = found.model_copy(update={"companions": manifest.companions})
     save_manifest(folder, found)
     report(MANIFEST_NAME, f"did not fit the {len(found.shards)} shards, which are whole; made again from them")
-    return found, tokenizer_damage(folder, found.spec)
+    return found, tokenizer_damage(folder, found)
 
 
 def _is_what_was_dumped(found: Manifest, manifest: Manifest, recorded: Provenance | None) -> bool:
@@ -95,16 +97,15 @@ def _is_what_was_dumped(found: Manifest, manifest: Manifest, recorded: Provenanc
     return found.shards == manifest.shards or (recorded is not None and recorded.fingerprint == found.fingerprint)
 
 
-def _tokenizer_problem(folder: Path, spec: CacheSpec, workspace: Workspace, report: Report) -> str | None:
-    """Copies the tokenizer from the run; what is in the way of that."""
-    for source in (workspace.data / TOKENIZER_NAME, workspace.teacher / TOKENIZER_NAME):
-        if restore_tokenizer(folder, spec, source):
-            report(TOKENIZER_NAME, f"copied from {source}")
+def _copy_problem(folder: Path, name: str, sha256: str, workspace: Workspace, report: Report) -> str | None:
+    """Copies the tokenizer, or what goes with it, from the run; what is in the way of that."""
+    for source in (workspace.data / name, workspace.teacher / name):
+        if restore_copy(folder, source, sha256):
+            report(name, f"copied from {source}")
             return None
     return (
-        f"{folder / TOKENIZER_NAME}: is missing or damaged, and neither {workspace.data} nor {workspace.teacher} has "
-        f"the one with SHA-256 {spec.tokenizer_fingerprint}; name the run that has it with --config and --run-dir, or "
-        "copy it there yourself"
+        f"{folder / name}: is missing or damaged, and neither {workspace.data} nor {workspace.teacher} has the one "
+        f"with SHA-256 {sha256}; name the run that has it with --config and --run-dir, or copy it there yourself"
     )
 
 

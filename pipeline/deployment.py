@@ -68,7 +68,8 @@ def _percent(share: float | None) -> str:
 def _speed_cells(speed: Speed | None) -> tuple[str, str]:
     if speed is None:
         return "-", "-"
-    return _spread_text(speed.tokens_per_s, "{:,.0f}"), _spread_text(speed.to_teacher, "{:.2f}")
+    ratio = "-" if speed.to_teacher is None else _spread_text(speed.to_teacher, "{:.2f}")
+    return _spread_text(speed.tokens_per_s, "{:,.0f}"), ratio
 
 
 def _spread_text(spread: Spread, form: str) -> str:

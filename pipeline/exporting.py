@@ -6,16 +6,16 @@ exports/NAME/NAME.gguf  NAME.gguf.json
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from cache import open_cache
 from cache.atomic import sync_folder, write_atomically
 from cache.hashing import sha256_of_file
-from cache.layout import MANIFEST_NAME
+from cache.layout import COMPANION_NAMES, MANIFEST_NAME, TOKENIZER_NAME
 from cache.regular_file import read_json_object
 from pipeline.errors import MissingInputError, StaleError
 from pipeline.provenance import locked, new_provenance
@@ -27,7 +27,7 @@ from stages.export.bitnet import refuse_bitnet, write_bitnet
 from stages.export.check import NUM_WINDOWS, Verdict, check_file, check_folder
 from stages.export.formats import ExportFormat, TernaryType
 from stages.export.gguf import refuse_gguf, write_gguf
-from stages.export.gguf_tokenizer import gguf_tokenizer
+from stages.export.gguf_tokenizer import refuse_gguf_tokenizer
 from stages.export.hugging_face import write_hugging_face
 from stages.export.packages import import_gguf
 from stages.export.parity import Bounds, HeldOut, Parity
@@ -39,6 +39,8 @@ from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetSource
 
 _RECORD_STEP = "export"
+_FILES_BEFORE_RECORDS = ("config.json", "model.safetensors", TOKENIZER_NAME, *COMPANION_NAMES)
+"""Of an export whose record does not name its files yet."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def refuse(student: Student, export_format: ExportFormat) -> None:
     if export_format == "gguf":
         import_gguf()
         refuse_gguf(student.model)
-        gguf_tokenizer(student.tokenizer_json, student.model.vocab_size)
+        refuse_gguf_tokenizer(student.tokenizer_json, student.model.vocab_size)
     elif export_format == "bitnet":
         refuse_bitnet(student.model)
 
@@ -143,10 +145,10 @@ def _row(name: str, parity: Parity) -> list[str]:
 
 
 def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], None]) -> None:
-    """Write under a temporary name, check, say what was found, and rename."""
-    partial, old = (one.path.with_name(f".{one.path.name}.{state}") for state in ("partial", "old"))
-    _remove(partial)
-    try:
+    """Write in a temporary folder, check, say what was found, and move it to its place."""
+    parent = one.path.parent
+    with TemporaryDirectory(prefix=f".{one.path.name}.", suffix=".partial", dir=parent) as scratch:
+        partial = Path(scratch) / one.path.name
         with waiting(f"export {one.path.name}"):
             verdict = _write_and_check(student, one, partial, text)
         echo(verdict_text(one, verdict))
@@ -156,18 +158,26 @@ def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], 
                 f"{_what_to_do(student, one, verdict)}; nothing was kept"
             )
         record = _record(student, one, partial, verdict)
-        # While the record says `building` nothing vouches for what has the name, but it is known to be ours.
-        _write_record(one, record, "building")
+        files = sorted(path.name for path in partial.iterdir()) if partial.is_dir() else []
+        earlier = _own_files(one)
+        if mine := [name for name in files if name not in earlier and (one.path / name).exists()]:
+            raise StaleError(
+                f"{one.path / mine[0]}: found a file that no export wrote, and this one would replace it; move it, or "
+                "give another --out"
+            )
+        size = sum((partial / name).stat().st_size for name in files) if files else partial.stat().st_size
+        # While the record says `building` nothing vouches for what has the name, but it is known whose it is.
+        _write_record(one, {**record, "files": sorted({*files, *earlier})}, "building")
         if one.path.is_dir():
-            _remove(old)
-            one.path.rename(old)
-        partial.replace(one.path)
-        sync_folder(one.path.parent)
-        _write_record(one, record, "complete")
-        _remove(old)
-    finally:
-        _remove(partial)
-    size = one.path.stat().st_size if one.path.is_file() else sum(file.stat().st_size for file in one.path.iterdir())
+            for name in files:
+                (partial / name).replace(one.path / name)
+            for name in earlier - set(files):
+                (one.path / name).unlink(missing_ok=True)
+            sync_folder(one.path)
+        else:
+            partial.replace(one.path)
+        sync_folder(parent)
+        _write_record(one, {**record, "files": files}, "complete")
     echo(f"{one.path}: {size / 2**20:.2f} MiB")
 
 
@@ -219,14 +229,29 @@ def _record(student: Student, one: Wanted, written: Path, verdict: Verdict) -> d
     return {**record.model_copy(update={"fingerprint": fingerprint}).model_dump(), "verdict": asdict(verdict)}
 
 
-def _refuse_to_replace(one: Wanted) -> None:
-    if not one.path.exists():
-        return
+def _known_record(one: Wanted) -> dict[str, Any] | None:
+    """The record of an earlier export; None if what stands there, if anything, is none."""
     try:
-        is_ours = read_json_object(one.record)["step"] == _RECORD_STEP
+        record = read_json_object(one.record)
+        return record if record["step"] == _RECORD_STEP else None
     except (OSError, ValueError, KeyError, TypeError):
-        is_ours = False
-    if not is_ours or one.path.is_dir() != (one.ternary_type is None):
+        return None
+
+
+def _own_files(one: Wanted) -> set[str]:
+    """Names in the folder of an earlier export that this may replace or remove."""
+    found = (_known_record(one) or {}).get("files", _FILES_BEFORE_RECORDS)
+    return {name for name in found if isinstance(name, str) and Path(name).name == name}
+
+
+def _refuse_to_replace(one: Wanted) -> None:
+    record = _known_record(one)
+    if record is None and one.record.exists():
+        raise StaleError(
+            f"{one.record}: found a file that is no record of an export, and this one would have its record there; "
+            "move it, or give another --out"
+        )
+    if one.path.exists() and (record is None or one.path.is_dir() != (one.ternary_type is None)):
         raise StaleError(
             f"{one.path}: found something that `tristill export --format {one.export_format}` did not write (it leaves "
             f"{one.record.name} beside what it writes); move it, or give another --out"
@@ -252,11 +277,3 @@ def _source(link: Workspace) -> TargetSource:
         f"found neither tokens in {link.data} nor a cache in {link.cache}, and an export is checked on held-out text; "
         "run `tristill tokenize`, or name the run that the model is of by --config or --run-dir"
     )
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder or file of a name that only exports give."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import CacheCorruptError, CacheError, CacheMissingError, CacheStoreError, open_cache
+from cache.layout import COMPANION_NAMES
 from cache.manifest import cache_fingerprint, load_manifest
 from cache.remote import remote_copy
 from pipeline.config import DEFAULT_STUDENT
@@ -35,7 +36,7 @@ class Teacher(Step):
         *products,
         WEIGHTS_NAME,
         ORIGIN_NAME,
-        "tokenizer_config.json",
+        *COMPANION_NAMES,
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
@@ -119,7 +120,7 @@ class DumpLogits(Step):
 
     command = "dump-logits"
     products = ("cache.json", "tokenizer.json")
-    owned = (*products, "tables.h5", "train-*.h5", "validation-*.h5", ".*.partial")
+    owned = (*products, *COMPANION_NAMES, "tables.h5", "train-*.h5", "validation-*.h5", ".*.partial")
     resumable = ("tables.h5", "train-*.h5", "validation-*.h5")
     names_outside = ("cache",)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.hashing import sha256_of_file
+from cache.layout import COMPANION_NAMES
 from pipeline.reading import Input
 from pipeline.step import Step, known
 from stages.data.config import SyntheticText
@@ -14,7 +15,7 @@ class Tokenize(Step):
 
     command = "tokenize"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
-    owned = (*products, "*-mask.npy", "synthetic", ".*.partial")
+    owned = (*products, *COMPANION_NAMES, "*-mask.npy", "synthetic", ".*.partial")
     resumable = ("synthetic/part-*.jsonl",)
     fetched = ("corpus", "chat template")
     names_outside = ("data",)

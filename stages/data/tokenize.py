@@ -36,6 +36,7 @@ from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit,
 from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, tokenizer_place, train_tokenizer
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
 from stages.errors import CorpusError
+from stages.models.companions import write_tokenizer
 from stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
@@ -49,8 +50,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     folder.mkdir(parents=True, exist_ok=True)
     empty: dict[str, None] = {}
     read_documents = _reader(config, folder, empty.setdefault)
-    tokenizer, tokenizer_json, end_of_text_id = _tokenizer(config, read_documents)
-    write_atomically(folder / "tokenizer.json", tokenizer_json)
+    tokenizer, end_of_text_id = _tokenizer(config, read_documents, folder)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     left_out = 0
@@ -193,19 +193,21 @@ def _reader(config: DataConfig, folder: Path, on_empty: OnEmpty) -> Callable[[],
     return lambda: map(Document, written_documents(parts))
 
 
-def _tokenizer(config: DataConfig, read_documents: Callable[[], Iterator[Document]]) -> tuple[Tokenizer, bytes, int]:
-    """The tokenizer, its `tokenizer.json` and its end-of-text id; the file of an existing one is kept byte for byte."""
+def _tokenizer(
+    config: DataConfig, read_documents: Callable[[], Iterator[Document]], folder: Path
+) -> tuple[Tokenizer, int]:
+    """The tokenizer and its end-of-text id; it is written into the folder, an existing one byte for byte."""
     if isinstance(config.tokenizer, TrainedTokenizer):
         texts = (found.text for found in read_documents() if not is_validation(found.text, config))
         with waiting("tokenizer"):
             tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
-        tokenizer_json = tokenizer.to_str().encode("utf-8")
+        write_atomically(folder / "tokenizer.json", tokenizer.to_str().encode("utf-8"))
     else:
         tokenizer, end_of_text = existing_tokenizer(config.tokenizer), config.tokenizer.end_of_text
-        tokenizer_json = tokenizer_file(config.tokenizer).read_bytes()
+        write_tokenizer(tokenizer_file(config.tokenizer), folder)
     end_of_text_id = tokenizer.token_to_id(end_of_text)
     assert end_of_text_id is not None, "both kinds of tokenizer were made or checked to have it"
-    return tokenizer, tokenizer_json, end_of_text_id
+    return tokenizer, end_of_text_id
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

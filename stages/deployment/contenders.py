@@ -13,8 +13,8 @@ import torch
 
 from stages.errors import ExportError
 from stages.export.llama_cpp import LlamaCpp, Timings
-from stages.models.generate import TransformerRollout
-from stages.models.transformer import Transformer
+from stages.models.causal import rollout_of
+from stages.models.language_model import LanguageModel
 
 _Answer = TypeVar("_Answer")
 _loaded: list[LlamaCpp] = []
@@ -29,15 +29,16 @@ class Contender(Protocol):
 
 
 class InTorch:
-    """A model of ours in PyTorch, in float32 or packed; timed by the clock around each part."""
+    """A model in PyTorch, as it is in memory; timed by the clock around each part."""
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model.eval()
+    def __init__(self, model: LanguageModel, folder: Path) -> None:
+        """Raises CheckpointError for a model that keeps no keys and values. folder: where it is from."""
+        self._rollout = rollout_of(model.eval(), folder)
 
     @torch.inference_mode()
     def time(self, ids: Sequence[int], num_tokens: int) -> Timings:
         """See Contender. An end of text does not end it."""
-        rollout = TransformerRollout(self._model, len(ids) + num_tokens)
+        rollout = self._rollout(len(ids) + num_tokens)
         prompt_1T = torch.tensor([ids])
         started_s = time.perf_counter()
         next_11 = rollout.feed(prompt_1T).argmax(dim=-1, keepdim=True)

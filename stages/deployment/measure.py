@@ -10,18 +10,21 @@ import torch
 
 from stages.deployment.contenders import Contender, InLlamaCpp, InTorch
 from stages.deployment.report import Deployment, Form, Speed, Spread
-from stages.deployment.sizes import fp16_bytes, fp32_bytes
-from stages.errors import ExportError
+from stages.deployment.sizes import fp16_bytes, weights_bytes
+from stages.errors import CheckpointError, ExportError
 from stages.export.formats import TernaryType
 from stages.export.gguf import write_gguf
 from stages.export.llama_cpp import Timings
 from stages.export.student import Student, load_student
+from stages.models.folder import load_model
+from stages.models.hugging_face import HuggingFaceModel
 from stages.packed.model import memory_use, pack_model
 from stages.progress import Progress, waiting
 from stages.threads import torch_threads
 
 _LONGEST_PROMPT, _MOST_NEW = 512, 128
 _ROUNDS = 7
+_FORM_OF_DTYPE = {torch.float16: "fp16", torch.bfloat16: "BF16"}
 _TERNARY_TYPES: tuple[TernaryType, ...] = ("TQ2_0", "TQ1_0")
 
 
@@ -35,13 +38,14 @@ class _Entry:
     runtime: str | None = None
     contender: Contender | None = None
     why_not: str | None = None
+    context_length: int = _LONGEST_PROMPT + _MOST_NEW
     timings: list[Timings] = field(default_factory=list)
 
 
 def measure_deployment(
     teacher: Path, students: Mapping[str, Path], threads: int | None, rounds: int = _ROUNDS
 ) -> Deployment:
-    """The teacher in FP32, and each student in FP32, in fp16, packed, and as GGUF files, which are not kept.
+    """The teacher in its own format, and each student in FP32, in fp16, packed, and as GGUF files, which are not kept.
 
     The forms that can run take turns, `rounds` times after one turn that does not count, all on as many threads: as
     torch uses, if no number is given. The prompt is random ids, half as long as the shortest context, 512 at most; it
@@ -50,12 +54,12 @@ def measure_deployment(
     threads = threads or torch.get_num_threads()
     with torch_threads(threads), ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        loaded = {name: load_student(path) for name, path in {"teacher": teacher, **students}.items()}
-        context = min(student.context_length for student in loaded.values())
-        vocab_size = min(student.model.vocab_size for student in loaded.values())
+        loaded = {name: load_student(path) for name, path in students.items()}
+        entries = [*_teacher_entries(teacher)]
+        context = min([entries[0].context_length, *(student.context_length for student in loaded.values())])
+        vocab_size = min(student.loaded.vocab_size for student in loaded.values())
         prompt_tokens = max(1, min(context // 2, _LONGEST_PROMPT))
         new_tokens = max(1, min(context // 4, _MOST_NEW))
-        entries = list(_teacher_entries(loaded.pop("teacher")))
         version = None
         for name, student in loaded.items():
             with waiting(f"forms of {name}"):
@@ -77,17 +81,35 @@ def measure_deployment(
     )
 
 
-def _teacher_entries(teacher: Student) -> Iterator[_Entry]:
-    yield _Entry("teacher", "FP32", fp32_bytes(teacher.folder), "PyTorch", InTorch(teacher.model))
-    yield _Entry("teacher", "fp16", fp16_bytes(teacher.model))
+def _teacher_entries(folder: Path) -> Iterator[_Entry]:
+    """The teacher as it is run, of any architecture and in its own format; and its size in fp16."""
+    model = load_model(folder)
+    own = _FORM_OF_DTYPE.get(model.head_weight.dtype, "FP32")
+    entry = _Entry("teacher", own, weights_bytes(folder))
+    if isinstance(model, HuggingFaceModel):
+        positions = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
+        entry.context_length = positions if isinstance(positions, int) else entry.context_length
+    else:
+        entry.context_length = load_student(folder).context_length
+    try:
+        entry.contender, entry.runtime = InTorch(model, folder), "PyTorch"
+    except CheckpointError as exc:
+        entry.why_not = str(exc)
+    yield entry
+    if own != "fp16":
+        yield _Entry("teacher", "fp16", fp16_bytes(model))
 
 
 def _packed_entries(name: str, student: Student) -> Iterator[_Entry]:
-    yield _Entry(name, "FP32", fp32_bytes(student.folder))
-    yield _Entry(name, "fp16", fp16_bytes(student.model))
+    yield _Entry(name, "FP32", weights_bytes(student.folder))
+    yield _Entry(name, "fp16", fp16_bytes(student.loaded))
+    if isinstance(student.loaded, HuggingFaceModel):
+        why_not = f"packed weights are for our own transformer, and this is {student.loaded.shape.kind} of transformers"
+        yield _Entry(name, "packed", None, why_not=why_not)
+        return
     packed = pack_model(student.model)
     if memory_use(packed).packed_weights:
-        yield _Entry(name, "packed", fp16_bytes(packed), "PyTorch", InTorch(packed))
+        yield _Entry(name, "packed", fp16_bytes(packed), "PyTorch", InTorch(packed, student.folder))
     else:
         yield _Entry(name, "packed", None, why_not="found no ternary weights, and others are not packed")
 
@@ -149,8 +171,8 @@ def _forms(entries: list[_Entry]) -> Iterator[Form]:
 def _speed(tokens_per_s: list[float], of_teacher: list[float]) -> Speed | None:
     if not tokens_per_s:
         return None
-    ratios = [own / other for own, other in zip(tokens_per_s, of_teacher, strict=True)]
-    return Speed(tokens_per_s=Spread.of(tokens_per_s), to_teacher=Spread.of(ratios))
+    ratios = [own / other for own, other in zip(tokens_per_s, of_teacher, strict=False)]
+    return Speed(tokens_per_s=Spread.of(tokens_per_s), to_teacher=Spread.of(ratios) if ratios else None)
 
 
 def _prompt_speed(timings: Timings) -> float:

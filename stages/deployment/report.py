@@ -23,12 +23,12 @@ class Spread(BaseModel):
 
 
 class Speed(BaseModel):
-    """Tokens per second, and its ratio to the teacher's of the same round."""
+    """Tokens per second, and its ratio to the teacher's of the same round; None where the teacher was not run."""
 
     model_config = ConfigDict(frozen=True)
 
     tokens_per_s: Spread
-    to_teacher: Spread
+    to_teacher: Spread | None
 
 
 class Form(BaseModel):

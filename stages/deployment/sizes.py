@@ -3,24 +3,26 @@
 from pathlib import Path
 
 import safetensors.torch
-from torch import Tensor
 
-from stages.models.description import WEIGHTS_NAME
-from stages.models.transformer import Transformer
-
-
-def fp32_bytes(folder: Path) -> int:
-    """Of the weights in a model folder: latent ones, of a student."""
-    return (folder / WEIGHTS_NAME).stat().st_size
+from stages.models.folder import saved_tensors
+from stages.models.language_model import LanguageModel
+from stages.models.origin import load_origin, model_files
 
 
-def fp16_bytes(model: Transformer) -> int:
+def weights_bytes(folder: Path) -> int:
+    """Of the weights of the model in a folder, wherever they are: latent ones, of a student."""
+    origin = load_origin(folder)
+    files = model_files(folder if origin is None else origin.folder)
+    return sum(file.num_bytes for file in files if file.name.endswith(".safetensors"))
+
+
+def fp16_bytes(model: LanguageModel) -> int:
     """Of a safetensors file of the model, whole numbers as they are and all others in fp16.
 
     Of a packed model that is 2 bits a ternary weight and 16 bits of everything else.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if not (name == "lm_head.weight" and model.config.tied_embeddings):
-            tensors[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
+    tensors = {
+        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in saved_tensors(model).items()
+    }
     return len(safetensors.torch.save(tensors))

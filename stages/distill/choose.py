@@ -98,4 +98,5 @@ def online_source(config: DistillConfig, dump: DumpConfig, places: Places, devic
         max_train_windows=dump.max_train_windows,
         shard_positions=dump.shard_positions,
         hidden_stride=dump.hidden.stride,
+        tokenizer_folder=None if teacher is None else places.teacher,
     )

@@ -3,6 +3,7 @@
 Shapes: N positions, V vocabulary.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from stages.progress import say
 from stages.targets.stored import make_targets
 
 DEFAULT_TEMPERATURES = (1.0, 2.0, 5.0)
+_RELATIVE_TO_LARGEST = {"head_logits", "tail_logsumexp"}
 _STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05)
 _HEAD_PROBABILITIES = (0.1, 0.05, 0.02, 0.01, 0.005)
 _DRAWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 50, 80, 128, LARGEST_DRAWS)
@@ -222,11 +224,36 @@ def as_given(arrays: dict[str, np.ndarray], profile: AnyProfile, positions: Teac
 
 
 def as_stored(values: np.ndarray, spec: ArraySpec) -> np.ndarray:
-    """`values` in a stored type; float16 saturates instead of overflowing."""
-    if spec.dtype == "<f2":
-        largest = float(np.finfo(np.float16).max)
-        values = np.where(np.isneginf(values), values, values.clip(-largest, largest))
+    """`values` in a stored type. Logits so far below the largest that float16 does not reach them are its lowest.
+
+    Raises CheckpointError for hidden states, scales and coefficients that the type does not hold.
+    """
+    if spec.dtype != "<f2":
+        return values.astype(spec.dtype)
+    end = float(np.finfo(np.float16).max)
+    if spec.name in _RELATIVE_TO_LARGEST:
+        return np.where(np.isneginf(values), values, values.clip(-end, end)).astype(spec.dtype)
+    if not (np.abs(values) <= end).all():
+        raise CheckpointError(_beyond(spec.name, float(np.abs(values).max()), end))
     return values.astype(spec.dtype)
+
+
+def _beyond(name: str, found: float, end: float) -> str:
+    """Why an array does not go into float16, and what would hold it."""
+    layer = re.fullmatch(r"hidden_(\d+)(_scale)?", name)
+    if layer is None:
+        return (
+            f"cache.profile: found {found:.6g} in {name}, which is stored in float16 and ends at {end:.0f}; use "
+            "profile topk or sampled, which keep no states"
+        )
+    if layer[2]:
+        what, advice = f"a state beyond {127 * end:.0f}, which int8 with a scale in float16", ""
+    else:
+        what, advice = f"a state of {found:.6g}, which float16", ", or 'int8', which has a scale per position"
+    return (
+        f"cache.hidden: layer {layer[1]}: found {what} does not hold (it ends at {end:.0f}); set cache.hidden.coding "
+        f"to {{ kind = 'float32' }}{advice}"
+    )
 
 
 def plain_arrays(arrays: dict[str, np.ndarray], sample: Sample) -> Iterator[np.ndarray]:

@@ -29,6 +29,7 @@ from stages.dump.hidden import hidden_arrays
 from stages.dump.prepare import prepare
 from stages.dump.progress import shown_progress
 from stages.errors import CheckpointError
+from stages.models.companions import companions
 from stages.models.folder import load_model, pick_device
 from stages.models.language_model import LanguageModel, State
 from stages.models.origin import model_fingerprint
@@ -66,8 +67,15 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     writer: CacheWriter | None = None
     with ranks.agreeing():  # tables are there before others read them
         if prepared is not None:
-            tokenizer_json = (data_folder / TOKENIZER_NAME).read_bytes()
-            writer = CacheWriter(folder, spec, tokenizer_json, prepared.tables_image, config.compression_level, records)
+            writer = CacheWriter(
+                folder,
+                spec,
+                (data_folder / TOKENIZER_NAME).read_bytes(),
+                prepared.tables_image,
+                config.compression_level,
+                records,
+                companions(teacher_folder),
+            )
     with ranks.agreeing():
         writer = writer or CacheWriter(folder, spec, None, None, config.compression_level, records)
     own = ranks.share_of(writer.missing_shards())

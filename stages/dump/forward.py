@@ -14,8 +14,8 @@ from stages.data.tokens import TokenWindows
 from stages.dump.ensemble import ALONE, Ensemble
 from stages.dump.extract import TeacherPositions
 from stages.dump.hidden_fit import HiddenWindows
-from stages.errors import CheckpointError
 from stages.losses.target import ComputedTargets
+from stages.models.finite import finite_features
 from stages.models.language_model import Features, LanguageModel, State
 
 
@@ -38,8 +38,11 @@ def forward_windows(
     ids_PT1 = windows.read(rows)
     ids = torch.from_numpy(ids_PT1.astype(np.int64)).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        features = teacher(ids[:, :-1], states)
-        others = [(model, model(ids[:, :-1])) for model in ensemble.others]
+        features = finite_features(teacher, ids[:, :-1], states)
+        others = [
+            (model, finite_features(model, ids[:, :-1], whose=f"cache.ensemble: teacher {number}"))
+            for number, model in enumerate(ensemble.others, start=2)
+        ]
     counts_PT = windows.mask(rows)
     counted = None if counts_PT is None else torch.from_numpy(counts_PT).to(device).flatten()
     own, *rest = (_output(model, found, precision, counted) for model, found in [(teacher, features), *others])
@@ -66,8 +69,6 @@ def _counted(values: Tensor, counted: Tensor | None) -> Tensor:
 def _output(model: LanguageModel, features: Features, precision: str, counted: Tensor | None) -> ComputedTargets:
     """What a teacher's output head takes."""
     final_ND = _counted(features.final_BTD.flatten(0, 1), counted).float()
-    if not torch.isfinite(final_ND).all():
-        raise CheckpointError("the teacher's hidden states are not finite; train it again with a lower learning rate")
     head_VD = model.head_weight.detach()
     head_VD = head_VD.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     return ComputedTargets(final_ND, head_VD, model.softcap)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cache.parts import SIGNAL_STEP_NATS
 from cache.profiles.heads import HeadSize
 from stages.dump.select import largest
+from stages.models.finite import require_finite
 
 _LOWEST_SAFE_LOG_P = -80.0
 """Below some -87 nats a float32 probability loses digits, and its square root with it."""
@@ -34,6 +35,7 @@ def signals(distribution: Distribution, labels_N: Tensor) -> dict[str, Tensor]:
     """`teacher_entropy` and `label_log_prob`, in steps of 1/8 nat, (N,) uint8."""
     label_N = -distribution.log_p_NV.gather(-1, labels_N[:, None])[:, 0]
     entropy_N = -(distribution.log_p_NV * distribution.p_NV).sum(dim=-1)
+    require_finite(entropy_N.dtype, entropy_N, "the teacher's logits")
     return {
         "teacher_entropy": (entropy_N / SIGNAL_STEP_NATS).round().clamp(0, 255).to(torch.uint8),
         "label_log_prob": (label_N / SIGNAL_STEP_NATS).round().clamp(0, 255).to(torch.uint8),

@@ -11,10 +11,24 @@ from torch import Tensor
 from cache.hidden import HiddenSpec, Int8Hidden, TransformHidden
 from cache.hidden_coder import LARGEST_COEFFICIENT
 from stages.dump.extract import eight_bits
+from stages.errors import CheckpointError
 from stages.targets.hidden import HiddenTransforms, LayerTransform
 
 DEAD_ZONE_STEPS = 0.6
 """Below this a coefficient is rounded to zero: 2 of 60 bytes less at equal relative error than with 0.5."""
+
+
+class BeyondError(CheckpointError):
+    """A coefficient of a transform is larger than can be coded: `steps` in size."""
+
+    def __init__(self, steps: float, layer: int | None = None, step: float = 1.0) -> None:
+        self.steps, self.largest = steps, steps * step
+        where = "" if layer is None else f"layer {layer}: "
+        super().__init__(
+            f"cache.hidden: {where}found a state {steps * step:.6g} away from what its input id says, {steps:.0f} "
+            f"steps of {step:.3g}, and kind transform codes at most {LARGEST_COEFFICIENT} of them; set "
+            "cache.hidden.coding to { kind = 'float32' } or 'int8', or raise its relative_error"
+        )
 
 
 def hidden_arrays(
@@ -46,7 +60,10 @@ def _coefficients(
     before_ND: Tensor | None = None
     for layer in hidden.layers:
         transform = transforms.layers[layer]
-        coefficients_NR = coefficients(transform, kept[layer].flatten(0, 1), ids_PT.flatten(), before_ND)
+        try:
+            coefficients_NR = coefficients(transform, kept[layer].flatten(0, 1), ids_PT.flatten(), before_ND)
+        except BeyondError as exc:
+            raise BeyondError(exc.steps, layer, transform.step) from exc
         before_ND = transform.residual(coefficients_NR, before_ND)
         arrays[f"hidden_{layer}"] = coefficients_NR.view(*ids_PT.shape, transform.rank)
     return arrays
@@ -59,6 +76,8 @@ def coefficients(transform: LayerTransform, states_ND: Tensor, ids_N: Tensor, be
 
 
 def dead_zone_rounded(values: Tensor) -> Tensor:
-    """To the nearest integer, but zero below 0.6; int16, at most 2047 in size."""
+    """To the nearest integer, but zero below 0.6; int16. Raises BeyondError past 2047, the largest that is coded."""
     rounded = torch.where(values.abs() < DEAD_ZONE_STEPS, 0.0, values.round())
-    return rounded.clamp(-LARGEST_COEFFICIENT, LARGEST_COEFFICIENT).to(torch.int16)
+    if not bool((rounded.abs() <= LARGEST_COEFFICIENT).all()):
+        raise BeyondError(float(values.abs().max()))
+    return rounded.to(torch.int16)

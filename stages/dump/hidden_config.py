@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cache.hidden import Float16Hidden, HiddenOutput, Int8Hidden
+from cache.hidden import Float16Hidden, Float32Hidden, HiddenOutput, Int8Hidden
 from stages.settings import Section
 
 
@@ -36,7 +36,7 @@ class HiddenSettings(Section):
         ),
     ] = "residual"
     coding: Annotated[
-        Float16Hidden | Int8Hidden | TransformHiddenSettings,
+        Float16Hidden | Float32Hidden | Int8Hidden | TransformHiddenSettings,
         Field(discriminator="kind", description="how the values of a position are stored"),
     ] = Float16Hidden()
     stride: Annotated[

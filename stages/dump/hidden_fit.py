@@ -18,7 +18,7 @@ from cache.layout import default_windows_per_chunk
 from cache.parts import Part, PartCoder
 from cache.profiles.profile import Place
 from stages.dump.calibrate import as_stored
-from stages.dump.hidden import hidden_arrays
+from stages.dump.hidden import BeyondError, hidden_arrays
 from stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
 from stages.dump.hidden_transform import HiddenPositions, as_basis, at_relative_error, fit_layer
 from stages.errors import CheckpointError
@@ -146,7 +146,10 @@ def _fit_transforms(
         measure = HiddenPositions(*sample.measure.positions(layer, settings.stride), measure_before)
         found, own = at_relative_error(fit_layer(fit, sample.embedding_VD), measure, coding.relative_error, layer)
         transform = LayerTransform.of(found, own)
-        coefficients[layer], fit_residual, _ = fit.kept(transform)
+        try:
+            coefficients[layer], fit_residual, _ = fit.kept(transform)
+        except BeyondError as exc:
+            raise BeyondError(exc.steps, layer, transform.step) from exc
         if coding.delta:
             fit_before, measure_before = fit_residual, measure.kept(transform)[1]
         coded.append(found)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cache.hidden import BASIS_UNIT, TABLE_UNITS_PER_STEP, CodedLayer
-from stages.dump.hidden import coefficients
+from stages.dump.hidden import BeyondError, coefficients
 from stages.errors import CheckpointError
 from stages.fidelity.hidden import relative_error
 from stages.targets.hidden import LayerTransform
@@ -127,10 +127,15 @@ def at_relative_error(
     limit = float(held_out.states_ND.double().square().mean().sqrt())
     step, largest_met, smallest_missed = target * limit * 12**0.5, 0.0, math.inf
     found: tuple[CodedLayer, dict[str, Tensor]] | None = None
-    error = math.inf
+    error, beyond = math.inf, None
     for _ in range(_MOST_TRIALS):
         coded, tables = fit.at(step)
-        stored_ND = held_out.kept(LayerTransform.of(coded, tables))[2]
+        try:
+            stored_ND = held_out.kept(LayerTransform.of(coded, tables))[2]
+        except BeyondError as exc:  # a coarser step may code it
+            beyond, largest_met = BeyondError(exc.steps, layer, step), max(step, largest_met)
+            step = 2 * step if math.isinf(smallest_missed) else math.sqrt(largest_met * smallest_missed)
+            continue
         error = relative_error(held_out.states_ND, stored_ND)
         if error <= _AIMED_AT[1] * target:
             found, largest_met = (coded, tables), step
@@ -143,7 +148,9 @@ def at_relative_error(
             step = math.sqrt(largest_met * smallest_missed)
     if found is not None:
         return found
+    reached = "" if math.isinf(error) else f"comes to {error:.3g} at best, "
+    finest = "" if beyond is None else f" (finer steps do not code its largest state, {beyond.largest:.6g} in size)"
     raise CheckpointError(
-        f"cache.hidden.coding.relative_error: layer {layer} comes to {error:.3g} at best, expected {target:g}; ask for "
-        "more, or keep hidden states as int8 or float16"
+        f"cache.hidden.coding.relative_error: layer {layer} {reached}expected {target:g}{finest}; ask for more, or "
+        "keep hidden states as int8, float16 or float32"
     )

@@ -11,6 +11,7 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import MetricSums, ValidationMetrics
 from stages.evaluate.spread import Documents, UnitSums
 from stages.losses.chunked_head import chunks
+from stages.models.finite import finite_features, require_finite
 from stages.models.language_model import LanguageModel
 from stages.progress import Progress
 from stages.ranks import ALONE, Ranks
@@ -27,7 +28,7 @@ def evaluate(
     """
     total = source.num_windows("validation") * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
-        return _measure(model, source, config, None, progress.advance, ranks)
+        return _measure(model, source, config, None, progress.advance, ranks, label)
 
 
 def basis(fingerprint: str, source: TargetSource, config: EvaluateConfig) -> str | None:
@@ -43,7 +44,7 @@ def glance(
     Over more of them where no position of the first ones counts.
     """
     num_batches = -(-num_windows // (config.batch_windows * ranks.world_size))
-    return _measure(model, source, config, num_batches, _unseen, ranks)
+    return _measure(model, source, config, num_batches, _unseen, ranks, "the model")
 
 
 def _unseen(num_positions: int) -> None:
@@ -58,6 +59,7 @@ def _measure(
     num_batches: int | None,
     advance: Callable[[int], None],
     ranks: Ranks,
+    whose: str,
 ) -> ValidationMetrics:
     model.eval()
     units = (UnitSums("window"),) if ranks.are_many else (UnitSums("document"), UnitSums("window"))
@@ -71,7 +73,7 @@ def _measure(
             device = model.embedding_weight.device
             model(torch.zeros(1, source.context_length, dtype=torch.int64, device=device))
             break
-        final_ND = batch.counted(model(batch.input_ids_BT).final_BTD)
+        final_ND = batch.counted(finite_features(model, batch.input_ids_BT, whose=whose).final_BTD)
         labels_BT, labels_N = batch.labels_BT, batch.counted(batch.labels_BT)
         windows_BT = windows_seen + torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand_as(labels_BT)
         windows_seen += len(labels_BT)
@@ -91,4 +93,6 @@ def _measure(
             "the validation split: found no position that counts, so that its metrics would be of nothing; give more "
             "chats, or change data.validation_fraction, and run `tristill tokenize` again"
         )
-    return sums.metrics(source.bytes_per_token("validation"), ranks)
+    metrics = sums.metrics(source.bytes_per_token("validation"), ranks)
+    require_finite(model.embedding_weight.dtype, torch.tensor(metrics.loss_nats), f"{whose}: the losses of its logits")
+    return metrics

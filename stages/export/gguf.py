@@ -44,7 +44,7 @@ def write_gguf(
     """
     gguf = import_gguf()
     refuse_gguf(model)
-    tokenizer = gguf_tokenizer(tokenizer_json, model.vocab_size)
+    tokenizer = gguf_tokenizer(tokenizer_json, model.vocab_size, end_of_text_id)
     partial = path.with_name(f".{path.name}.partial")
     writer = gguf.GGUFWriter(partial, architecture(model.config))
     try:
@@ -54,7 +54,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in (about or {}).items():
             writer.add_string(key, value)
-        _add_tokenizer(writer, tokenizer, end_of_text_id)
+        _add_tokenizer(writer, tokenizer)
         for tensor_name, values, tensor_type in _tensors(model, kind):
             raw_type = gguf.GGMLQuantizationType[tensor_type]
             writer.add_tensor(tensor_name, gguf.quants.quantize(values, raw_type), raw_dtype=raw_type)
@@ -177,14 +177,16 @@ def _add_shape(writer: Any, model: Transformer, context_length: int) -> None:
     writer.add_vocab_size(model.vocab_size)
 
 
-def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer, end_of_text_id: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(list(tokenizer.tokens))
     writer.add_token_types([int(kind) for kind in tokenizer.types])
     writer.add_token_merges(list(tokenizer.merges))
-    writer.add_bos_token_id(end_of_text_id)
-    writer.add_eos_token_id(end_of_text_id)
-    writer.add_pad_token_id(end_of_text_id)
-    for add in (writer.add_add_bos_token, writer.add_add_eos_token, writer.add_add_space_prefix):
-        add(value=False)
+    for role, token_id in tokenizer.special.items():
+        getattr(writer, f"add_{role}_token_id")(token_id)
+    for role, is_added in tokenizer.adds.items():
+        getattr(writer, f"add_add_{role}_token")(is_added)
+    writer.add_add_space_prefix(value=False)
+    if tokenizer.templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in tokenizer.templates.items()])

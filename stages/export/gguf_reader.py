@@ -11,11 +11,13 @@ from torch import Tensor
 from stages.errors import ExportError
 from stages.export.gguf import exported_tensors
 from stages.export.gguf_layout import architecture, halves, our_name, rotated_heads
-from stages.export.gguf_tokenizer import GgufTokenizer, TokenType, gguf_tokenizer
+from stages.export.gguf_tokenizer import ADDED_ROLES, ROLE_KEYS, GgufTokenizer, TokenType, gguf_tokenizer
 from stages.export.packages import import_gguf
 from stages.export.student import plain_transformer
 from stages.models.config import ModelConfig
 from stages.models.transformer import Transformer
+
+_TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,6 @@ class GgufFile:
 
     config: ModelConfig
     context_length: int
-    end_of_text_id: int
     tokenizer: GgufTokenizer
     tensors: dict[str, Tensor]
     """Values by our names, float32, rows in our order."""
@@ -60,11 +61,21 @@ def read_gguf(path: Path) -> GgufFile:
             tokens=tuple(_value(reader, "tokenizer.ggml.tokens")),
             types=tuple(TokenType(kind) for kind in _value(reader, "tokenizer.ggml.token_type")),
             merges=tuple(_value(reader, "tokenizer.ggml.merges")),
+            special={
+                role: _value(reader, key)
+                for role, name in ROLE_KEYS.items()
+                if reader.get_field(key := f"tokenizer.ggml.{name}_token_id")
+            },
+            adds={role: _value(reader, f"tokenizer.ggml.add_{role}_token") for role in ADDED_ROLES},
+            templates={
+                key.removeprefix(_TEMPLATE).removeprefix(".") or "default": _value(reader, key)
+                for key in reader.fields
+                if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+            },
         )
         return GgufFile(
             config=config,
             context_length=_value(reader, f"{arch}.context_length"),
-            end_of_text_id=_value(reader, "tokenizer.ggml.eos_token_id"),
             tokenizer=tokenizer,
             tensors=tensors,
             ternary=frozenset(name for name, tensor in found.items() if tensor.tensor_type.name.startswith("TQ")),
@@ -103,8 +114,7 @@ def check_gguf(
     said = {
         "shape": (file.config, shape),
         "context length": (file.context_length, context_length),
-        "end of text": (file.end_of_text_id, end_of_text_id),
-        "tokenizer": (file.tokenizer, gguf_tokenizer(tokenizer_json, model.vocab_size)),
+        "tokenizer": (file.tokenizer, gguf_tokenizer(tokenizer_json, model.vocab_size, end_of_text_id)),
     }
     wrong += [f"{what}: found another than was written" for what, (found, wanted) in said.items() if found != wanted]
     if wrong:

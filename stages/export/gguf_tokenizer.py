@@ -1,14 +1,15 @@
 """A `tokenizer.json` as llama.cpp reads one: byte-level BPE with a pre-tokenizer that llama.cpp knows by name."""
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from tokenizers import pre_tokenizers
-
 from cache.regular_file import read_json_object
 from stages.errors import ExportError, TokenizerError
+from stages.export.packages import import_gguf
+from stages.models.companions import SpecialIds
 
 _LARGEST_TOKENIZER_BYTES = 2**28
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -18,6 +19,21 @@ _LLAMA_3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _NOT_OURS = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+
+
+ROLE_KEYS = {
+    "bos": "bos",
+    "eos": "eos",
+    "pad": "padding",
+    "unk": "unknown",
+    "sep": "seperator",
+    "mask": "mask",
+    "eot": "eot",
+    "eom": "eom",
+}
+"""Roles of special ids, and what their keys in a file begin with, `tokenizer.ggml.<key>_token_id`."""
+ADDED_ROLES = ("bos", "eos")
+_NOT_A_NAME = re.compile(r"[^A-Za-z0-9]")
 
 
 class TokenType(IntEnum):
@@ -31,32 +47,28 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Token texts and types by id, and merges in order of rank."""
+    """Token texts and types by id, and merges in order of rank.
+
+    special: ids by role, such as `bos`; adds: whether a runtime puts `bos` or `eos` around a text. templates: of chats,
+    by name.
+    """
 
     pre: str
     tokens: tuple[str, ...]
     types: tuple[TokenType, ...]
     merges: tuple[str, ...]
+    special: dict[str, int]
+    adds: dict[str, bool]
+    templates: dict[str, str]
 
 
-def gguf_tokenizer(path: Path, vocab_size: int) -> GgufTokenizer:
-    """The tokenizer in `path`, with one token for each of the model's `vocab_size` ids.
+def gguf_tokenizer(path: Path, vocab_size: int, end_of_text_id: int) -> GgufTokenizer:
+    """The tokenizer in `path` and what goes with it, with one token for each of the model's `vocab_size` ids.
 
     Raises ExportError, with all reasons, for a tokenizer that llama.cpp would take for another one.
     """
-    try:
-        content = read_json_object(path, _LARGEST_TOKENIZER_BYTES)
-        model: dict[str, Any] = content["model"]
-        vocab: dict[str, int] = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise TokenizerError(f"{path}: cannot be read as a tokenizer.json of a BPE ({exc!r})") from exc
-    pre = _pre_tokenizer(content.get("pre_tokenizer"))
-    if problems := [*_problems(content, vocab_size, vocab, pre)]:
-        raise ExportError(
-            f"{path}: llama.cpp would not make the same ids: {'; '.join(problems)}; use `--format hf`, or a tokenizer "
-            "that `tristill tokenize` trains"
-        )
-    assert pre is not None, "that would be a problem"
+    content, vocab, pre = _checked(path, vocab_size)
+    model = content["model"]
     texts = {token_id: text for text, token_id in vocab.items()}
     added = {one["id"]: one for one in content["added_tokens"]}
     tokens, types = [], []
@@ -72,7 +84,59 @@ def gguf_tokenizer(path: Path, vocab_size: int) -> GgufTokenizer:
     if not merges:  # llama.cpp refuses a BPE without any; two control tokens never meet in one word
         control = next(text for text, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL)
         merges = [f"{control} {control}"]
-    return GgufTokenizer(pre, tuple(tokens), tuple(types), tuple(merges))
+    special, adds, templates = _special(path, vocab_size, end_of_text_id)
+    return GgufTokenizer(pre, tuple(tokens), tuple(types), tuple(merges), special, adds, templates)
+
+
+def refuse_gguf_tokenizer(path: Path, vocab_size: int) -> None:
+    """Raises ExportError, with all reasons, for a tokenizer that llama.cpp would take for another one."""
+    _checked(path, vocab_size)
+
+
+def _checked(path: Path, vocab_size: int) -> tuple[dict[str, Any], dict[str, int], str]:
+    """The file, the ids of its texts, and llama.cpp's name of its pre-tokenizer."""
+    try:
+        content = read_json_object(path, _LARGEST_TOKENIZER_BYTES)
+        model: dict[str, Any] = content["model"]
+        pre = _pre_tokenizer(content.get("pre_tokenizer"))
+        vocab: dict[str, int] = {one["content"]: one["id"] for one in content["added_tokens"]}
+        if (kind := model.get("type", "BPE")) == "BPE":
+            vocab = {**model["vocab"], **vocab}
+            problems = _problems(content, vocab_size, vocab, pre)
+        else:
+            problems = [f"model: found {kind}, expected BPE over bytes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise TokenizerError(f"{path}: cannot be read as a tokenizer.json of a BPE ({exc!r})") from exc
+    if problems:
+        raise ExportError(
+            f"{path}: llama.cpp would not make the same ids: {'; '.join(problems)}; use `--format hf`, or a tokenizer "
+            "that `tristill tokenize` trains"
+        )
+    assert pre is not None, "that would be a problem"
+    return content, vocab, pre
+
+
+def _special(
+    path: Path, vocab_size: int, end_of_text_id: int
+) -> tuple[dict[str, int], dict[str, bool], dict[str, str]]:
+    """Special ids, what is put around texts and chat templates, by the files beside the tokenizer.
+
+    llama.cpp stops at three ids, eos, eot and eom, and at others that it knows by their text.
+    """
+    try:
+        found = import_gguf().SpecialVocab(path.parent, n_vocab=vocab_size)
+        template = found.chat_template or []
+        choices = [{"name": "default", "template": template}] if isinstance(template, str) else template
+        templates = {_NOT_A_NAME.sub("_", choice["name"]): str(choice["template"]) for choice in choices}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ExportError(f"{path.parent}: what goes with its tokenizer cannot be read by gguf ({exc!r})") from exc
+    own = SpecialIds.of(path.parent)
+    described = {"pad_token_id": end_of_text_id, **own.described(end_of_text_id)}
+    special = found.special_token_ids | {key.removesuffix("_token_id"): value for key, value in described.items()}
+    ends = dict.fromkeys([*own.ends, end_of_text_id])
+    special |= dict(zip(("eot", "eom"), (end for end in ends if end != special["eos"]), strict=False))
+    kept = {role: special[role] for role in ROLE_KEYS if special.get(role, vocab_size) < vocab_size}
+    return kept, {role: bool(found.add_special_token.get(role)) for role in ADDED_ROLES}, templates
 
 
 def _pre_tokenizer(found: dict[str, Any] | None) -> str | None:
@@ -92,8 +156,6 @@ def _pre_tokenizer(found: dict[str, Any] | None) -> str | None:
 
 def _problems(content: dict[str, Any], vocab_size: int, vocab: dict[str, int], pre: str | None) -> list[str]:
     model, problems = content["model"], []
-    if model.get("type", "BPE") != "BPE":
-        problems.append(f"model: found {model['type']}, expected BPE over bytes")
     if pre is None:
         problems.append(
             "pre_tokenizer: found one that is not known here; expected ByteLevel(add_prefix_space=false, "
@@ -106,8 +168,6 @@ def _problems(content: dict[str, Any], vocab_size: int, vocab: dict[str, int], p
             problems.append(f"model.{key}: found {model[key]!r}, expected none")
     if bool(model.get("ignore_merges", False)) != (pre == "llama-bpe"):
         problems.append(f"model.ignore_merges: found {model.get('ignore_merges', False)}, expected the other")
-    if missing := [byte for byte in pre_tokenizers.ByteLevel.alphabet() if byte not in vocab]:
-        problems.append(f"vocabulary: found no token for {len(missing)} of the 256 bytes")
     if max(vocab.values()) >= vocab_size:
         problems.append(f"vocabulary: found id {max(vocab.values())}, but the model knows {vocab_size} tokens")
     if len(set(vocab.values())) != len(vocab):

@@ -13,7 +13,8 @@ from cache.atomic import write_atomically
 from stages.data.tokenizer import load_tokenizer
 from stages.export.own_format import write_own_format
 from stages.export.student import Student
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from stages.models.companions import write_tokenizer
+from stages.models.description import CONFIG_NAME, WEIGHTS_NAME
 from stages.models.folder import hugging_face_config
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.transformer import Transformer
@@ -26,7 +27,8 @@ def write_hugging_face(student: Student, folder: Path) -> None:
     the student shares it with the embedding.
     """
     if isinstance(student.loaded, HuggingFaceModel):
-        write_own_format(student.loaded, folder, student.tokenizer_json, student.context_length, student.end_of_text_id)
+        write_own_format(student.loaded, folder, student.special)
+        write_exported_tokenizer(student, folder)
         return
     layers = student.model.quantized_linears()
     own = {f"{name}.weight": layer.quantized_weight().detach().float() for name, layer in layers.items()}
@@ -49,22 +51,33 @@ def write_folder(student: Student, folder: Path, tensors: Mapping[str, Tensor], 
     shape = model.config.model_copy(update={"tied_embeddings": "lm_head.weight" not in tensors})
     with torch.device("meta"):
         plain = Transformer(shape, model.vocab_size)
-    config = hugging_face_config(plain, student.context_length, student.end_of_text_id)
+    config = hugging_face_config(plain, student.context_length, student.special)
     if shape.subln:  # transformers' Llama has no such norms, and its BitNet is a Llama with them
         config |= {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet"}
     _write_json(folder / CONFIG_NAME, config | dict(further))
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(stored, metadata={"format": "pt"}))
-    write_atomically(folder / TOKENIZER_NAME, student.tokenizer_json.read_bytes())
+    write_exported_tokenizer(student, folder)
+
+
+def write_exported_tokenizer(student: Student, folder: Path) -> None:
+    """Write the tokenizer and all that goes with it, as any of transformers' fast tokenizers.
+
+    transformers would make some of its classes anew from vocabulary and merges; what the student learned is the file.
+    """
+    write_tokenizer(student.tokenizer_json, folder)
+    path = folder / "tokenizer_config.json"
+    known = json.loads(path.read_bytes()) if path.is_file() else {}
     end_of_text = load_tokenizer(student.tokenizer_json).id_to_token(student.end_of_text_id)
     about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": student.context_length,
         "bos_token": end_of_text,
         "eos_token": end_of_text,
         "clean_up_tokenization_spaces": False,
+        **known,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": student.context_length,
     }
-    _write_json(folder / "tokenizer_config.json", about)
+    _write_json(path, about)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

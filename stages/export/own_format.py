@@ -1,42 +1,32 @@
 """Writes a student of an architecture of transformers as just that, its weights dequantised, and reads it back."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cache.atomic import sync_file, write_atomically
-from stages.data.tokenizer import load_tokenizer
+from cache.atomic import sync_file
 from stages.errors import ExportError
-from stages.models.description import TOKENIZER_NAME
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_folder import load_inner
 from stages.models.origin import Origin
 
 
-def write_own_format(
-    model: HuggingFaceModel, folder: Path, tokenizer_json: Path, context_length: int, end_of_text_id: int
-) -> None:
-    """Write the folder as transformers itself saves such a model; linear layers it had transposed are so again."""
+def write_own_format(model: HuggingFaceModel, folder: Path, special: Mapping[str, int]) -> None:
+    """Write the folder as transformers itself saves such a model; linear layers it had transposed are so again.
+
+    special: ids of tokens, by their keys in a description.
+    """
     inner = model.plain_inner()
     inner.config.architectures = [type(inner).__name__]
     for settings in (inner.config, inner.generation_config):
-        settings.eos_token_id = settings.bos_token_id = end_of_text_id
         settings.pad_token_id = None
+        for key, token_id in special.items():
+            setattr(settings, key, token_id)
     inner.save_pretrained(folder)
     for path in folder.iterdir():
         sync_file(path)
-    write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
-    end_of_text = load_tokenizer(tokenizer_json).id_to_token(end_of_text_id)
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context_length,
-        "bos_token": end_of_text,
-        "eos_token": end_of_text,
-        "clean_up_tokenization_spaces": False,
-    }
-    write_atomically(folder / "tokenizer_config.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
 def compare_own_format(model: HuggingFaceModel, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Libraries that only exports need, imported when they are needed."""
 
+import logging
 from typing import Any
 
 from stages.errors import ExportError
@@ -15,6 +16,7 @@ def import_gguf() -> Any:
             "a GGUF file is written and checked by the package gguf, which is not installed; "
             "run `pip install -e '.[gguf]'`"
         ) from exc
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # what it wonders about in a tokenizer is nobody's concern
     return gguf
 
 

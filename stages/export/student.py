@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError, ExportError
+from stages.models.companions import SpecialIds
 from stages.models.config import ModelConfig
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
 from stages.models.folder import load_model
@@ -40,6 +41,11 @@ class Student:
             )
         assert isinstance(self.loaded, Transformer), "there are no other models"
         return self.loaded
+
+    @property
+    def special(self) -> dict[str, int]:
+        """Ids of special tokens, by their keys in a description of transformers."""
+        return SpecialIds.of(self.folder).described(self.end_of_text_id)
 
     @property
     def tokenizer_json(self) -> Path:

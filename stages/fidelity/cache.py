@@ -10,6 +10,7 @@ from cache import CacheMismatchError, Need, open_cache
 from stages.errors import TargetsError
 from stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
 from stages.losses.target import ComputedTargets
+from stages.models.finite import finite_features
 from stages.models.folder import CONFIG_NAME, load_model
 from stages.models.origin import model_fingerprint
 from stages.progress import Progress
@@ -74,11 +75,12 @@ def cache_fidelity(
             if positions >= max_positions:
                 break
             assert batch.targets is not None, "targets were asked for"
-            final_ND = batch.counted(teacher(batch.input_ids_BT).final_BTD)
+            final_ND = batch.counted(finite_features(teacher, batch.input_ids_BT).final_BTD)
             if not len(final_ND):
                 continue
             full = ComputedTargets(final_ND, teacher.head_weight, teacher.softcap)
-            pair = FeaturePairs(batch.counted(student(batch.input_ids_BT).final_BTD), student.head_weight)
+            seen = finite_features(student, batch.input_ids_BT, whose="the student")
+            pair = FeaturePairs(batch.counted(seen.final_BTD), student.head_weight)
             for tau in served:
                 gradients[tau][0] += gradient(pair, batch.targets, tau)
                 gradients[tau][1] += gradient(pair, full, tau)

@@ -1,6 +1,7 @@
 """Any causal language model in a folder, ours or of transformers, ready to generate."""
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.regular_file import read_json_object
 from stages.errors import CheckpointError
+from stages.models.companions import SpecialIds
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
 from stages.models.folder import load_model
-from stages.models.generate import CausalModel, TransformerRollout
+from stages.models.generate import CausalModel, Rollout, TransformerRollout
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_folder import load_inner, num_ids
 from stages.models.language_model import LanguageModel
@@ -35,28 +36,22 @@ def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> Ca
         end_of_text_id, max_positions = int(config["eos_token_id"]), int(config["max_position_embeddings"])
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(f"{folder / CONFIG_NAME}: does not describe a model of ours ({exc})") from exc
-    if isinstance(model, HuggingFaceModel):
-        _require_attention(model.inner, folder)
     return CausalModel(
         start_id=end_of_text_id,
-        stop_ids=(end_of_text_id, *_ends_of_turn(folder)),
+        stop_ids=tuple(dict.fromkeys([end_of_text_id, *SpecialIds.of(folder).ends])),
         vocab_size=model.vocab_size,
         max_positions=max_positions,
         device=device,
-        rollout=partial(HuggingFaceRollout, model.inner, model.vocab_size)
-        if isinstance(model, HuggingFaceModel)
-        else partial(TransformerRollout, _own(model)),
+        rollout=rollout_of(model, folder),
     )
 
 
-def _ends_of_turn(folder: Path) -> list[int]:
-    """The ids at which generation_config.json ends a text, as that of a student of chats ends it with a turn."""
-    path = folder / "generation_config.json"
-    try:
-        found = read_json_object(path).get("eos_token_id") if path.is_file() else None
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({exc})") from exc
-    return [token_id for token_id in (found if isinstance(found, list) else [found]) if isinstance(token_id, int)]
+def rollout_of(model: LanguageModel, folder: Path) -> Callable[[int], Rollout]:
+    """An empty rollout of any model, with room for so many positions. folder: where it is from, for messages."""
+    if isinstance(model, HuggingFaceModel):
+        _require_attention(model.inner, folder)
+        return partial(HuggingFaceRollout, model.inner, model.vocab_size)
+    return partial(TransformerRollout, _own(model))
 
 
 _KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -114,6 +109,7 @@ def _hugging_face_model(origin: Origin, tokenizer_json: Path, device: torch.devi
         max_positions=getattr(model.config, "max_position_embeddings", None),
         device=device,
         rollout=partial(HuggingFaceRollout, model.to(device), vocab_size),
+        dtype=model.dtype,
     )
 
 

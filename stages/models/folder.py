@@ -1,6 +1,7 @@
 """A model's folder: `config.json`, `model.safetensors`, `tokenizer.json`; a teacher's is a Hugging Face Llama."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cache.atomic import write_atomically
 from stages.errors import CheckpointError, StageError
+from stages.models.companions import SpecialIds, generation_config, write_tokenizer
 from stages.models.config import ModelConfig
 from stages.models.description import (
     CONFIG_NAME,
@@ -89,11 +91,14 @@ def _write_model(
     end_of_text_id: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if tokenizer_json.resolve() != (folder / TOKENIZER_NAME).resolve():
-        write_atomically(folder / TOKENIZER_NAME, tokenizer_json.read_bytes())
-    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
-    _write_json(folder / "tokenizer_config.json", tokenizer_config)
-    _write_json(folder / CONFIG_NAME, _description(model, context_length, end_of_text_id))
+    write_tokenizer(tokenizer_json, folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
+        _write_json(folder / "tokenizer_config.json", tokenizer_config)
+    if how := generation_config(folder, end_of_text_id):
+        write_atomically(folder / "generation_config.json", how)
+    special = SpecialIds.of(folder).described(end_of_text_id) | {"eos_token_id": end_of_text_id}
+    _write_json(folder / CONFIG_NAME, _description(model, context_length, special))
     write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
@@ -153,7 +158,7 @@ def saved_tensors(model: LanguageModel) -> dict[str, Tensor]:
         return tensors_of(model)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if isinstance(model, Transformer) and model.config.tied_embeddings:
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)  # there is none in a model whose head is packed
     return tensors
 
 
@@ -201,8 +206,8 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def hugging_face_config(model: Transformer, context_length: int, end_of_text_id: int) -> dict[str, Any]:
-    """The content of `config.json` for a model of this shape and code."""
+def hugging_face_config(model: Transformer, context_length: int, special: Mapping[str, int]) -> dict[str, Any]:
+    """The content of `config.json` for a model of this shape and code. special: ids of tokens, by its keys."""
     config = model.config
     description: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -221,8 +226,7 @@ def hugging_face_config(model: Transformer, context_length: int, end_of_text_id:
         "tie_word_embeddings": config.tied_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": end_of_text_id,
-        "eos_token_id": end_of_text_id,
+        **special,
         "torch_dtype": "float32",
     }
     if model.quantize is not None:
@@ -236,9 +240,9 @@ def hugging_face_config(model: Transformer, context_length: int, end_of_text_id:
     return description
 
 
-def _description(model: LanguageModel, context_length: int, end_of_text_id: int) -> dict[str, Any]:
+def _description(model: LanguageModel, context_length: int, special: Mapping[str, int]) -> dict[str, Any]:
     if isinstance(model, Transformer):
-        return hugging_face_config(model, context_length, end_of_text_id)
+        return hugging_face_config(model, context_length, special)
     assert isinstance(model, HuggingFaceModel), "there are no other models"
     quantize = {} if model.quantize is None else {"quantize": model.quantize.model_dump(exclude_none=True)}
     return {
@@ -246,8 +250,7 @@ def _description(model: LanguageModel, context_length: int, end_of_text_id: int)
         "model_type": STUDENT_TYPE,
         "vocab_size": model.vocab_size,
         "max_position_embeddings": context_length,
-        "bos_token_id": end_of_text_id,
-        "eos_token_id": end_of_text_id,
+        **special,
         **quantize,
         "hugging_face": model.shape.config,
     }

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from stages.models.finite import require_finite
 from stages.models.linear import QuantizedLinear
 from stages.models.past import LayerPast
 from stages.models.transformer import Transformer
@@ -42,6 +43,8 @@ class CausalModel:
     device: torch.device
     rollout: Callable[[int], Rollout]
     """An empty one, with room for so many positions."""
+    dtype: torch.dtype = torch.float32
+    """Its states are computed in this."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def stream(
     while True:
         num_new_R = position - starts_B[rows_R]
         uniform_R = uniform_BM[rows_R, num_new_R.clamp(0, sampling.max_tokens - 1)]
+        require_finite(model.dtype, logits_RV, f"the logits of position {position - 1}")
         drawn_R = draw(logits_RV, uniform_R, sampling)
         is_new_R = num_new_R >= 0
         ids_BL[rows_R, position] = torch.where(is_new_R, drawn_R, ids_BL[rows_R, position])

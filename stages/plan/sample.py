@@ -11,6 +11,7 @@ from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
 from cache.spec import SplitName
 from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, load_corpus, mask_name
 from stages.data.tokens import token_file
+from stages.models.companions import write_tokenizer
 
 
 def sample_corpus(
@@ -44,7 +45,7 @@ def sample_corpus(
         for name in names:
             _cut(data_folder / name, folder / name, runs)
         splits[split] = _described(whole, folder, names)
-    write_atomically(folder / TOKENIZER_NAME, (data_folder / TOKENIZER_NAME).read_bytes())
+    write_tokenizer(data_folder / TOKENIZER_NAME, folder)
     sample = corpus.model_copy(update={"splits": splits})
     write_atomically(folder / "data.json", (sample.model_dump_json(indent=2) + "\n").encode())
     return sample

@@ -21,6 +21,7 @@ from cache.spec import SplitName
 from stages.data.tokenized import load_corpus, split_windows
 from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
+from stages.models.finite import finite_features
 from stages.models.language_model import Features, LanguageModel
 from stages.targets.source import Epoch, Signals, TargetBatch
 
@@ -40,11 +41,13 @@ class OnlineSource:
         max_train_windows: int | None = None,
         shard_positions: int = DEFAULT_SHARD_POSITIONS,
         hidden_stride: int = 1,
+        tokenizer_folder: Path | None = None,
     ) -> None:
         """`temperature` is what a loss or metric uses that names none; targets serve any.
 
         `max_train_windows`, `shard_positions`: those of a cache, whose windows and order these are.
         `hidden_stride`: hidden states are given at every so many positions, as a cache would hold them.
+        `tokenizer_folder`: where the tokenizer is with all that goes with it; that of the corpus if None.
         """
         self._corpus = load_corpus(data_folder)
         self._device = device
@@ -59,7 +62,7 @@ class OnlineSource:
         self.temperature = temperature
         self._hidden_stride = hidden_stride
         self._shard_positions = shard_positions
-        self.tokenizer_path = data_folder / TOKENIZER_NAME
+        self.tokenizer_path = (tokenizer_folder or data_folder) / TOKENIZER_NAME
 
     @property
     def identity(self) -> str | None:
@@ -126,7 +129,9 @@ class OnlineSource:
         """A batch of windows with what the teacher, as it is now, says of them."""
         assert self._teacher is not None, "a source is chosen for the signals that the losses need"
         with torch.no_grad():
-            return self.with_features(batch, signals, self._teacher(batch.input_ids_BT, signals.states))
+            return self.with_features(
+                batch, signals, finite_features(self._teacher, batch.input_ids_BT, signals.states)
+            )
 
     def with_features(self, batch: TargetBatch, signals: Signals, features: Features) -> TargetBatch:
         """The same from what the teacher's forward pass found; no gradient leads back to it."""

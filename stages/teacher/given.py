@@ -9,6 +9,7 @@ from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import basis, evaluate
+from stages.models.companions import write_tokenizer
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
 from stages.models.folder import load_model, pick_device
 from stages.models.hub import fetch_model
@@ -75,7 +76,7 @@ def _take_ours(
         )
     _copy(given / CONFIG_NAME, folder / CONFIG_NAME)
     _copy(given / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-    _copy(data_folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    write_tokenizer(data_folder / TOKENIZER_NAME, folder, given)
     return model
 
 
@@ -96,7 +97,7 @@ def _use_in_place(
             "padding of the output matrix, and never receive mass"
         )
     _copy(given / CONFIG_NAME, folder / CONFIG_NAME)
-    _copy(data_folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    write_tokenizer(data_folder / TOKENIZER_NAME, folder, given)
     origin.with_fingerprint().save(folder)
     return model
 

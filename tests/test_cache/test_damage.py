@@ -300,4 +300,4 @@ def test_reader_refuses_another_tokenizer(small_cache: Cache) -> None:
         CacheMismatchError, match=r"tokenizer.json: found a tokenizer with fingerprint 44136f.*which made"
     ):
         open_cache(small_cache.folder)
-    assert "is not the tokenizer" in verify_cache(small_cache.folder, silent)[0]
+    assert "tokenizer.json: found SHA-256 44136f" in verify_cache(small_cache.folder, silent)[0]

@@ -36,7 +36,7 @@ from cache.parts import SIGNAL_STEP_NATS
 from cache.peek import peek
 from cache.profiles.heads import HeadSize
 from cache.profiles.profile import Profile
-from cache.repair import SCRATCH_NAME, lend_good_files, manifest_of_shards, restore_tokenizer, take_back
+from cache.repair import SCRATCH_NAME, lend_good_files, manifest_of_shards, restore_copy, take_back
 from cache.shard import spec_of_shard
 from cache.tables import tables_image
 from cache.verify import find_damage
@@ -321,12 +321,12 @@ def test_only_the_tokenizer_that_made_the_cache_is_restored(small_cache: Cache, 
     spec, target = small_cache.spec, small_cache.folder / "tokenizer.json"
     target.unlink()
     source = tmp_path / "tokenizer.json"
-    assert not restore_tokenizer(small_cache.folder, spec, source)
+    assert not restore_copy(small_cache.folder, source, spec.tokenizer_fingerprint)
     source.write_bytes(TOKENIZER_JSON + b" ")
-    assert not restore_tokenizer(small_cache.folder, spec, source)
+    assert not restore_copy(small_cache.folder, source, spec.tokenizer_fingerprint)
     assert not target.exists()
     source.write_bytes(TOKENIZER_JSON)
-    assert restore_tokenizer(small_cache.folder, spec, source)
+    assert restore_copy(small_cache.folder, source, spec.tokenizer_fingerprint)
     assert target.read_bytes() == TOKENIZER_JSON
 
 

@@ -1,12 +1,14 @@
 """`tristill evaluate --packed`: sizes are those of files, all forms take turns, and what cannot run says why."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_models import write_model
 
 from conftest import ENVIRONMENT, ROOT, tristill
 from pipeline.deployment import deployment_table
@@ -14,6 +16,8 @@ from stages.deployment.measure import measure_deployment
 from stages.deployment.report import Deployment
 from stages.models.config import ModelConfig
 from stages.models.folder import load_model, save_model
+from stages.models.hugging_face_folder import hugging_face_shape, new_hugging_face
+from stages.models.origin import Origin
 from stages.models.transformer import Transformer
 from stages.packed.model import memory_use, pack_model
 from stages.quantize.config import QuantizeConfig
@@ -66,6 +70,38 @@ def test_all_forms_are_measured_side_by_side(finished_run: Path, tmp_path: Path)
     assert by_form["FP32"].prompt is None, "latent weights are not what runs"
     assert found.forms[0].prompt is not None
     assert found.forms[0].prompt.to_teacher.model_dump() == {"median": 1, "min": 1, "max": 1}
+
+
+def test_a_teacher_and_a_student_of_transformers_are_measured_as_far_as_they_have_forms(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="the extra `hf` is not installed")
+    tokenizer = finished_run / "teacher" / "tokenizer.json"
+    write_model(tmp_path / "given", "qwen3", tokenizer, outputs=512, eos_token_id=[0, 1])
+    Origin(folder=tmp_path / "given", dtype="bfloat16").with_fingerprint().save(save_place(tmp_path / "teacher"))
+    shutil.copy(tmp_path / "given" / "config.json", tmp_path / "teacher")
+    shutil.copy(tokenizer, tmp_path / "teacher")
+    own = save(tmp_path / "student", tokenizer, QuantizeConfig())
+    shape = hugging_face_shape(tmp_path / "given")
+    other = new_hugging_face(shape, 512, QuantizeConfig(), seed=0)
+    save_model(tmp_path / "other", other, tokenizer, context_length=16, end_of_text_id=0)
+    found = measure_deployment(tmp_path / "teacher", {"student": own, "other": tmp_path / "other"}, threads=1, rounds=1)
+    assert forms_of(found, "teacher") == ["BF16", "fp16"]
+    teacher = found.forms[0]
+    assert teacher.disk_bytes == (tmp_path / "given" / "model.safetensors").stat().st_size
+    assert teacher.generation is not None
+    by_form = {form.form: form for form in found.forms if form.model == "other"}
+    assert by_form["packed"].why_not == "packed weights are for our own transformer, and this is qwen3 of transformers"
+    assert "goes out in its own format only" in (by_form["GGUF TQ2_0"].why_not or "")
+    assert by_form["fp16"].disk_bytes
+    packed = next(form for form in found.forms if (form.model, form.form) == ("student", "packed"))
+    assert packed.generation is not None
+    assert packed.generation.to_teacher is not None
+
+
+def save_place(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_what_cannot_be_a_file_or_be_packed_says_why_and_the_rest_is_measured(copied_run: Path, tmp_path: Path) -> None:

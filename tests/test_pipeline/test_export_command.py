@@ -113,6 +113,28 @@ def test_what_no_export_wrote_is_not_replaced(own_run: Path, tmp_path: Path) -> 
     assert "it leaves hf.json beside what it writes" in outcome.stderr
 
 
+def test_files_of_the_user_beside_and_inside_an_export_stay(own_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "dense.json").write_text("mine")
+    outcome = on(own_run, "--format", "hf", "--out", str(tmp_path / "dense"))
+    assert outcome.code == 1
+    assert "dense.json: found a file that is no record of an export" in outcome.stderr
+    exports = own_run / "exports" / "student"
+    assert on(own_run, "--format", "hf").code == 0
+    mine = [exports / ".hf.partial", exports / ".hf.old", exports / "hf" / "README.md", exports / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    (exports / "hf" / "config.json").write_text("{}")
+    assert on(own_run, "--format", "hf").code == 0
+    assert [path.read_text() for path in mine] == ["mine"] * 4
+    assert json.loads((exports / "hf" / "config.json").read_text())["model_type"] == "llama"
+    (own_run / "students" / "student" / "chat_template.jinja").write_text("{{ messages }}")
+    (exports / "hf" / "chat_template.jinja").write_text("mine")
+    outcome = on(own_run, "--format", "hf")
+    assert outcome.code == 1
+    assert "chat_template.jinja: found a file that no export wrote" in outcome.stderr
+    assert (exports / "hf" / "chat_template.jinja").read_text() == "mine"
+
+
 def test_an_export_past_its_bounds_is_not_kept(own_run: Path) -> None:
     folder = own_run / "students" / "student"
     assert on(own_run, "--format", "hf").code == 0

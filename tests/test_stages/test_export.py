@@ -240,7 +240,7 @@ def tokenizer_file(folder: Path, vocab_size: int = 300, **changes: Any) -> Path:
 
 
 def test_a_tokenizer_of_bytes_alone_gets_a_merge_that_never_happens(tmp_path: Path) -> None:
-    found = gguf_tokenizer(tokenizer_file(tmp_path, 257), 259)
+    found = gguf_tokenizer(tokenizer_file(tmp_path, 257), 259, 0)
     assert found.merges == ("<|endoftext|> <|endoftext|>",)
     assert found.types[0] == TokenType.CONTROL
     assert found.tokens[257:] == ("[PAD257]", "[PAD258]")
@@ -259,7 +259,7 @@ def test_pre_tokenizers_are_known_by_what_they_do(
     tmp_path: Path, pre_tokenizer: dict[str, Any], ignore_merges: bool, name: str
 ) -> None:
     path = tokenizer_file(tmp_path, pre_tokenizer=pre_tokenizer, model_ignore_merges=ignore_merges)
-    assert gguf_tokenizer(path, 300).pre == name
+    assert gguf_tokenizer(path, 300, 0).pre == name
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_tokenizers_that_llama_cpp_would_take_for_others_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ExportError) as found:
-        gguf_tokenizer(tokenizer_file(tmp_path, **changes), 300)
+        gguf_tokenizer(tokenizer_file(tmp_path, **changes), 300, 0)
     assert message in str(found.value)
     assert "llama.cpp would not make the same ids" in str(found.value)
 
@@ -284,7 +284,7 @@ def test_tokenizers_that_llama_cpp_would_take_for_others_are_refused(
 def test_a_tokenizer_larger_than_the_model_and_one_that_is_none_are_refused(tmp_path: Path) -> None:
     path = tokenizer_file(tmp_path)
     with pytest.raises(ExportError, match=r"found id \d+, but the model knows 50 tokens"):
-        gguf_tokenizer(path, 50)
+        gguf_tokenizer(path, 50, 0)
     path.write_text("{}")
     with pytest.raises(TokenizerError, match=r"cannot be read as a tokenizer\.json of a BPE"):
-        gguf_tokenizer(path, 50)
+        gguf_tokenizer(path, 50, 0)
