@@ -3,7 +3,11 @@
 import re
 from typing import Any
 
-_USER = re.compile(r"(\w://)(?:[^\s'\"/?#@]*|[^\s'\"/?#:@]*:[^\s'\"]*)@")
+NO_CREDENTIALS = (
+    "a URL with a user, password or signature, a token or a key would be written into records; give credentials in the "
+    "environment, such as HF_TOKEN, AWS_ACCESS_KEY_ID or FSSPEC_S3_KEY, or name a profile of them (docs/remote.md)"
+)
+_USER = re.compile(r"(\w://)(?:[^\s'\"/?#@]*|[^\s'\"/?#:@]*:(?!\d+/)[^\s'\"]*)@")
 _QUERY = re.compile(r"(\w://[^\s'\"<>?]*\?)[^\s'\"<>]+")
 _PARAMETER = re.compile(
     r"([?&](?:x-(?:amz|goog|ms)-[\w-]+|signature|sig|awsaccesskeyid|googleaccessid|key|api_?key|\w*token|\w*secret\w*"
@@ -15,6 +19,8 @@ _KEY = re.compile(
     r"(^|_)(token|secret|pass(wd|word|phrase)?|pwd|credentials?|authorization|auth|cookies?|bearer|sas|headers?"
     r"|connection_string|(api|access|account|private|secret|shared|storage|encryption)_?key(_id)?)$|^key$|_secret_",
 )
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+_PASSWORD = re.compile(r"://[^/?#\s@]*:[^\s@]+@")
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
@@ -37,6 +43,12 @@ def credentials_in(value: Any, path: str = "") -> list[str]:
         return [found for place, part in enumerate(value) for found in credentials_in(part, f"{path}.{place}")]
     is_secret = isinstance(value, str) and masked(value) != value
     return [path] if is_secret else []
+
+
+def holds_password(url: str) -> bool:
+    """Whether a URL has a password, or a parameter that is a credential; one from the environment, $NAME, is none."""
+    url = _VARIABLE.sub("", url)
+    return bool(_PASSWORD.search(url) or _PARAMETER.search(url))
 
 
 def _below(key: str, value: Any, path: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from cache.errors import CacheCorruptError, CacheRequestError, CacheStoreError
+from cache.secrets import NO_CREDENTIALS, masked
 
 _BLOCK_BYTES = 8 * 2**20
 """Of one request: what is read again after a failure, and what a reader holds in memory."""
@@ -64,10 +65,7 @@ def check_url(url: str) -> str:
     if "://" not in url or not parts.scheme or "::" in url:
         raise ValueError("expected one URL such as s3://bucket/folder")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(
-            "a URL with a user, password or signature would be written into records; give credentials in the "
-            "environment, such as AWS_ACCESS_KEY_ID or FSSPEC_S3_KEY (docs/remote.md)"
-        )
+        raise ValueError(NO_CREDENTIALS)
     return url
 
 
@@ -269,5 +267,5 @@ def _stored(found: dict[str, Any]) -> StoredFile:
 
 
 def _said(problem: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(problem)).strip()[:200]
+    text = masked(re.sub(r"\s+", " ", str(problem)).strip())[:200]
     return f"{type(problem).__name__}: {text}" if text else type(problem).__name__

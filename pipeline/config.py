@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cache.atomic import write_atomically
+from cache.secrets import NO_CREDENTIALS, credentials_in, masked
 from pipeline.errors import ConfigError
 from stages.data.config import DataConfig
 from stages.distill.config import DistillConfig, StudentConfig
@@ -32,7 +33,6 @@ _SAYS_THE_SAME = {
     "model": ("path", "revision"),
 }
 """Settings that displace others of the same table, since they say the same in another way."""
-_SECRET_IN_URL = re.compile(r"(://)[^/@\s]*@")
 _LONGEST_SHOWN = 300
 VARIANT_SECTIONS = {"student", "distill", "evaluate"}
 _STAGE_SECTIONS = VARIANT_SECTIONS | {"cache"}
@@ -139,9 +139,11 @@ def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{path}: cannot be read as TOML: {exc}") from exc
     given: set[str] = set()
-    parsed = [(*parse_assignment(assignment), f"--set {assignment}") for assignment in assignments]
-    for key, value, where in sorted(parsed, key=lambda one: ".student.model." in f".{one[0]}"):
-        set_key(plain, key, value, given, where)  # fields of a shape last: it may be that of a teacher that is set too
+    parsed = [parse_assignment(assignment) for assignment in assignments]
+    for key, value in sorted(parsed, key=lambda one: ".student.model." in f".{one[0]}"):
+        set_key(
+            plain, key, value, given, f"--set {masked(key)}"
+        )  # fields of a shape last: it may be that of a teacher that is set too
     return plain
 
 
@@ -180,7 +182,7 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
     """Key and value of `dotted.key=value`; what is no TOML is a word."""
     key, separator, text = assignment.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {assignment}: expected dotted.key=value")
+        raise ConfigError(f"--set {masked(assignment)}: expected dotted.key=value")
     try:
         return key.strip(), tomllib.loads(f"value = {text}")["value"]
     except RecursionError as exc:
@@ -236,6 +238,9 @@ def table_at(plain: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 def problems_of(plain: dict[str, Any]) -> Iterator[str]:
     """Every problem of the config itself and of each stage and variant merged into it, as `path: what`."""
+    if found := list(_credentials(plain)):
+        yield from found  # alone: other problems show what they found
+        return
     own = list(_validation_problems(plain))
     yield from own
     base = {} if own else Config.model_validate(plain).model_dump(mode="json", exclude={"stages", "variants"})
@@ -255,6 +260,16 @@ def problems_of(plain: dict[str, Any]) -> Iterator[str]:
                 yield from (f"{where}.{problem}" for problem in _validation_problems(_merged(base, changes)))
             taken.add(name)
     yield from _shared_caches(plain)
+
+
+def _credentials(plain: dict[str, Any]) -> Iterator[str]:
+    """Keys of the config, and of each stage and variant, that hold a credential."""
+    chosen = {
+        f"{table}.{name}": one for table in ("stages", "variants") for name, one in table_at(plain, [table]).items()
+    }
+    common = {key: value for key, value in plain.items() if key not in ("stages", "variants")}
+    for where, table in {"": common, **chosen}.items():
+        yield from (f"{masked(key)}: {NO_CREDENTIALS}" for key in credentials_in(table, where))
 
 
 def _shared_caches(plain: dict[str, Any]) -> Iterator[str]:
@@ -291,17 +306,17 @@ def _validation_problems(plain: dict[str, Any]) -> Iterator[str]:
             else:
                 message = problem["msg"].removeprefix("Value error, ")
                 found = problem["input"]
-                suffix = "" if isinstance(found, dict | BaseModel) else f"; found {_shown(found)}"
+                suffix = "" if isinstance(found, dict | BaseModel) else f"; found {shown(found)}"
                 yield ": ".join([*([path] if path else []), message + suffix])  # of the whole config: says where itself
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as in Python, cut short; an integer of thousands of digits has no such text."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__} too large to show"
-    text = _SECRET_IN_URL.sub(r"\1...@", text)
+    text = masked(text)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 

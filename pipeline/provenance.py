@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from cache.atomic import write_atomically
 from cache.layout import DEFAULT_SHARD_POSITIONS
+from cache.secrets import masked
 from pipeline.errors import BusyError, StaleError
 
 PROVENANCE_NAME = "provenance.json"
@@ -47,7 +48,7 @@ class Provenance(BaseModel):
     fingerprint: str | None = None
     inputs: dict[str, str]
     settings: dict[str, Any]
-    command: str
+    command: Annotated[str, AfterValidator(masked)]
     versions: dict[str, str]
     elapsed_s: float | None = None
     earlier_s: float | None = None

@@ -35,6 +35,9 @@ def tell(text: str) -> None:
     """Says what is wrong, unless another rank of this machine has done so; also for torchrun's report."""
     if another_has_told():
         return
+    from cache.secrets import masked  # with numpy, after signals are handled
+
+    text = masked(text)
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
     if path := os.environ.get(_ERROR_FILE_VARIABLE):

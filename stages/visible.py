@@ -38,7 +38,8 @@ class Painted(str):
 def guard_output() -> None:
     """From now on everything that is printed, whoever prints it, is visible text.
 
-    Lines of one message after its first are indented on stderr, so that no text within it looks like another message.
+    Lines of one message after its first are indented on stderr, so that no text within it looks like another message,
+    and what may be a credential is masked there.
     A log that cannot be written, on a full disk or a closed terminal, ends nothing; a result that cannot be written is
     an OSError, raised once.
     """
@@ -90,6 +91,9 @@ class _VisibleStream:
             return visible_lines(text)
         if _MOVES.fullmatch(text):
             return text
+        from cache.secrets import masked  # with numpy, after signals are handled
+
+        text = masked(text)
         start = "\r" * text.startswith("\r")  # of a progress bar
         return start + _NEXT_LINE.sub("\n  ", visible_lines(text[len(start) :]))
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from cache.secrets import masked
 from conftest import ROOT
 from pipeline.config import Config, check_student_name, load_config, save_config
 from pipeline.errors import ConfigError
+from pipeline.provenance import Provenance, new_provenance
 from pipeline.runner import plan
 from pipeline.workspace import Workspace
 
@@ -117,7 +119,7 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
         ("a[0]=3", r"a\[0\]: unknown key; expected one of: cache, data, distill"),
         ("cache.profile={kind='sampled', sampled=3}", r"cache.profile.sampled: unknown key; expected one of: "),
         ("nonsense", r"--set nonsense: expected dotted.key=value"),
-        ("teacher.model.width.x=3", r"--set teacher.model.width.x=3: width is a value, not a table"),
+        ("teacher.model.width.x=3", r"--set teacher.model.width.x: width is a value, not a table"),
         ("variants.student.distill.alpha=1", "variants.student: expected another name"),
         (
             "variants.other.cache.profile.top_k=1",
@@ -230,3 +232,70 @@ def test_a_field_of_an_absent_student_model_changes_the_shape_of_its_teacher(tmp
 
 def test_a_student_reads_the_cache_unless_it_is_told_otherwise(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, MINIMAL)).distill.targets == "cached"
+
+
+SECRET = "Sup3rS3cret"  # noqa: S105 - of nothing
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key"),
+    [
+        (f"data.source={{kind='hf', path='json', arguments={{token='{SECRET}'}}}}", "data.source.arguments.token"),
+        (f"data.source={{kind='hf', path='json', arguments={{storage_options={{key='{SECRET}'}}}}}}", "options.key"),
+        (
+            f"data.source={{kind='hf', arguments={{storage_options={{client={{aws_secret_access_key='{SECRET}'}}}}}}}}",
+            "",
+        ),
+        (
+            f"data.source={{kind='hf', path='json', arguments={{headers={{Authorization='Bearer {SECRET}'}}}}}}",
+            "headers",
+        ),
+        (
+            f"data.source={{kind='hf', path='json', arguments={{data_files=['https://h/x?X-Amz-Signature={SECRET}']}}}}",
+            "",
+        ),
+        (f"data.source={{kind='hf', path='json', arguments=[{{password='{SECRET}'}}]}}", "arguments.0.password"),
+        (f"data.source={{kind='text', paths=['s3://b/x?X-Amz-Signature={SECRET}']}}", "data.source.paths.0"),
+        (f"cache.url=https://user:{SECRET}@host/cache", "cache.url"),
+        (f"teacher.path=https://{SECRET}@host/model", "teacher.path"),
+        (f"variants.a.student.path=https://h/x?token={SECRET}", "variants.a.student.path"),
+        (f"distill.caches=[{{dir='a', url='https://h/c?sig={SECRET}'}}]", "distill.caches.0.url"),
+        (f"https://h/c?sig={SECRET}=1", "https"),
+        (f"data.source.arguments.accessKey={SECRET}", "data.source.arguments.accessKey"),
+    ],
+)
+def test_a_config_holds_no_credential_and_its_refusal_shows_none(tmp_path: Path, assignment: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, MINIMAL), (assignment,))
+    assert key in str(caught.value)
+    assert SECRET not in str(caught.value)
+    if key != "https":
+        assert "give credentials in the environment, such as HF_TOKEN" in str(caught.value)
+
+
+def test_a_named_login_profile_or_endpoint_is_no_credential(tmp_path: Path) -> None:
+    options = "{profile='work', anon=false, endpoint_url='https://s3.host:9000/a@b', region_name='eu'}"
+    source = f"data.source={{kind='hf', path='json', arguments={{token=true, storage_options={options}}}}}"
+    config = load_config(write(tmp_path, MINIMAL), (source,))
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("at https://u:p@h/x, then", "at https://...@h/x, then"),
+        ("postgresql://u:p/w@h/db", "postgresql://...@h/db"),
+        ("GET https://cdn/x?X-Amz-Signature=abc&b=c now", "GET https://cdn/x?... now"),
+        (
+            "exceeded with url: /c/x?b=1&X-Amz-Signature=abc (timeout)",
+            "exceeded with url: /c/x?b=1&X-Amz-Signature=... (timeout)",
+        ),
+        ("401 for hf_abcdefghijklmnopqrst", "401 for hf_..."),
+        ("what? a=b, see https://h:80/a@b.", "what? a=b, see https://h:80/a@b."),
+    ],
+)
+def test_text_is_masked_where_it_may_hold_a_credential(text: str, expected: str) -> None:
+    assert masked(text) == expected
+    record = new_provenance("tokenize", {}, {}).model_copy(update={"command": text})
+    assert Provenance.model_validate_json(record.model_dump_json()).command == expected

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from pipeline.config import parse_assignment, read_toml, refuse
+from cache.secrets import NO_CREDENTIALS, holds_password
+from pipeline.config import parse_assignment, read_toml, refuse, shown
 from pipeline.errors import ConfigError
 from stages.settings import Section
 
@@ -170,6 +171,13 @@ class SweepConfig(Section):
             raise ValueError("expected seeds that differ")
         return seeds
 
+    @field_validator("storage")
+    @classmethod
+    def _storage_holds_no_password(cls, storage: str | None) -> str | None:
+        if storage is not None and holds_password(storage):
+            raise ValueError(f"{NO_CREDENTIALS}; here, write $NAME for a variable of the environment")
+        return storage
+
     @property
     def metric_name(self) -> str:
         """The metric within `validation`."""
@@ -224,4 +232,4 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{path}.kind: is missing"
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            yield f"{path}: {message}" + ("" if isinstance(found, dict) else f"; found {found!r}")
+            yield f"{path}: {message}" + ("" if isinstance(found, dict) else f"; found {shown(found)}")

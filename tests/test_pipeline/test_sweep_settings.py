@@ -147,13 +147,17 @@ def test_every_metric_is_one_of_the_evaluation_and_knows_what_is_better() -> Non
 
 
 def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(tmp_path: Path) -> None:
-    sweep, _ = load_sweep(TEST, ("storage=nosuch://me:secret@host/db",))
+    for storage in ("nosuch://me:secret@host/db", "sqlite:///x.db?timeout=5&password=secret"):
+        with pytest.raises(ConfigError, match=r"storage: .* write \$NAME for a variable of the environment") as caught:
+            load_sweep(TEST, (f"storage={storage}",))
+        assert "secret" not in str(caught.value)
+    sweep, _ = load_sweep(TEST, ("storage=nosuch://me:$HOME@host/db",))
     with (
         pytest.raises(PipelineError, match="storage: host/db: cannot be opened") as caught,
         open_study(sweep, "test", tmp_path, {}, take_over=False),
     ):
         pass
-    assert "secret" not in str(caught.value)
+    assert "/root" not in str(caught.value).replace(str(tmp_path), "")
 
 
 def test_without_optuna_the_extra_is_named() -> None:
