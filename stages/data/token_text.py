@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from stages.data.text_stream import TextStream
+from stages.data.text_stream import TextStream, fallback_ids
 from stages.data.tokenizer import load_tokenizer
 from stages.visible import visible
 
@@ -17,13 +17,16 @@ def token_texts(tokenizer_json: Path, ids: Iterable[int]) -> dict[int, str]:
     An id that the tokenizer does not know is given as its number. What cannot be printed is escaped as in Python.
     """
     tokenizer = load_tokenizer(tokenizer_json)
+    byte_ids = fallback_ids(tokenizer)
 
     def text_of(token_id: int) -> str:
         spelling = tokenizer.id_to_token(token_id)
         if spelling is None:
             return f"<{token_id}>"
         text = tokenizer.decode([token_id], skip_special_tokens=False)
-        return repr(text) if text and _NOT_A_CHARACTER not in text else f"<{visible(spelling)}>"
+        if text and _NOT_A_CHARACTER not in text:
+            return repr(text)
+        return spelling if token_id in byte_ids else f"<{visible(spelling)}>"
 
     return {token_id: text_of(token_id) for token_id in set(ids)}
 

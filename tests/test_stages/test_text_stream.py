@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece_like import ROCKET, SENTENCEPIECE
 from tokenizers import Tokenizer, decoders, models
 
 from stages.data.config import TrainedTokenizer
@@ -73,3 +74,22 @@ def test_spaces_between_words_survive_a_decoder_that_strips_the_first(prompt: li
     ids = [0, 1, 2, 1]
     expected = tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
     assert "".join(pieces(ids, prompt, tokenizer)) == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    ids=st.lists(st.sampled_from([*ROCKET, *ROCKET, *range(259, 265), 0, 2, 3 + 0x41, 3 + 0xFF]), max_size=14)
+    | st.text(max_size=6).map(lambda text: SENTENCEPIECE.encode(text, add_special_tokens=False).ids),
+    prompt=st.sampled_from(["", "hi", "a \U0001f680", "b\u00e9"]),
+)
+def test_byte_fallback_gives_the_characters_that_decoding_all_ids_gives(ids: list[int], prompt: str) -> None:
+    before = SENTENCEPIECE.encode(prompt + "a", add_special_tokens=False).ids
+    expected = SENTENCEPIECE.decode(before + ids)[len(SENTENCEPIECE.decode(before)) :]
+    assert "".join(pieces(ids, before, SENTENCEPIECE)) == expected
+
+
+def test_a_character_of_fallback_bytes_appears_whole() -> None:
+    a = SENTENCEPIECE.token_to_id("a")
+    assert pieces([a, *ROCKET, a], tokenizer=SENTENCEPIECE) == ["a", "", "", "", "", "\U0001f680a", ""]
+    assert pieces([a, *ROCKET, 2, *ROCKET], tokenizer=SENTENCEPIECE)[-1] == "\U0001f680" * 2
+    assert pieces([a, *ROCKET[:3], a], tokenizer=SENTENCEPIECE) == ["a", "", "", "", "\ufffd\ufffd\ufffda", ""]

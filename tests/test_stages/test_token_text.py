@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece_like import ROCKET, SENTENCEPIECE
 from tokenizers import Tokenizer, decoders, models
 
 from stages.data.config import TrainedTokenizer
@@ -39,6 +40,16 @@ def test_a_character_of_several_tokens_is_one_piece(tokenizer_json: Path) -> Non
     ids = TOKENIZER.encode("a\u4f60!").ids
     assert len(ids) == 5
     assert list(text_pieces(tokenizer_json, ids)) == [(1, "a"), (3, "\u4f60"), (1, "!")]
+
+
+def test_bytes_of_byte_fallback_are_one_piece_and_spelled_in_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(SENTENCEPIECE.to_str())
+    ids = SENTENCEPIECE.encode("hi \U0001f680 a", add_special_tokens=False).ids
+    assert "".join(text for _, text in text_pieces(path, ids)) == "hi \U0001f680 a"
+    assert text_pieces(path, [*ROCKET, *ROCKET[:1]]) == [(5, "\ufffd" * 5)]
+    assert text_pieces(path, ROCKET) == [(4, "\U0001f680")]
+    assert token_texts(path, ROCKET[:1]) == {ROCKET[0]: "<0xF0>"}
 
 
 def test_special_tokens_and_ids_that_are_not_known_are_pieces_of_their_own(tokenizer_json: Path) -> None:
