@@ -33,7 +33,14 @@ from stages.data.config import (
 )
 from stages.data.corpus import OnEmpty, chats, documents, is_validation
 from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
-from stages.data.tokenizer import END_OF_TEXT, existing_tokenizer, tokenizer_file, tokenizer_place, train_tokenizer
+from stages.data.tokenizer import (
+    END_OF_TEXT,
+    existing_tokenizer,
+    interruptible,
+    tokenizer_file,
+    tokenizer_place,
+    train_tokenizer,
+)
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
 from stages.errors import CorpusError
 from stages.models.companions import write_tokenizer
@@ -170,11 +177,12 @@ def _tokenized(documents: Iterator[Document], tokenizer: Tokenizer, end_of_text_
     for batch in _batches(documents):
         texts = [document.text for document in batch]
         if batch[0].assistant is None:
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = interruptible(partial(tokenizer.encode_batch_fast, texts, add_special_tokens=False))
             for document, encoding in zip(batch, encodings, strict=True):
                 yield _Tokens(document, [*encoding.ids, end_of_text_id], None, len(document.text.encode("utf-8")))
             continue
-        for document, encoding in zip(batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        encodings = interruptible(partial(tokenizer.encode_batch, texts, add_special_tokens=False))
+        for document, encoding in zip(batch, encodings, strict=True):
             ids, mask, text_bytes = assistant_tokens(document, encoding, special, end_of_text_id)
             yield _Tokens(document, ids, mask, text_bytes)
 

@@ -1,16 +1,26 @@
 """The tokenizer: trained here as byte-level BPE, or an existing `tokenizer.json`."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
+from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stages.data.config import ExistingTokenizer, TrainedTokenizer
 from stages.errors import TokenizerError
 from stages.models.hub import fetch_model, is_hub_name
+from stages.progress import say
 
 END_OF_TEXT = "<|endoftext|>"
 _LONGEST_TOKEN_BYTES = 16
+_LONGEST_WORD = 512
+_LONG_RUN = re.compile(
+    "|".join(rf"{kind}{{{_LONGEST_WORD + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+_T = TypeVar("_T")
 
 
 def train_tokenizer(config: TrainedTokenizer, texts: Iterable[str]) -> Tokenizer:
@@ -28,8 +38,50 @@ def train_tokenizer(config: TrainedTokenizer, texts: Iterable[str]) -> Tokenizer
         max_token_length=_LONGEST_TOKEN_BYTES,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, config.train_bytes), trainer)
+    bounded = _BoundedWords(_first_bytes(texts, config.train_bytes))
+    interruptible(lambda: tokenizer.train_from_iterator(bounded, trainer))
+    if bounded.num_cut:
+        say(
+            f"tokenizer: cut {bounded.num_cut:,} words of more than {_LONGEST_WORD} characters to train on; text "
+            "without spaces has no words to learn from"
+        )
     return tokenizer
+
+
+class _BoundedWords:
+    """The texts, cut within runs that the pre-tokenizer takes for one very long word.
+
+    Training takes time that grows with the square of a word's length. No run of ordinary text is so long, so that its
+    tokenizer is not changed.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.num_cut = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            first = 0
+            for run in _LONG_RUN.finditer(text):
+                self.num_cut += 1
+                for cut in range(run.start() + _LONGEST_WORD, run.end(), _LONGEST_WORD):
+                    yield text[first:cut]
+                    first = cut
+            yield text[first:]
+
+
+def interruptible(call: Callable[[], _T]) -> _T:
+    """The result of a call of a library that looks at no signals, made in a thread, so that Ctrl-C need not wait."""
+    outcome: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as exc:  # noqa: BLE001 - raised to the caller; a panic of Rust is no Exception
+            outcome.set_exception(exc)
+
+    Thread(target=work, daemon=True).start()
+    return outcome.result()
 
 
 def existing_tokenizer(config: ExistingTokenizer) -> Tokenizer:

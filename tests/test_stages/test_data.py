@@ -2,19 +2,24 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import ROOT
-from stages.data.config import DataConfig
+from stages.data.config import DataConfig, TrainedTokenizer
 from stages.data.corpus import documents, is_validation
 from stages.data.tokenize import tokenize_corpus
 from stages.data.tokenized import load_corpus, split_windows
+from stages.data.tokenizer import _BoundedWords, train_tokenizer
 from stages.errors import CorpusError, TokenizerError
 
 STORY = "Once upon a time, no. {n}: a fox met the moon; \U0001f98a caf\u00e9 at\t{n}  o'clock.\n"
@@ -231,3 +236,48 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         )  # fmt: skip
         peaks.append(float(done.stdout))
     assert peaks[1] - peaks[0] < 20, f"peaks {peaks} MiB"
+
+
+def test_text_without_spaces_trains_a_tokenizer_and_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the bound on words this takes the square of their length: minutes."""
+    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), 150_000))
+    tokenizer = train_tokenizer(TrainedTokenizer(vocab_size=400), [letters, "#" * 2000, "1" * 2000, " " * 2000])
+    assert tokenizer.get_vocab_size() == 400
+    ids = tokenizer.encode(letters).ids
+    assert tokenizer.decode(ids) == letters
+    assert len(ids) < len(letters) / 2
+    assert "tokenizer: cut 4 words of more than 512 characters to train on" in capsys.readouterr().err
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(max_size=40) | st.integers(1, 512).map("-".__mul__), min_size=1, max_size=4))
+def test_bounded_words_change_no_ordinary_text(texts: list[str]) -> None:
+    assert list(_BoundedWords(texts)) == texts
+    long = [text + "x" * 1030 for text in texts]
+    assert "".join(_BoundedWords(long)) == "".join(long)
+
+
+INTERRUPTED_PROGRAM = """
+from stages.data.config import TrainedTokenizer
+from stages.data.tokenizer import train_tokenizer
+print("begun", flush=True)
+try:
+    train_tokenizer(TrainedTokenizer(vocab_size=60_000), ("".join(chr(97 + (i * i + j) % 26) for i in range(500)) for j in range(20_000)))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    import os
+    os._exit(130)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED_PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "begun\n"
+        time.sleep(6)  # well within the library by now
+        child.send_signal(signal.SIGINT)
+        assert child.wait(10) == 130
+        assert child.stdout.read() == "interrupted\n"
