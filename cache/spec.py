@@ -71,6 +71,7 @@ class CacheSpec(_Strict):
     format_version: Literal[1, 2, 3] = 2
     vocab_size: Annotated[int, Field(ge=2, le=LARGEST_VOCAB_SIZE)]
     end_of_text_id: Annotated[int, Field(ge=0)]
+    bos_id: Annotated[int | None, Field(ge=0)] = None
     context_length: Annotated[int, Field(ge=1)]
     profile: AnyProfile
     hidden: HiddenSpec | None = None
@@ -93,6 +94,8 @@ class CacheSpec(_Strict):
     @model_serializer(mode="wrap")
     def _as_its_version_wrote_it(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
+        if self.bos_id is None:
+            del fields["bos_id"]
         if self.format_version == 1:
             fields["profile"]["kind"] = "topk"
             del fields["tables_fingerprint"]
@@ -144,6 +147,8 @@ class CacheSpec(_Strict):
             )
         if self.end_of_text_id >= self.vocab_size:
             raise ValueError(f"end_of_text_id ({self.end_of_text_id}) must be below vocab_size ({self.vocab_size})")
+        if self.bos_id is not None and self.bos_id >= self.vocab_size:
+            raise ValueError(f"bos_id ({self.bos_id}) must be below vocab_size ({self.vocab_size})")
         return self
 
     @model_validator(mode="after")

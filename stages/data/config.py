@@ -167,6 +167,8 @@ class TrainedTokenizer(Section):
 class ExistingTokenizer(Section):
     """A tokenizer that is already there."""
 
+    newer: ClassVar[tuple[str, ...]] = ("bos_token",)
+
     kind: Annotated[Literal["file"], Field(description="this tokenizer")]
     path: Annotated[
         str,
@@ -177,6 +179,14 @@ class ExistingTokenizer(Section):
         ),
     ]
     end_of_text: Annotated[str, Field(description="token that separates documents")] = "<|endoftext|>"
+    bos_token: Annotated[
+        Literal[False] | str | None,
+        Field(
+            description="beginning-of-sequence token (BOS) that begins each window, so that one position in "
+            "context_length has nothing but it before its label; false for none. None follows the tokenizer: the token "
+            "that its post-processor, or add_bos_token in its tokenizer_config.json, puts before a text"
+        ),
+    ] = None
 
 
 class DataConfig(Section):

@@ -99,7 +99,7 @@ class _Author:
         tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
         prompts = []
         for where, prompt in _prompts(source):
-            ids = [model.start_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+            ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
             _refuse_unfit(ids, model, source, where)
             prompts.append(ids)
         sampling = Sampling(source.temperature, source.top_p, source.max_tokens)

@@ -35,6 +35,7 @@ from stages.data.corpus import OnEmpty, chats, documents, is_validation
 from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
 from stages.data.tokenizer import (
     END_OF_TEXT,
+    beginning_token,
     existing_tokenizer,
     interruptible,
     tokenizer_file,
@@ -42,7 +43,7 @@ from stages.data.tokenizer import (
     train_tokenizer,
 )
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
-from stages.errors import CorpusError
+from stages.errors import CorpusError, TokenizerError
 from stages.models.companions import write_tokenizer
 from stages.progress import Progress, say, waiting
 
@@ -58,6 +59,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     empty: dict[str, None] = {}
     read_documents = _reader(config, folder, empty.setdefault)
     tokenizer, end_of_text_id = _tokenizer(config, read_documents, folder)
+    bos_id = _bos_id(config, tokenizer)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
     left_out = 0
@@ -94,6 +96,7 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     corpus = TokenizedCorpus(
         vocab_size=vocab_size,
         end_of_text_id=end_of_text_id,
+        bos_id=bos_id,
         context_length=config.context_length,
         tokenizer_sha256=sha256_of_file(folder / "tokenizer.json"),
         splits={split: writers[split].described(folder, split) for split in writers},
@@ -216,6 +219,27 @@ def _tokenizer(
     end_of_text_id = tokenizer.token_to_id(end_of_text)
     assert end_of_text_id is not None, "both kinds of tokenizer were made or checked to have it"
     return tokenizer, end_of_text_id
+
+
+def _bos_id(config: DataConfig, tokenizer: Tokenizer) -> int | None:
+    """The token that begins each window; None if none does."""
+    given = config.tokenizer
+    if isinstance(given, TrainedTokenizer) or given.bos_token is False:
+        return None
+    token = given.bos_token or beginning_token(tokenizer_place(given), tokenizer)
+    if token is None:
+        return None
+    bos_id: int | None = tokenizer.token_to_id(token)
+    if bos_id is None:
+        raise TokenizerError(
+            f"{given.path}: found no token {token!r} to begin windows with; set data.tokenizer.bos_token to one "
+            "that it has, or to false"
+        )
+    say(
+        f"tokenize: each window begins with {token}, as texts of this tokenizer do: 1 of {config.context_length:,} "
+        "positions has nothing else before its label (data.tokenizer.bos_token)"
+    )
+    return bos_id
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

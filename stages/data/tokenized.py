@@ -17,7 +17,8 @@ from cache.hashing import fingerprint_of, sha256_of_file
 from cache.layout import TOKENIZER_NAME
 from cache.regular_file import read_json_object
 from cache.spec import SplitName
-from stages.data.tokens import TokenWindows
+from stages.data.tokenizer import load_tokenizer
+from stages.data.tokens import TokenWindows, largest_id, num_windows_of
 from stages.errors import CorpusError
 
 
@@ -58,20 +59,26 @@ class TokenizedSplit(BaseModel):
 
 
 class TokenizedCorpus(BaseModel):
-    """`data.json`: what the later stages know of the corpus. end_of_turn_ids: of chats, what ends what is said."""
+    """`data.json`: what the later stages know of the corpus.
+
+    bos_id: the token that begins each window, if one does. end_of_turn_ids: of chats, what ends what is said.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vocab_size: Annotated[int, Field(ge=2)]
     end_of_text_id: int
+    bos_id: int | None = None
     context_length: int
     tokenizer_sha256: str
     splits: dict[SplitName, TokenizedSplit]
     end_of_turn_ids: tuple[int, ...] = ()
 
     @model_serializer(mode="wrap")
-    def _without_ends_if_there_are_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
+        if self.bos_id is None:
+            fields.pop("bos_id", None)
         if not self.end_of_turn_ids:
             fields.pop("end_of_turn_ids", None)
         return fields
@@ -96,7 +103,31 @@ class TokenizedCorpus(BaseModel):
         """SHA-256 over what determines the first `num_windows` windows of a split."""
         found = self.splits[split]
         mask = [found.counted.sha256] if found.counted else []
-        return fingerprint_of([found.sha256, self.context_length, num_windows, *mask])
+        bos = [] if self.bos_id is None else [{"bos_id": self.bos_id}]
+        return fingerprint_of([found.sha256, self.context_length, num_windows, *mask, *bos])
+
+    def num_windows(self, split: SplitName) -> int:
+        """Whole windows of a split."""
+        return num_windows_of(self.splits[split].tokens, self.context_length, self.bos_id)
+
+
+def corpus_of_model(data_folder: Path, vocab_size: int, model: str) -> TokenizedCorpus:
+    """The corpus with no more ids than a model has. Raises CorpusError, with the token, if one of the others occurs.
+
+    A tokenizer may know more ids than its model has rows: for pictures, for padding.
+    """
+    corpus = load_corpus(data_folder)
+    if vocab_size >= corpus.vocab_size:
+        return corpus
+    largest = max(corpus.bos_id or 0, *(largest_id(data_folder / f"{split}.npy") for split in corpus.splits))
+    if largest >= vocab_size:
+        token = load_tokenizer(data_folder / "tokenizer.json").id_to_token(largest)
+        raise CorpusError(
+            f"{model}: has rows for {vocab_size:,} ids, and the tokens in {data_folder} hold id {largest} ({token!r}); "
+            "give the model's own tokenizer, or text and settings without that token, and run `tristill tokenize "
+            "--force`"
+        )
+    return corpus.model_copy(update={"vocab_size": vocab_size})
 
 
 def mask_name(split: SplitName) -> str:
@@ -130,4 +161,4 @@ def split_windows(folder: Path, split: SplitName, max_windows: int | None = None
     """The windows of a split of a tokenized corpus."""
     corpus = load_corpus(folder)
     mask_path = folder / mask_name(split) if corpus.is_masked else None
-    return TokenWindows(folder / f"{split}.npy", corpus.context_length, max_windows, mask_path)
+    return TokenWindows(folder / f"{split}.npy", corpus.context_length, max_windows, mask_path, corpus.bos_id)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cache.regular_file import read_json_object
 from stages.data.config import ExistingTokenizer, TrainedTokenizer
 from stages.errors import TokenizerError
 from stages.models.hub import fetch_model, is_hub_name
@@ -95,6 +96,29 @@ def existing_tokenizer(config: ExistingTokenizer) -> Tokenizer:
             f"tokens: {special[:10]}"
         )
     return tokenizer
+
+
+def beginning_token(place: Path, tokenizer: Tokenizer) -> str | None:
+    """The beginning-of-sequence token that is put before a text; None if none is.
+
+    place: the folder or file of `tokenizer`. `add_bos_token` in the tokenizer_config.json beside it decides, else the
+    tokenizer's own post-processor, if it puts one token before a text.
+    """
+    about = place / "tokenizer_config.json" if place.is_dir() else place.with_name("tokenizer_config.json")
+    try:
+        settings = read_json_object(about) if about.is_file() else {}
+    except (OSError, ValueError) as exc:
+        raise TokenizerError(f"{about}: cannot be read ({exc})") from exc
+    if settings.get("add_bos_token") is False:
+        return None
+    plain, processed = (tokenizer.encode("a", add_special_tokens=adds) for adds in (False, True))
+    ids = processed.ids
+    before = next((n for n in range(len(ids)) if ids[n:][: len(plain.ids)] == plain.ids), 0) if plain.ids else 0
+    if before == 1:
+        return tokenizer.id_to_token(ids[0])
+    named = settings.get("bos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return named if settings.get("add_bos_token") is True and isinstance(named, str) else None
 
 
 def tokenizer_file(config: ExistingTokenizer) -> Path:

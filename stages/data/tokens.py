@@ -51,10 +51,19 @@ def token_file(path: Path, dtype: str) -> Iterator[TokenFileWriter]:
 
 
 class TokenWindows:
-    """Consecutive windows over a token file: window i is tokens [i T, i T + T], so every position occurs once."""
+    """Consecutive windows over a token file: window i is tokens [i T, i T + T], so every position occurs once.
+
+    With a beginning-of-sequence token (BOS) it is that token and tokens [i T, i T + T - 1], so every token is a label
+    once; where the first of these is a BOS itself, as of a chat, it is not repeated: tokens [i T, i T + T].
+    """
 
     def __init__(
-        self, path: Path, context_length: int, max_windows: int | None = None, mask_path: Path | None = None
+        self,
+        path: Path,
+        context_length: int,
+        max_windows: int | None = None,
+        mask_path: Path | None = None,
+        bos_id: int | None = None,
     ) -> None:
         """`max_windows` keeps only the first ones. mask_path: which tokens count as labels; None if all do."""
         self._tokens = _TokenFile(path)
@@ -65,7 +74,8 @@ class TokenWindows:
                 "`tristill tokenize` again"
             )
         self.context_length = context_length
-        num_windows = (len(self._tokens) - 1) // context_length
+        self._bos_id = bos_id
+        num_windows = num_windows_of(len(self._tokens), context_length, bos_id)
         self.num_windows = num_windows if max_windows is None else min(num_windows, max_windows)
 
     @property
@@ -75,15 +85,30 @@ class TokenWindows:
 
     def read(self, windows: list[int] | np.ndarray) -> np.ndarray:
         """The ids of these windows, (B, T + 1)."""
-        size = self.context_length
-        return np.stack([self._tokens.read(int(window) * size, size + 1) for window in windows])
+        size, rows = self.context_length, []
+        for window in windows:
+            if first := self._first_label(int(window)) - int(window) * size:
+                rows.append(self._tokens.read(int(window) * size, size + first))
+            else:
+                ids = self._tokens.read(int(window) * size, size)
+                rows.append(np.concatenate([np.asarray([self._bos_id], ids.dtype), ids]))
+        return np.stack(rows)
+
+    def _first_label(self, window: int) -> int:
+        """Place of the token that is the label of its first position."""
+        first = window * self.context_length
+        if self._bos_id is None:
+            return first + 1
+        has_own = first + self.context_length < len(self._tokens) and self._tokens.read(first, 1)[0] == self._bos_id
+        return first + has_own
 
     def mask(self, windows: list[int] | np.ndarray) -> np.ndarray | None:
         """(B, T) bool: whether the position counts, its label being a token that does; None if all count."""
         if self._mask is None:
             return None
-        size = self.context_length
-        return np.stack([self._mask.read(int(window) * size + 1, size) != 0 for window in windows])
+        labels = [self._mask.read(self._first_label(int(window)), self.context_length) for window in windows]
+        counts_BT: np.ndarray = np.stack(labels) != 0
+        return counts_BT
 
     def counts(self) -> np.ndarray:
         """How many positions of every window count, int64."""
@@ -92,10 +117,25 @@ class TokenWindows:
         size, counts = self.context_length, []
         at_once = max(1, _BLOCK_TOKENS // size)
         for first in range(0, self.num_windows, at_once):
-            num_windows = min(at_once, self.num_windows - first)
-            labels = self._mask.read(first * size + 1, num_windows * size)
-            counts.append(labels.reshape(num_windows, size).sum(axis=1, dtype=np.int64))
+            windows = np.arange(first, min(first + at_once, self.num_windows))
+            if self._bos_id is None:
+                labels = self._mask.read(first * size + 1, len(windows) * size).reshape(len(windows), size)
+            else:
+                labels = np.stack([self._mask.read(self._first_label(int(window)), size) for window in windows])
+            counts.append(labels.sum(axis=1, dtype=np.int64))
         return np.concatenate(counts) if counts else np.zeros(0, np.int64)
+
+
+def num_windows_of(num_tokens: int, context_length: int, bos_id: int | None) -> int:
+    """Whole windows over so many tokens."""
+    return (num_tokens - (bos_id is None)) // context_length
+
+
+def largest_id(path: Path) -> int:
+    """The largest id that occurs in a token file."""
+    tokens = _TokenFile(path)
+    blocks = range(0, len(tokens), _BLOCK_TOKENS)
+    return max(int(tokens.read(first, min(_BLOCK_TOKENS, len(tokens) - first)).max()) for first in blocks)
 
 
 class _TokenFile:

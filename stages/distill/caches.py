@@ -12,7 +12,7 @@ from stages.targets.cached import CachedSource
 from stages.targets.mixed import MixedSource, kind_of_targets
 
 _OF_THE_WINDOWS = (
-    "vocab_size", "end_of_text_id", "context_length", "splits", "windows_per_chunk", "tokenizer_fingerprint"
+    "vocab_size", "end_of_text_id", "bos_id", "context_length", "splits", "windows_per_chunk", "tokenizer_fingerprint"
 )  # fmt: skip
 """Fields of a spec that say which windows there are, and in which order they come."""
 

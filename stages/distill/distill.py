@@ -127,8 +127,18 @@ def distill(
     trained = training.run()
     if isinstance(learner, CoTraining):
         end_of_text_id, teacher = source.end_of_text_id, learner.moving.teacher
-        save_model(folder / CO_TEACHER, teacher, source.tokenizer_path, source.context_length, end_of_text_id, ranks)
-    save_model(folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks)
+        save_model(
+            folder / CO_TEACHER,
+            teacher,
+            source.tokenizer_path,
+            source.context_length,
+            end_of_text_id,
+            ranks,
+            source.bos_id,
+        )
+    save_model(
+        folder, student, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks, source.bos_id
+    )
     with training.weights_outside_blocks():
         validation = evaluate(student, source, evaluation, folder.name, ranks)
     say(f"{folder.name}: {validation.text}")

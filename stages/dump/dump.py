@@ -18,7 +18,7 @@ from cache.manifest import ShardRecord
 from cache.parts import MASK_NAME
 from cache.remote import remote_copy
 from cache.writer import ShardWriter, found_shards
-from stages.data.tokenized import TokenizedCorpus, load_corpus, split_windows
+from stages.data.tokenized import TokenizedCorpus, corpus_of_model, split_windows
 from stages.data.tokens import TokenWindows
 from stages.dump.calibrate import as_stored
 from stages.dump.config import DumpConfig
@@ -107,7 +107,7 @@ class _Given:
 def _load(config: DumpConfig, data_folder: Path, teacher_folder: Path) -> _Given:
     device = pick_device(config.device)
     teacher = load_model(teacher_folder).to(device).eval()
-    corpus = load_corpus(data_folder)
+    corpus = corpus_of_model(data_folder, teacher.vocab_size, str(teacher_folder))
     if sha256_of_file(teacher_folder / TOKENIZER_NAME) != corpus.tokenizer_sha256:
         raise CheckpointError(
             f"{teacher_folder}: the teacher was trained with another tokenizer than that of {data_folder}; run "

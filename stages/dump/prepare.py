@@ -188,7 +188,7 @@ def split_specs(
     """Both splits of a dump. Raises CheckpointError if one has no position that counts."""
 
     def split_spec(split: SplitName, max_windows: int | None) -> SplitSpec:
-        all_windows = (corpus.splits[split].tokens - 1) // corpus.context_length
+        all_windows = corpus.num_windows(split)
         num_windows = min(all_windows, max_windows or all_windows)
         counted = int(windows[split].counts()[:num_windows].sum()) if corpus.is_masked else None
         if counted == 0:
@@ -222,6 +222,7 @@ def cache_spec(
             format_version=MASKED_VERSION if corpus.is_masked else FORMAT_VERSION,
             vocab_size=corpus.vocab_size,
             end_of_text_id=corpus.end_of_text_id,
+            bos_id=corpus.bos_id,
             context_length=corpus.context_length,
             profile=profile,
             hidden=hidden,

@@ -24,7 +24,7 @@ def continuations(
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     model = load_generator(folder)
     uniform_BM = torch.from_numpy(np.random.default_rng(seed).random((len(prompts), max_tokens)))
-    rows = [[model.start_id, *prompt] for prompt in prompts]
+    rows = [model.started(prompt) for prompt in prompts]
     written = generate(model, rows, Sampling(temperature, top_p, max_tokens), uniform_BM)
     return [
         _added(tokenizer.decode(row[1:]), tokenizer.decode(list(prompt)))

@@ -41,7 +41,7 @@ def generate_text(
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     model = load_generator(folder)
-    ids = [model.start_id, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
     sampling = Sampling(temperature, top_p, _room(ids, model, max_tokens, folder))
     uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
     yield prompt

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.errors import CheckpointError
 from stages.models.companions import SpecialIds
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
+from stages.models.description import CONFIG_NAME, START_KEY, TOKENIZER_NAME, is_ours, read_config
 from stages.models.folder import load_model
 from stages.models.generate import CausalModel, Rollout, TransformerRollout
 from stages.models.hugging_face import HuggingFaceModel
@@ -34,10 +34,11 @@ def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> Ca
     config = read_config(folder / CONFIG_NAME)
     try:
         end_of_text_id, max_positions = int(config["eos_token_id"]), int(config["max_position_embeddings"])
+        start_id = int(config.get(START_KEY, end_of_text_id))
     except (KeyError, TypeError, ValueError) as exc:
         raise CheckpointError(f"{folder / CONFIG_NAME}: does not describe a model of ours ({exc})") from exc
     return CausalModel(
-        start_id=end_of_text_id,
+        start_id=start_id,
         stop_ids=tuple(dict.fromkeys([end_of_text_id, *SpecialIds.of(folder).ends])),
         vocab_size=model.vocab_size,
         max_positions=max_positions,

@@ -16,6 +16,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 STUDENT_TYPE = "tristill_ternary"
+START_KEY = "start_token_id"
+"""In config.json: the id that began each window of a model of ours, where it was not its end of text."""
 _NEVER_OURS = ("rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "quantization_config")
 """What no Llama of ours has, and would be left out of the computation if it were taken for one."""
 

@@ -16,6 +16,7 @@ from stages.models.companions import SpecialIds, generation_config, write_tokeni
 from stages.models.config import ModelConfig
 from stages.models.description import (
     CONFIG_NAME,
+    START_KEY,
     STUDENT_TYPE,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
@@ -55,16 +56,18 @@ def save_model(
     context_length: int,
     end_of_text_id: int,
     ranks: Ranks = ALONE,
+    bos_id: int | None = None,
 ) -> None:
     """Write the folder. Our own transformer in full precision loads in transformers as `LlamaForCausalLM`.
 
     A quantised model is saved with its latent full-precision weights, and its learned steps, under a model type of our
     own, so that no other program takes those for the weights to run; so is a model of another architecture. All ranks
-    must call it: each may have parts of the tensors; the first writes, and all return when it is done.
+    must call it: each may have parts of the tensors; the first writes, and all return when it is done. bos_id: the
+    token that began its windows, if one did.
     """
     tensors = _whole_tensors(model, ranks)
     if ranks.is_first:
-        _write_model(folder, model, tensors, tokenizer_json, context_length, end_of_text_id)
+        _write_model(folder, model, tensors, tokenizer_json, context_length, end_of_text_id, bos_id)
     ranks.wait_for_all()
 
 
@@ -89,6 +92,7 @@ def _write_model(
     tokenizer_json: Path,
     context_length: int,
     end_of_text_id: int,
+    bos_id: int | None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(tokenizer_json, folder)
@@ -98,7 +102,8 @@ def _write_model(
     if how := generation_config(folder, end_of_text_id):
         write_atomically(folder / "generation_config.json", how)
     special = SpecialIds.of(folder).described(end_of_text_id) | {"eos_token_id": end_of_text_id}
-    _write_json(folder / CONFIG_NAME, _description(model, context_length, special))
+    start = {} if bos_id is None else {START_KEY: bos_id}
+    _write_json(folder / CONFIG_NAME, _description(model, context_length, special) | start)
     write_atomically(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 

@@ -46,6 +46,10 @@ class CausalModel:
     dtype: torch.dtype = torch.float32
     """Its states are computed in this."""
 
+    def started(self, prompt: Sequence[int]) -> list[int]:
+        """The ids of a text with the one that comes before it, which a chat or a window may have already."""
+        return list(prompt) if prompt and prompt[0] == self.start_id else [self.start_id, *prompt]
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -63,7 +63,9 @@ def load_hugging_face(origin: Origin, tokenizer_json: Path) -> HuggingFaceModel:
     """The model as the stages use it, for the ids of that tokenizer; no gradients."""
     inner = load_inner(origin)
     shape = hugging_face_shape(origin.folder)
-    model = _model_of(inner, shape, num_ids(tokenizer_json), None, str(origin.folder))
+    vocab_size = num_ids(tokenizer_json)  # may be more than there are rows, of ids that no text has
+    vocab_size = min(vocab_size, getattr(inner.get_input_embeddings(), "num_embeddings", vocab_size))
+    model = _model_of(inner, shape, vocab_size, None, str(origin.folder))
     return model.requires_grad_(requires_grad=False)
 
 

@@ -29,6 +29,7 @@ class CachedSource:
         self._device = device
         self.vocab_size = cache.spec.vocab_size
         self.end_of_text_id = cache.spec.end_of_text_id
+        self.bos_id = cache.spec.bos_id
         self.context_length = cache.spec.context_length
         self.temperature = cache.spec.profile.temperature
         self.tokenizer_path = cache.tokenizer_path

@@ -18,7 +18,7 @@ from cache.layout import (
 from cache.order import Deal, WindowOrder
 from cache.parts import SIGNAL_STEP_NATS
 from cache.spec import SplitName
-from stages.data.tokenized import load_corpus, split_windows
+from stages.data.tokenized import corpus_of_model, load_corpus, split_windows
 from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
 from stages.models.finite import finite_features
@@ -49,7 +49,9 @@ class OnlineSource:
         `hidden_stride`: hidden states are given at every so many positions, as a cache would hold them.
         `tokenizer_folder`: where the tokenizer is with all that goes with it; that of the corpus if None.
         """
-        self._corpus = load_corpus(data_folder)
+        self._corpus = (
+            corpus_of_model(data_folder, teacher.vocab_size, "the teacher") if teacher else load_corpus(data_folder)
+        )
         self._device = device
         self._teacher = teacher.to(device).eval() if teacher else None
         self._windows = {
@@ -58,6 +60,7 @@ class OnlineSource:
         }
         self.vocab_size = self._corpus.vocab_size
         self.end_of_text_id = self._corpus.end_of_text_id
+        self.bos_id = self._corpus.bos_id
         self.context_length = self._corpus.context_length
         self.temperature = temperature
         self._hidden_stride = hidden_stride

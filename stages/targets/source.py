@@ -90,6 +90,7 @@ class TargetSource(Protocol):
     kind: str
     vocab_size: int
     end_of_text_id: int
+    bos_id: int | None
     context_length: int
     temperature: float
     tokenizer_path: Path

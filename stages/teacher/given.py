@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from cache.atomic import atomic_file
-from stages.data.tokenized import TokenizedCorpus, load_corpus
+from stages.data.tokenized import TokenizedCorpus, corpus_of_model, load_corpus
 from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
@@ -46,6 +46,8 @@ def take_teacher(
     )
     take = _take_ours if is_ours(read_config(given / CONFIG_NAME)) else _use_in_place
     model = take(config, given, corpus, data_folder, folder).to(device)
+    if corpus_of_model(data_folder, model.vocab_size, str(given)) != corpus:
+        say(f"teacher: knows {model.vocab_size:,} of the {corpus.vocab_size:,} ids of its tokenizer; no other occurs")
     fingerprint = model_fingerprint(folder)
     source = OnlineSource(data_folder, device)
     summary = TeacherSummary(
@@ -69,7 +71,7 @@ def _take_ours(
             "float32, or as cache.precision says; leave it out"
         )
     model = load_model(given)
-    if model.vocab_size != corpus.vocab_size:
+    if model.vocab_size > corpus.vocab_size:
         raise CheckpointError(
             f"{given}: found {model.vocab_size} output entries, expected {corpus.vocab_size}, one for each id of "
             f"{data_folder / TOKENIZER_NAME}; give a teacher whose vocabulary is not padded"

@@ -58,7 +58,7 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     say_start("teacher", f"{shape.parameters(source.vocab_size):,} parameters", device, settings.precision, ranks)
     say_length("teacher", settings, source)
     trained = training.run()
-    save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks)
+    save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks, source.bos_id)
     with training.weights_outside_blocks():
         validation = evaluate(model, source, evaluation, "teacher", ranks)
     say(f"teacher: {validation.text}")
