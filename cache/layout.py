@@ -18,7 +18,7 @@ COMPANION_NAMES: tuple[CompanionName, ...] = get_args(CompanionName)
 LARGEST_COMPANION_BYTES = 2**24
 _POSITIONS_PER_CHUNK = 8192
 DEFAULT_SHARD_POSITIONS = 2**17
-SHARD_NAME = re.compile(r"^(train|validation)-[0-9]{5,}\.h5$")
+SHARD_NAME = re.compile(r"^(train|validation|test)-[0-9]{5,}\.h5$")
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ LARGEST_NUM_CONTEXTS = 2**16
 """A reader takes 16 KiB for each."""
 
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-SplitName = Literal["train", "validation"]
+SplitName = Literal["train", "validation", "test"]
 AnyProfile = Annotated[
     SampledProfile | TopKProfile | TransformProfile | DenseProfile | PlainTopKProfile, Field(discriminator="kind")
 ]

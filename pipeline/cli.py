@@ -221,7 +221,11 @@ def info(
 
 @cache.command()
 @click.option(
-    "--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True, help="Which split."
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="validation",
+    show_default=True,
+    help="Which split.",
 )
 @click.option("--window", type=click.IntRange(min=0), default=0, show_default=True, help="Which window of the split.")
 @click.option("--windows", type=click.IntRange(min=1), default=1, show_default=True, help="How many, from that one on.")

@@ -120,8 +120,8 @@ class DumpLogits(Step):
 
     command = "dump-logits"
     products = ("cache.json", "tokenizer.json")
-    owned = (*products, *COMPANION_NAMES, "tables.h5", "train-*.h5", "validation-*.h5", ".*.partial")
-    resumable = ("tables.h5", "train-*.h5", "validation-*.h5")
+    owned = (*products, *COMPANION_NAMES, "tables.h5", "train-*.h5", "validation-*.h5", "test-*.h5", ".*.partial")
+    resumable = ("tables.h5", "train-*.h5", "validation-*.h5", "test-*.h5")
     names_outside = ("cache",)
 
     @property

@@ -1,5 +1,6 @@
 """The step `tokenize`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ class Tokenize(Step):
 
     command = "tokenize"
     products = ("data.json", "tokenizer.json", "train.npy", "validation.npy")
-    owned = (*products, *COMPANION_NAMES, "*-mask.npy", "synthetic", ".*.partial")
+    owned = (*products, *COMPANION_NAMES, "test.npy", "*-mask.npy", "synthetic", ".*.partial")
     resumable = ("synthetic/part-*.jsonl",)
-    fetched = ("corpus", "chat template")
+    fetched = ("corpus", "validation corpus", "test corpus", "chat template")
     names_outside = ("data",)
 
     @property
@@ -42,7 +43,9 @@ class Tokenize(Step):
         from stages.data.files import corpus_signature, template_signature
 
         data = self.config.data
-        return known({"corpus": corpus_signature(data.source), "chat template": template_signature(data)})
+        held_out = {f"{split} corpus": corpus_signature(source) for split, source in data.held_out.items()}
+        found = {"corpus": corpus_signature(data.source), "chat template": template_signature(data)}
+        return known(found | held_out)
 
     def reads(self) -> dict[str, Input]:
         """Folders of models that it opens; all files of the corpus are compared while they are read."""
@@ -65,5 +68,7 @@ class Tokenize(Step):
         from stages.data.files import refuse_changed_corpus
         from stages.data.tokenize import tokenize_corpus
 
-        with refuse_changed_corpus(self.config.data.source):
+        with ExitStack() as stack:
+            for source in (self.config.data.source, *self.config.data.held_out.values()):
+                stack.enter_context(refuse_changed_corpus(source))
             return tokenize_corpus(self.config.data, self.folder).fingerprint

@@ -1,10 +1,12 @@
 """Settings of the corpus, its split and its tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from cache.spec import SplitName
 from cache.store import check_url
 from stages.settings import ALWAYS_OUTSIDE, OUTSIDE, Section, neutral
 
@@ -189,27 +191,69 @@ class ExistingTokenizer(Section):
     ] = None
 
 
+ReadSource = PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset
+AnySource = ReadSource | SyntheticText
+
+
+def _holds_chats(source: AnySource) -> bool:
+    return isinstance(source, RecordFiles | HuggingFaceDataset) and source.chat_column is not None
+
+
 class DataConfig(Section):
     """From a corpus to windows of token ids."""
 
-    source: Annotated[
-        PythonStdlib | TextFiles | RecordFiles | HuggingFaceDataset | SyntheticText,
-        Field(discriminator="kind", description="where the text is from"),
-    ] = PythonStdlib()
+    newer: ClassVar[tuple[str, ...]] = ("validation", "test")
+
+    source: Annotated[AnySource, Field(discriminator="kind", description="where the text is from")] = PythonStdlib()
+    validation: Annotated[
+        ReadSource | None,
+        Field(
+            discriminator="kind",
+            description="source of the held-out text to choose on, such as a published split; all of `source` is then "
+            "for training. None holds out validation_fraction of `source`",
+        ),
+    ] = None
+    test: Annotated[
+        ReadSource | None,
+        Field(discriminator="kind", description="source of the held-out text to report on; None has no such split"),
+    ] = None
     tokenizer: Annotated[
         TrainedTokenizer | ExistingTokenizer, Field(discriminator="kind", description="trained here, or given")
     ] = TrainedTokenizer()
     context_length: Annotated[int, Field(ge=1, le=2**20, description="positions per window")] = 256
     validation_fraction: Annotated[
-        float, Field(gt=0, lt=1, description="share of documents held out, chosen by a hash of their content")
+        float,
+        Field(
+            gt=0,
+            lt=1,
+            description="share of documents held out, chosen by a hash of their content; unused where `validation` "
+            "names a source",
+        ),
     ] = 0.05
     max_train_tokens: Annotated[int | None, Field(ge=1, description="cut the train split; none keeps all")] = None
     max_validation_tokens: Annotated[int | None, Field(ge=1, description="cut the validation split likewise")] = None
 
     @property
+    def held_out(self) -> Mapping[SplitName, ReadSource]:
+        """The sources of held-out text, by the split that they are for."""
+        found: dict[SplitName, ReadSource | None] = {"validation": self.validation, "test": self.test}
+        return {split: source for split, source in found.items() if source is not None}
+
+    @property
     def chat_column(self) -> str | None:
         """The column of chats; None if the corpus is plain text."""
         return self.source.chat_column if isinstance(self.source, RecordFiles | HuggingFaceDataset) else None
+
+    @model_validator(mode="after")
+    def _all_sources_are_alike(self) -> Self:
+        kinds = {True: "chats", False: "plain text"}
+        for split, source in self.held_out.items():
+            found, expected = kinds[_holds_chats(source)], kinds[_holds_chats(self.source)]
+            if found != expected:
+                raise ValueError(
+                    f"{split}: found {found}, expected {expected} as in source; give chat_column for both or neither"
+                )
+        return self
 
     @model_validator(mode="after")
     def _chats_have_a_template(self) -> Self:

@@ -100,7 +100,7 @@ class _Author:
         prompts = []
         for where, prompt in _prompts(source):
             ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
-            _refuse_unfit(ids, model, source, where)
+            _refuse_unfit(ids, model, tokenizer, source, where)
             prompts.append(ids)
         sampling = Sampling(source.temperature, source.top_p, source.max_tokens)
         return cls(model, tokenizer, prompts, sampling, source.seed)
@@ -131,11 +131,11 @@ def _prompts(source: SyntheticText) -> list[tuple[str, str]]:
     return prompts
 
 
-def _refuse_unfit(ids: list[int], model: CausalModel, source: SyntheticText, where: str) -> None:
+def _refuse_unfit(ids: list[int], model: CausalModel, tokenizer: Tokenizer, source: SyntheticText, where: str) -> None:
     if max(ids) >= model.vocab_size:
         raise CorpusError(
-            f"{source.model}: {where}: found id {max(ids)}, expected less than {model.vocab_size}, the model's "
-            f"vocabulary; its {TOKENIZER_NAME} is of another model"
+            f"{source.model}: {where}: found id {max(ids)} ({tokenizer.id_to_token(max(ids))!r}), expected less than "
+            f"{model.vocab_size}, the model's vocabulary; leave that token out, or give the model's own tokenizer"
         )
     if model.max_positions is not None and len(ids) - 1 + source.max_tokens > model.max_positions:
         found = f"{len(ids) - 1} of prompt and max_tokens = {source.max_tokens}" if len(ids) > 1 else source.max_tokens

@@ -23,6 +23,7 @@ from cache.regular_file import read_json_object
 from cache.spec import SplitName
 from stages.data.chat import ChatTemplate, Document, assistant_tokens, special_ids
 from stages.data.config import (
+    AnySource,
     DataConfig,
     ExistingTokenizer,
     HuggingFaceDataset,
@@ -48,20 +49,22 @@ from stages.models.companions import write_tokenizer
 from stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
-_SPLITS: tuple[SplitName, ...] = ("train", "validation")
 _HOLDERS = {"tools": "lists of them"}
 
 
 def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
-    """Write the token files of both splits and what belongs to them. Memory does not grow with the corpus."""
+    """Write the token files of all splits and what belongs to them. Memory does not grow with the corpus."""
     datasets.disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     empty: dict[str, None] = {}
-    read_documents = _reader(config, folder, empty.setdefault)
-    tokenizer, end_of_text_id = _tokenizer(config, read_documents, folder)
+    readers = {of: _reader(config, source, folder, empty.setdefault) for of, source in _sources(config).items()}
+    tokenizer, end_of_text_id = _tokenizer(config, readers[None], folder)
     bos_id = _bos_id(config, tokenizer)
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
-    limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
+    limits: dict[SplitName, int | None] = {
+        "train": config.max_train_tokens,
+        "validation": config.max_validation_tokens,
+    }
     left_out = 0
     ends: set[str] = set()
     not_shown: Counter[str] = Counter()
@@ -70,22 +73,20 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
         def writer(split: SplitName) -> _SplitWriter:
             ids = stack.enter_context(token_file(folder / f"{split}.npy", ids_dtype(vocab_size)))
             mask = stack.enter_context(token_file(folder / mask_name(split), "|u1")) if config.chat_column else None
-            return _SplitWriter(ids, mask, limits[split])
+            return _SplitWriter(ids, mask, limits.get(split))
 
-        writers = {split: writer(split) for split in _SPLITS}
+        writers = {split: writer(split) for split in split_names(config)}
         progress = stack.enter_context(Progress("tokenize", None, "tokens"))
-        for tokens in _tokenized(read_documents(), tokenizer, end_of_text_id):
+        for own, tokens in _of_all(readers, config, writers, tokenizer, end_of_text_id):
             if tokens.mask is not None and not tokens.mask.any():
                 left_out += 1
                 continue
             text = tokens.document.text
-            progress.advance(writers["validation" if is_validation(text, config) else "train"].append(tokens))
+            progress.advance(writers[own or split_of(text, config)].append(tokens))
             ends.update(text[first:end] for first, end in tokens.document.ends)
             not_shown.update(tokens.document.left_out)
-            if all(found.is_full for found in writers.values()):
-                break
-        _refuse_short(writers, config, left_out)
-    if empty and not isinstance(config.source, PythonStdlib):
+        _refuse_short(writers, config, left_out, bos_id)
+    if empty:
         say(f"tokenize: skipped {len(empty):,} files that hold nothing: {', '.join(islice(empty, 3))}")
     if left_out:
         say(f"tokenize: left out {left_out:,} chats in which the assistant says nothing")
@@ -119,6 +120,38 @@ def _end_generation_at(corpus: TokenizedCorpus, path: Path) -> None:
     write_atomically(path, (json.dumps(found, indent=2) + "\n").encode("utf-8"))
 
 
+def split_names(config: DataConfig) -> tuple[SplitName, ...]:
+    """The splits of a corpus."""
+    return ("train", "validation", *(() if config.test is None else ("test",)))
+
+
+def split_of(document: str, config: DataConfig) -> SplitName:
+    """Where a document of data.source goes."""
+    return "validation" if config.validation is None and is_validation(document, config) else "train"
+
+
+def _sources(config: DataConfig) -> dict[SplitName | None, AnySource]:
+    """Every source, by the split that all of it is for; None: data.source, whose documents are shared out."""
+    held_out: list[tuple[SplitName | None, AnySource]] = list(config.held_out.items())
+    return dict([(None, config.source), *held_out])
+
+
+def _of_all(
+    readers: Mapping[SplitName | None, Callable[[], Iterator[Document]]],
+    config: DataConfig,
+    writers: "Mapping[SplitName, _SplitWriter]",
+    tokenizer: Tokenizer,
+    end_of_text_id: int,
+) -> "Iterator[tuple[SplitName | None, _Tokens]]":
+    """The documents of every source, until the splits that it fills are full."""
+    for own, read_documents in readers.items():
+        filled = [own] if own else [split for split in writers if split not in config.held_out]
+        for tokens in _tokenized(read_documents(), tokenizer, end_of_text_id):
+            yield own, tokens
+            if all(writers[split].is_full for split in filled):
+                break
+
+
 class _Tokens(NamedTuple):
     """A document's ids with the end of text. mask: which ids count, None if all do; text_bytes: of those that do."""
 
@@ -136,6 +169,11 @@ class _SplitWriter:
         self._mask = mask
         self._limit = limit
         self._documents = self._text_bytes = self.counted = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of which something was written."""
+        return self._documents
 
     @property
     def num_tokens(self) -> int:
@@ -190,9 +228,10 @@ def _tokenized(documents: Iterator[Document], tokenizer: Tokenizer, end_of_text_
             yield _Tokens(document, ids, mask, text_bytes)
 
 
-def _reader(config: DataConfig, folder: Path, on_empty: OnEmpty) -> Callable[[], Iterator[Document]]:
-    """What goes through the documents, once a call; a synthetic corpus is written first."""
-    source = config.source
+def _reader(config: DataConfig, source: AnySource, folder: Path, on_empty: OnEmpty) -> Callable[[], Iterator[Document]]:
+    """What goes through the documents of a source, once a call; a synthetic corpus is written first."""
+    if isinstance(source, PythonStdlib):  # whose empty files are nobody's mistake
+        return lambda: map(Document, documents(source))
     if isinstance(source, RecordFiles | HuggingFaceDataset) and source.chat_column is not None:
         assert isinstance(config.tokenizer, ExistingTokenizer), "checked with the config"
         return partial(chats, source, ChatTemplate(tokenizer_place(config.tokenizer)), on_empty)
@@ -209,7 +248,7 @@ def _tokenizer(
 ) -> tuple[Tokenizer, int]:
     """The tokenizer and its end-of-text id; it is written into the folder, an existing one byte for byte."""
     if isinstance(config.tokenizer, TrainedTokenizer):
-        texts = (found.text for found in read_documents() if not is_validation(found.text, config))
+        texts = (found.text for found in read_documents() if split_of(found.text, config) == "train")
         with waiting("tokenizer"):
             tokenizer, end_of_text = train_tokenizer(config.tokenizer, texts), END_OF_TEXT
         write_atomically(folder / "tokenizer.json", tokenizer.to_str().encode("utf-8"))
@@ -255,22 +294,42 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _refuse_short(writers: Mapping[SplitName, _SplitWriter], config: DataConfig, left_out: int) -> None:
+def _refuse_short(
+    writers: Mapping[SplitName, _SplitWriter], config: DataConfig, left_out: int, bos_id: int | None
+) -> None:
     if not any(writer.num_tokens for writer in writers.values()):
         found = f"the assistant says nothing in any of its {left_out:,} chats" if left_out else "found no text in it"
         raise CorpusError(f"the corpus ({config.source.kind}) is empty: {found}")
     for split, writer in writers.items():
-        if writer.num_tokens <= config.context_length:
+        needed = config.context_length + (bos_id is None)
+        if writer.num_tokens < needed:
             raise CorpusError(
-                f"the {split} split is shorter than one window: found {writer.num_tokens} tokens, expected at least "
-                f"{config.context_length + 1}; give more text, or change data.context_length, "
-                "data.validation_fraction or, where one file is one document, data.source.documents"
+                f"the {split} split is shorter than one window: found {writer.num_documents:,} documents of "
+                f"{writer.num_tokens:,} tokens in all, expected at least {needed:,} tokens; {_way_out(split, config)}"
             )
+
+
+def _way_out(split: SplitName, config: DataConfig) -> str:
+    """What makes a split longer."""
+    limit = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}.get(split)
+    if limit is not None and limit <= config.context_length:
+        return f"raise data.max_{split}_tokens from {limit:,}, or lower data.context_length"
+    own = config.held_out.get(split) if split != "train" else None
+    source, name = (own, f"data.{split}") if own else (config.source, "data.source")
+    ways = [f"give more text in {name}", "lower data.context_length"]
+    if own is None and config.validation is None:
+        change = "raise" if split == "validation" else "lower"
+        ways += [f"{change} data.validation_fraction", "name held-out text of its own in data.validation"]
+    if getattr(source, "documents", None) == "file":
+        ways.append(f"set {name}.documents to 'paragraph' or 'line' (one file is one document now)")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _refuse_without_labels(corpus: TokenizedCorpus, folder: Path) -> None:
     for split, found in corpus.splits.items():
-        windows = TokenWindows(folder / f"{split}.npy", corpus.context_length, mask_path=folder / mask_name(split))
+        windows = TokenWindows(
+            folder / f"{split}.npy", corpus.context_length, mask_path=folder / mask_name(split), bos_id=corpus.bos_id
+        )
         if not windows.counts().any():
             raise CorpusError(
                 f"the {split} split: found nothing of the assistant's in its {windows.num_windows} windows, whose "

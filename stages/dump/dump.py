@@ -39,7 +39,6 @@ from stages.targets.hidden import HiddenTransforms
 from stages.threads import torch_threads
 
 _BATCHES_AHEAD = 2
-_SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
 def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, folder: Path) -> str:
@@ -96,7 +95,7 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
 
 @dataclass(frozen=True)
 class _Given:
-    """What a dump reads. windows: of both splits."""
+    """What a dump reads. windows: of every split."""
 
     corpus: TokenizedCorpus
     windows: Mapping[SplitName, TokenWindows]
@@ -113,7 +112,7 @@ def _load(config: DumpConfig, data_folder: Path, teacher_folder: Path) -> _Given
             f"{teacher_folder}: the teacher was trained with another tokenizer than that of {data_folder}; run "
             "`tristill teacher --force`"
         )
-    windows = {split: split_windows(data_folder, split) for split in _SPLITS}
+    windows = {split: split_windows(data_folder, split) for split in corpus.splits}
     return _Given(corpus, windows, teacher, load_ensemble(config, data_folder, corpus, device))
 
 

@@ -185,7 +185,7 @@ def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: Language
 def split_specs(
     config: DumpConfig, corpus: TokenizedCorpus, windows: Mapping[SplitName, TokenWindows]
 ) -> dict[SplitName, SplitSpec]:
-    """Both splits of a dump. Raises CheckpointError if one has no position that counts."""
+    """The splits of a dump. Raises CheckpointError if one has no position that counts."""
 
     def split_spec(split: SplitName, max_windows: int | None) -> SplitSpec:
         all_windows = corpus.num_windows(split)
@@ -203,7 +203,8 @@ def split_specs(
             counted_positions=counted,
         )
 
-    return {"train": split_spec("train", config.max_train_windows), "validation": split_spec("validation", None)}
+    limits: dict[SplitName, int | None] = {"train": config.max_train_windows}
+    return {split: split_spec(split, limits.get(split)) for split in corpus.splits}
 
 
 def cache_spec(

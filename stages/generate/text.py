@@ -42,7 +42,7 @@ def generate_text(
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     model = load_generator(folder)
     ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
-    sampling = Sampling(temperature, top_p, _room(ids, model, max_tokens, folder))
+    sampling = Sampling(temperature, top_p, _room(ids, model, tokenizer, max_tokens, folder))
     uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
     yield prompt
     yield from _written(model, tokenizer, ids, sampling, torch.from_numpy(uniform_M), on_done)
@@ -83,12 +83,12 @@ def load_generator(folder: Path) -> CausalModel:
     return causal_model(model, folder, _CPU)
 
 
-def _room(ids: list[int], model: CausalModel, max_tokens: int | None, folder: Path) -> int:
+def _room(ids: list[int], model: CausalModel, tokenizer: Tokenizer, max_tokens: int | None, folder: Path) -> int:
     """How many tokens to write; refuses a prompt that leaves no room for them."""
     if max(ids) >= model.vocab_size:
         raise TokenizerError(
-            f"{folder / TOKENIZER_NAME}: found id {max(ids)}, expected less than {model.vocab_size}, the model's "
-            "vocabulary; it is the tokenizer of another model"
+            f"{folder / TOKENIZER_NAME}: found id {max(ids)} ({tokenizer.id_to_token(max(ids))!r}), expected less than "
+            f"{model.vocab_size}, the model's vocabulary; leave that token out, or give the model's own tokenizer"
         )
     wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     if model.max_positions is None:

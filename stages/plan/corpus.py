@@ -78,7 +78,9 @@ def in_small(config: DataConfig, small_bytes: int = SMALL_BYTES) -> CorpusInSmal
     tokenizer = config.tokenizer
     if isinstance(tokenizer, TrainedTokenizer):
         tokenizer = tokenizer.model_copy(update={"train_bytes": max(2**20, round(share * tokenizer.train_bytes))})
-    unlimited = {"max_train_tokens": None, "max_validation_tokens": None}
+    unlimited: dict[str, int | None] = {"max_train_tokens": None}
+    if config.validation is None:
+        unlimited["max_validation_tokens"] = None
     part = config.model_copy(update={"source": source, "tokenizer": tokenizer, **unlimited})
     return CorpusInSmall(part, is_whole=False, share=share)
 
@@ -97,7 +99,7 @@ def _cut(config: DataConfig) -> DataConfig:
     """The corpus from its start on, to two million tokens."""
     train = min(_PART_TOKENS, config.max_train_tokens or _PART_TOKENS)
     most = max(2 * config.context_length, round(train * config.validation_fraction))
-    validation = min(most, config.max_validation_tokens or most)
+    validation = config.max_validation_tokens if config.validation else min(most, config.max_validation_tokens or most)
     tokenizer = config.tokenizer
     if isinstance(tokenizer, TrainedTokenizer):
         tokenizer = tokenizer.model_copy(update={"train_bytes": min(tokenizer.train_bytes, 4 * _PART_TOKENS)})
@@ -110,18 +112,21 @@ def expected_tokens(config: DataConfig, small: CorpusInSmall, data_folder: Path)
     """Tokens per split of the whole corpus, from its part in `data_folder`: by bytes, up to the limits."""
     splits = load_corpus(data_folder).splits
     found = {split: splits[split].tokens for split in _SPLITS}
+    has_own = config.validation is not None
     if small.is_whole:
         return found
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens}
-    share = config.validation_fraction
+    share = 0.0 if has_own else config.validation_fraction
+    of_source = _SPLITS[:1] if has_own else _SPLITS
+    num_found = sum(found[split] for split in of_source)
     if small.share is not None:
-        all_tokens = sum(found.values()) / small.share
+        all_tokens = num_found / small.share
     elif small.total_bytes is not None:
-        all_tokens = small.total_bytes * sum(found.values()) / sum(splits[split].text_bytes for split in _SPLITS)
+        all_tokens = small.total_bytes * num_found / sum(splits[split].text_bytes for split in of_source)
     elif small.documents is not None:
-        all_tokens = small.documents * sum(found.values()) / sum(splits[split].documents for split in _SPLITS)
+        all_tokens = small.documents * num_found / sum(splits[split].documents for split in of_source)
     else:
         assert config.max_train_tokens is not None, "a part was made only where it says how much there is"
         all_tokens = config.max_train_tokens / (1 - share)
-    expected = {"train": all_tokens * (1 - share), "validation": all_tokens * share}
+    expected = {"train": all_tokens * (1 - share), "validation": found["validation"] if has_own else all_tokens * share}
     return {split: round(min(expected[split], limits[split] or expected[split])) for split in _SPLITS}

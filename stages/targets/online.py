@@ -54,10 +54,8 @@ class OnlineSource:
         )
         self._device = device
         self._teacher = teacher.to(device).eval() if teacher else None
-        self._windows = {
-            "train": split_windows(data_folder, "train", max_train_windows),
-            "validation": split_windows(data_folder, "validation"),
-        }
+        limits: dict[SplitName, int | None] = {"train": max_train_windows}
+        self._windows = {split: split_windows(data_folder, split, limits.get(split)) for split in self._corpus.splits}
         self.vocab_size = self._corpus.vocab_size
         self.end_of_text_id = self._corpus.end_of_text_id
         self.bos_id = self._corpus.bos_id

@@ -175,7 +175,11 @@ def test_large_vocabularies_take_four_bytes_an_id(corpus: Path, tmp_path: Path) 
     [
         ({}, {}, r"found no file there; data\.source\.paths takes files, folders and globs"),
         ({"a.txt": b""}, {}, r"the corpus \(text\) is empty: found no text in it"),
-        ({"a.txt": b"short"}, {}, r"split is shorter than one window: found \d+ tokens, expected at least 9"),
+        (
+            {"a.txt": b"short"},
+            {},
+            r"split is shorter than one window: found \d documents of \d+ tokens in all, expected at least 9",
+        ),
         ({"a.txt": b"fine", "b.txt": b"\xff\xfe\x00bad"}, {}, r"b\.txt: is not UTF-8 text"),
     ],
 )

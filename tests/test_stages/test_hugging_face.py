@@ -324,10 +324,9 @@ def test_logits_that_are_no_product_are_refused(tokenizer_json: Path, tmp_path: 
         load(tmp_path)
 
 
-def test_fewer_outputs_than_ids_are_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_may_know_more_ids_than_the_model_has_rows(tokenizer_json: Path, tmp_path: Path) -> None:
     write_model(tmp_path, "llama", tokenizer_json, outputs=VOCAB - 1)
-    with pytest.raises(CheckpointError, match=f"found {VOCAB - 1} outputs, expected at least {VOCAB}"):
-        load(tmp_path)
+    assert load(tmp_path).vocab_size == VOCAB - 1
 
 
 def test_a_tokenizer_is_compared_by_what_it_holds(tokenizer_json: Path, tmp_path: Path) -> None:
