@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from cache.regular_file import open_regular
 
 
 def canonical_json(value: Any) -> str:
@@ -18,5 +21,5 @@ def fingerprint_of(value: Any) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256, in hex, of a file's bytes, read in constant memory."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path, follows_links=True), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

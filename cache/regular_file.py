@@ -1,4 +1,4 @@
-"""Files that others may have put there: opened without following links, read up to a bound."""
+"""Files that others may have put there: opened without waiting for anybody, read up to a bound."""
 
 import errno
 import hashlib
@@ -11,30 +11,56 @@ from typing import Any
 LARGEST_JSON_BYTES = 2**26
 
 
-class IrregularFileError(ValueError):
+class IrregularFileError(OSError, ValueError):
     """What stands there is a link, a pipe or a device, or is larger than it may be; the text begins with `is`."""
 
+    def __init__(self, text: str, path: Path) -> None:
+        super().__init__(text)
+        self.filename = str(path)
 
-def open_regular(path: Path) -> int:
+
+def open_regular(path: Path, *, follows_links: bool = False) -> int:
     """A descriptor to read from. Raises IrregularFileError for all but a regular file, OSError if there is none."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags)
     except OSError as exc:
-        if exc.errno != errno.ELOOP:
+        if exc.errno == errno.ENXIO:
+            raise IrregularFileError("is not a regular file", path) from exc  # but a socket
+        if exc.errno != errno.ELOOP or follows_links:
             raise
-        raise IrregularFileError("is a link, not a regular file") from exc
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise IrregularFileError("is a link, not a regular file", path) from exc
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise IrregularFileError("is not a regular file")
+        if follows_links and stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise IrregularFileError("is not a regular file", path)
     return descriptor
 
 
-def read_regular(path: Path, largest_bytes: int) -> bytes:
+def read_regular(path: Path, largest_bytes: int, *, follows_links: bool = False) -> bytes:
     """The bytes of a regular file; raises as open_regular, and for more than so many bytes before any is read."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path, follows_links=follows_links), "rb") as file:
         if (found := os.fstat(file.fileno()).st_size) > largest_bytes:
-            raise IrregularFileError(f"is of {found} bytes, expected at most {largest_bytes}")
+            raise IrregularFileError(f"is of {found} bytes, expected at most {largest_bytes}", path)
         return file.read(found)
+
+
+def read_file(path: Path, largest_bytes: int = LARGEST_JSON_BYTES) -> bytes:
+    """The bytes of a file outside of a cache: as read_regular, but links are followed, as hubs have such."""
+    return read_regular(path, largest_bytes, follows_links=True)
+
+
+def require_regular(path: Path) -> None:
+    """Raise as open_regular, links followed: before a library opens the file, which may wait for ever."""
+    os.close(open_regular(path, follows_links=True))
+
+
+def require_regular_files(folder: Path) -> None:
+    """The same of every file in a folder that a library may open by a name of its own."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir():
+            require_regular(path)
 
 
 def sha256_of_regular_file(path: Path) -> str:
@@ -48,14 +74,15 @@ def read_json_object(path: Path, largest_bytes: int = LARGEST_JSON_BYTES) -> dic
 
     Raises OSError if there is none to read, ValueError for all that is no JSON object of moderate size and depth.
     """
-    with path.open("rb") as file:
-        if (found := os.fstat(file.fileno()).st_size) > largest_bytes:
-            raise ValueError(f"found {found} bytes, expected at most {largest_bytes}")
-        content = file.read(found)
-    try:
-        value = json.loads(content)
-    except RecursionError as exc:
-        raise ValueError("found lists or objects nested too deeply") from exc
+    value = parsed_json(read_file(path, largest_bytes))
     if not isinstance(value, dict):
         raise ValueError(f"found a {type(value).__name__}, expected an object")  # noqa: TRY004 - of a file
     return value
+
+
+def parsed_json(content: bytes | str) -> Any:
+    """What JSON text says. Raises ValueError for all that is none, or is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError as exc:
+        raise ValueError("found lists or objects nested too deeply") from exc

@@ -18,6 +18,7 @@ from cache.hashing import sha256_of_file
 from cache.layout import LARGEST_COMPANION_BYTES, MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
 from cache.locks import lock
 from cache.manifest import LARGEST_MANIFEST_BYTES, Manifest
+from cache.regular_file import parsed_json, read_file
 from cache.spec import CacheSpec, describe
 from cache.store import Patience, Store
 from cache.uploads import RECORDS_FOLDER, Uploads
@@ -184,7 +185,7 @@ def named_place(folder: Path) -> str:
 def copied_from(folder: Path) -> str | None:
     """The URL that a folder says it is a copy of; that is believed in messages alone."""
     try:
-        found = json.loads((folder / COPY_NAME).read_bytes())
+        found = parsed_json(read_file(folder / COPY_NAME))
     except (OSError, ValueError):
         return None
     return str(found.get("url")) if isinstance(found, dict) else None

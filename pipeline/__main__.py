@@ -23,6 +23,8 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 refused or failed, 2 usage, 130 interrupted (Ctrl-C, SIGTERM, ..)."""
     open_closed_descriptors()
     guard_output()
+    if not os.environ.get(_DEBUG_VARIABLE):
+        os.environ["RUST_BACKTRACE"] = "0"  # libraries written in Rust print it where they panic
     interrupts = _Interrupts()
     try:
         interrupts.catch()
@@ -59,6 +61,8 @@ def _unexpected(error: BaseException) -> int:
     said = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, MemoryError) or any(words in str(error) for words in _SHORT_OF_MEMORY):
         said = f"memory is short ({said}); free some, raise its limit, or lower sizes and run the same command again"
+    elif type(error).__name__ == "PanicException":  # of no module that can be imported
+        said = f"a library fails on a file ({error}), as on a tokenizer.json whose rules take too long; use another"
     else:
         said = f"found a fault of tristill, {said}; set {_DEBUG_VARIABLE}=1 to see where, and report it"
     return _failed(f"error: {said}")

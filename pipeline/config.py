@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cache.atomic import write_atomically
+from cache.regular_file import read_file
 from cache.secrets import NO_CREDENTIALS, credentials_in, masked
 from pipeline.errors import ConfigError
 from stages.data.config import DataConfig
@@ -129,7 +130,7 @@ def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
 def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a TOML file says after `dotted.key=value` assignments, unchecked."""
     try:
-        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+        plain = tomllib.loads(read_file(path).decode("utf-8"))
     except FileNotFoundError as exc:
         folder = "configs/sweeps" if path.parent.name == "sweeps" else "configs"
         shipped = ", ".join(sorted(str(p) for p in Path(folder).glob("*.toml"))) or "none here"

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from cache.atomic import write_atomically
 from cache.layout import DEFAULT_SHARD_POSITIONS
+from cache.regular_file import read_file
 from cache.secrets import masked
 from pipeline.errors import BusyError, StaleError
 
@@ -69,7 +70,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     """The record in a folder, or None where there is none."""
     path = folder / PROVENANCE_NAME
     try:
-        return Provenance.model_validate_json(path.read_bytes())
+        return Provenance.model_validate_json(read_file(path))
     except FileNotFoundError:
         return None
     except ValidationError as exc:

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache.atomic import write_atomically
+from cache.regular_file import read_file
 from pipeline.errors import StaleError
 
 PLAN_NAME = "plan.json"
@@ -73,7 +74,7 @@ def load_plan(run_dir: Path) -> Plan | None:
     """The plan of a run, None if there is none."""
     path = run_dir / PLAN_NAME
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return Plan.model_validate_json(read_file(path))
     except FileNotFoundError:
         return None
     except ValidationError as exc:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cache.regular_file import read_json_object
+from cache.regular_file import read_file, read_json_object
 from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
 from pipeline.report.run import Model, Run, mapping
 from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
@@ -125,7 +125,7 @@ def _deployment(run: Run) -> list[Block]:
     from stages.deployment.report import Deployment
 
     try:
-        found = Deployment.model_validate_json((run.workspace.run_dir / "deployment.json").read_bytes())
+        found = Deployment.model_validate_json(read_file(run.workspace.run_dir / "deployment.json"))
     except (OSError, ValidationError):
         return []
     rows, notes = deployment_rows(found)

@@ -1,11 +1,11 @@
 """A run as it lies on disk: its models with what was logged of them, finished or not."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cache.regular_file import parsed_json
 from pipeline.errors import MissingInputError, StaleError
 from pipeline.provenance import Provenance, read_provenance
 from pipeline.report.section import Entry
@@ -155,7 +155,7 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
     """Whole lines that hold a record; a training that goes on, or was killed, may have left half of one."""
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            record = json.loads(line)
+            record = parsed_json(line)
         except ValueError:
             continue
         if isinstance(record, dict):

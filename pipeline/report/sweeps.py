@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from cache.regular_file import read_file
 from pipeline.report.drawing import COLORS, WIDE, Axes, drawn, numbers_on, plain, scale_axes
 from pipeline.report.run import Run, mapping
 from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
@@ -48,7 +49,7 @@ def read_sweeps(run: Run) -> dict[str, SweepResults | str]:
     found: dict[str, SweepResults | str] = {}
     for path in sorted((run.workspace.run_dir / "sweeps").glob(f"*/{RESULTS_NAME}")):
         try:
-            found[path.parent.name] = SweepResults.model_validate_json(path.read_bytes())
+            found[path.parent.name] = SweepResults.model_validate_json(read_file(path))
         except (OSError, ValidationError) as exc:
             reason = str(exc).splitlines()[0]
             found[path.parent.name] = f"Sweep {path.parent.name}: {RESULTS_NAME} cannot be read ({reason})."

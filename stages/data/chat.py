@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from cache.regular_file import require_regular_files
 from stages.data.chat_forms import Tool, forms, prints_python, with_marks
 from stages.data.conversation import Message
 from stages.errors import CorpusError, TokenizerError
@@ -81,6 +82,7 @@ class ChatTemplate:
                 f"{folder}: its chat template needs transformers, which is not installed; run `pip install -e '.[hf]'`"
             ) from exc
         try:
+            require_regular_files(folder)
             arguments = {"local_files_only": True, "trust_remote_code": False}
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(folder), **arguments)
             source: str = self._tokenizer.get_chat_template()

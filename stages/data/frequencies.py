@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.regular_file import require_regular
 from stages.data.tokenized import load_corpus
 from stages.errors import CorpusError
 
@@ -17,6 +18,7 @@ def token_counts(folder: Path, max_tokens: int = MAX_TOKENS) -> list[int]:
     """
     corpus = load_corpus(folder)
     try:
+        require_regular(folder / "train.npy")
         tokens = np.load(folder / "train.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as exc:
         raise CorpusError(f"{folder / 'train.npy'}: cannot be read as token ids ({exc})") from exc

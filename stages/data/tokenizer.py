@@ -14,6 +14,16 @@ from stages.data.config import ExistingTokenizer, TrainedTokenizer
 from stages.errors import TokenizerError
 from stages.models.hub import fetch_model, is_hub_name
 from stages.progress import say
+from stages.tokenizer_file import load_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "existing_tokenizer",
+    "load_tokenizer",
+    "tokenizer_file",
+    "tokenizer_place",
+    "train_tokenizer",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 _LONGEST_TOKEN_BYTES = 16
@@ -131,17 +141,6 @@ def tokenizer_place(config: ExistingTokenizer) -> Path:
     """The file or folder that `config.path` names; what is on the hub is fetched, without weights."""
     path = Path(config.path).expanduser()
     return path if path.exists() or not is_hub_name(path) else fetch_model(path, None, weights=False)
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a `tokenizer.json`, without the truncation and padding that may be stored there."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as exc:  # tokenizers raises bare Exception
-        raise TokenizerError(f"{path}: cannot be read as a tokenizer.json ({exc})") from exc
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _first_bytes(texts: Iterable[str], num_bytes: int) -> Iterator[str]:

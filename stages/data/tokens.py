@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cache.atomic import atomic_file
+from cache.regular_file import open_regular
 from stages.errors import CorpusError
 
 _BLOCK_TOKENS = 2**22
@@ -144,7 +145,7 @@ class _TokenFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path, follows_links=True), "rb") as file:
                 self._read_header(file)
                 self._descriptor = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._descriptor)

@@ -10,8 +10,8 @@ from cache.regular_file import read_json_object
 from stages.errors import ExportError, TokenizerError
 from stages.export.packages import import_gguf
 from stages.models.companions import SpecialIds
+from stages.tokenizer_file import LARGEST_TOKENIZER_BYTES
 
-_LARGEST_TOKENIZER_BYTES = 2**28
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _LLAMA_3 = (
@@ -96,7 +96,7 @@ def refuse_gguf_tokenizer(path: Path, vocab_size: int) -> None:
 def _checked(path: Path, vocab_size: int) -> tuple[dict[str, Any], dict[str, int], str]:
     """The file, the ids of its texts, and llama.cpp's name of its pre-tokenizer."""
     try:
-        content = read_json_object(path, _LARGEST_TOKENIZER_BYTES)
+        content = read_json_object(path, LARGEST_TOKENIZER_BYTES)
         model: dict[str, Any] = content["model"]
         pre = _pre_tokenizer(content.get("pre_tokenizer"))
         vocab: dict[str, int] = {one["content"]: one["id"] for one in content["added_tokens"]}

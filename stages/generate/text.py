@@ -18,6 +18,7 @@ from stages.models.generate import CausalModel, Sampling, stream
 from stages.models.transformer import Transformer
 from stages.packed.model import memory_text, pack_model
 from stages.progress import say
+from stages.tokenizer_file import panics_named
 
 DEFAULT_MAX_TOKENS = 100
 _CPU = torch.device("cpu")
@@ -41,7 +42,8 @@ def generate_text(
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
     model = load_generator(folder)
-    ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
+    with panics_named(folder / TOKENIZER_NAME):
+        ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
     sampling = Sampling(temperature, top_p, _room(ids, model, tokenizer, max_tokens, folder))
     uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
     yield prompt

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cache.atomic import write_atomically
+from cache.regular_file import require_regular
 from stages.errors import CheckpointError, StageError
 from stages.models.companions import SpecialIds, generation_config, write_tokenizer
 from stages.models.config import ModelConfig
@@ -186,8 +187,8 @@ def load_weights(model: LanguageModel, tensors: dict[str, Tensor], where: Path) 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
     try:
-        with path.open("rb"):  # the library says of every file that cannot be opened that it is not there
-            return safetensors.torch.load_file(path)
+        require_regular(path)  # the library says of every file that cannot be opened that it is not there
+        return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as exc:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
 

@@ -5,8 +5,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
+from cache.regular_file import require_regular_files
 from stages.errors import CheckpointError, StageError
 from stages.models.description import CONFIG_NAME, read_config
 from stages.models.hugging_face import HuggingFaceModel
@@ -14,6 +14,7 @@ from stages.models.hugging_face_shape import HuggingFaceShape
 from stages.models.origin import Origin, model_files
 from stages.models.trust import is_trusted
 from stages.quantize.config import QuantizeConfig
+from stages.tokenizer_file import load_tokenizer
 
 
 def import_transformers(what: str) -> Any:
@@ -33,6 +34,7 @@ def load_inner(origin: Origin) -> Any:
     """The causal language model itself, in evaluation mode, on the CPU; refuses a folder that lacks weights of it."""
     transformers = import_transformers(str(origin.folder))
     model_files(origin.folder)  # refuses an index that names files elsewhere
+    require_regular_files(origin.folder)
     attention = {} if origin.attention is None else {"attn_implementation": origin.attention}
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -131,10 +133,7 @@ def hugging_face_shape(folder: Path) -> HuggingFaceShape:
 
 def num_ids(tokenizer_json: Path) -> int:
     """One more than the largest id of a tokenizer."""
-    try:
-        vocabulary = Tokenizer.from_file(str(tokenizer_json)).get_vocab(with_added_tokens=True)
-    except Exception as exc:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{tokenizer_json}: cannot be read as a tokenizer.json ({exc})") from exc
+    vocabulary = load_tokenizer(tokenizer_json).get_vocab(with_added_tokens=True)
     return int(max(vocabulary.values())) + 1
 
 

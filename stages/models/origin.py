@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache.atomic import write_atomically
 from cache.hashing import fingerprint_of, sha256_of_file
-from cache.regular_file import read_json_object
+from cache.regular_file import read_file, read_json_object
 from cache.secrets import masked
 from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, read_config
@@ -100,7 +100,7 @@ def load_origin(folder: Path) -> Origin | None:
     if not path.is_file():
         return None
     try:
-        return Origin.model_validate_json(path.read_bytes())
+        return Origin.model_validate_json(read_file(path))
     except (OSError, ValidationError) as exc:
         raise CheckpointError(f"{path}: cannot be read ({exc}); run `tristill teacher --force`") from exc
 

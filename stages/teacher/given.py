@@ -1,9 +1,11 @@
 """Takes a finished model as the teacher: any checkpoint will do, a quantised student or a model of transformers too."""
 
+import os
 import shutil
 from pathlib import Path
 
 from cache.atomic import atomic_file
+from cache.regular_file import open_regular
 from stages.data.tokenized import TokenizedCorpus, corpus_of_model, load_corpus
 from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
@@ -105,5 +107,5 @@ def _use_in_place(
 
 
 def _copy(original: Path, to: Path) -> None:
-    with original.open("rb") as source, atomic_file(to) as copy:
+    with os.fdopen(open_regular(original, follows_links=True), "rb") as source, atomic_file(to) as copy:
         shutil.copyfileobj(source, copy)

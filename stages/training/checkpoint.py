@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cache.atomic import sync_folder, write_atomically
+from cache.regular_file import read_file, require_regular
 from stages.errors import CheckpointError
 from stages.progress import say
 from stages.ranks import ALONE, Ranks, current_ranks
@@ -131,7 +132,7 @@ def load_checkpoint(
         return TrainingState()
     path = folder / name
     try:
-        state = TrainingState.model_validate_json((path / "state.json").read_bytes())
+        state = TrainingState.model_validate_json(read_file(path / "state.json"))
         own = _own_tensors(module)
         with _opened(path, "module", state.parts) as tensors:
             if tensors.names != own.keys():
@@ -165,7 +166,7 @@ def _last_state(folder: Path) -> TrainingState | None:
     """How far the last checkpoint is; None where there is none that can be read, as who resumes from it says."""
     found = _checkpoints(folder)
     try:
-        return TrainingState.model_validate_json((found[-1] / "state.json").read_bytes()) if found else None
+        return TrainingState.model_validate_json(read_file(found[-1] / "state.json")) if found else None
     except (OSError, ValueError):
         return None
 
@@ -244,6 +245,8 @@ class _Parts:
 def _opened(path: Path, kind: str, parts: int) -> Iterator[_Parts]:
     with ExitStack() as stack:
         names = [path / _part_name(kind, part) for part in range(parts)]
+        for name in names:
+            require_regular(name)
         yield _Parts([stack.enter_context(safetensors.safe_open(name, "pt")) for name in names])
 
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cache.atomic import names_file, sync_file, write_atomically
+from cache.regular_file import parsed_json
 from stages.progress import say
 from stages.training.tensorboard import TensorBoardLog
 
@@ -66,7 +67,7 @@ def read_records(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _step_of(line: bytes) -> float:
     try:
-        return int(json.loads(line)["step"])
+        return int(parsed_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # damaged, as after a loss of power: dropped
 
