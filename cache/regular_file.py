@@ -17,6 +17,10 @@ class IrregularFileError(OSError, ValueError):
     def __init__(self, text: str, path: Path) -> None:
         super().__init__(text)
         self.filename = str(path)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text  # without the name, as callers have it
 
 
 def open_regular(path: Path, *, follows_links: bool = False) -> int:

@@ -321,12 +321,12 @@ def _place(folder: Path) -> str:
     with held(folder):
         if _known_place(folder) is None:
             write_atomically(folder / _PLACE_NAME, uuid.uuid4().hex.encode())
-        return (folder / _PLACE_NAME).read_text(encoding="ascii")
+        return _known_place(folder) or ""
 
 
 def _known_place(folder: Path) -> str | None:
     path = folder / _PLACE_NAME
-    return path.read_text(encoding="ascii") if path.is_file() else None
+    return path.read_text(encoding="ascii", errors="backslashreplace") if path.is_file() else None
 
 
 def _places_of_running(study: optuna.Study, own: str | None) -> list[str]:

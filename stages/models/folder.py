@@ -14,7 +14,6 @@ from cache.atomic import write_atomically
 from cache.regular_file import require_regular
 from stages.errors import CheckpointError, StageError
 from stages.models.companions import SpecialIds, generation_config, write_tokenizer
-from stages.models.config import ModelConfig
 from stages.models.description import (
     CONFIG_NAME,
     START_KEY,
@@ -26,10 +25,17 @@ from stages.models.description import (
     read_description,
 )
 from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import load_hugging_face, new_hugging_face, tensors_of, with_shared
+from stages.models.hugging_face_folder import (
+    load_hugging_face,
+    new_hugging_face,
+    require_room_for,
+    tensors_of,
+    with_shared,
+)
 from stages.models.hugging_face_shape import HuggingFaceShape, Shape
 from stages.models.language_model import LanguageModel
 from stages.models.origin import Origin, checked_origin
+from stages.models.room import require_room
 from stages.models.transformer import Transformer
 from stages.quantize.config import QuantizeConfig
 from stages.ranks import ALONE, Ranks, current_ranks
@@ -118,27 +124,14 @@ def load_model(folder: Path) -> LanguageModel:
         description = read_description(folder)
         model: LanguageModel
         if isinstance(description.shape, HuggingFaceShape):
+            require_room_for(folder, description.shape)
             model = new_hugging_face(description.shape, description.vocab_size, description.quantize, seed=0)
         else:
-            _require_room_in_weights(folder, description.shape, description.vocab_size)
+            require_room(folder, description.shape.parameters(description.vocab_size))
             model = Transformer(description.shape, description.vocab_size, description.quantize)
         load_weights(model, read_tensors(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         return model
     return load_hugging_face(origin or Origin(folder=folder), folder / TOKENIZER_NAME)
-
-
-def _require_room_in_weights(folder: Path, shape: ModelConfig, vocab_size: int) -> None:
-    """Refuses a description of more parameters than the file of weights has bytes, before they take any memory."""
-    path = folder / WEIGHTS_NAME
-    try:
-        found = path.stat().st_size
-    except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({exc})") from exc
-    if shape.parameters(vocab_size) > found:
-        raise CheckpointError(
-            f"{path}: found {found} bytes, but {folder / CONFIG_NAME} describes {shape.parameters(vocab_size)} "
-            "parameters; put the file of weights there that belongs to it"
-        )
 
 
 def load_transformer(folder: Path) -> Transformer:

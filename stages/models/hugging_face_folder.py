@@ -1,5 +1,6 @@
 """Models of transformers from folders: found, loaded with nothing from the network or of the folder's own code."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,9 +13,13 @@ from stages.models.description import CONFIG_NAME, read_config
 from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_shape import HuggingFaceShape
 from stages.models.origin import Origin, model_files
+from stages.models.room import described_parameters, require_room, require_room_for_parts
 from stages.models.trust import is_trusted
 from stages.quantize.config import QuantizeConfig
 from stages.tokenizer_file import load_tokenizer
+
+_MOST_PER_BYTE = 8
+"""Parameters in a byte of a file of weights that is packed."""
 
 
 def import_transformers(what: str) -> Any:
@@ -34,7 +39,18 @@ def load_inner(origin: Origin) -> Any:
     """The causal language model itself, in evaluation mode, on the CPU; refuses a folder that lacks weights of it."""
     transformers = import_transformers(str(origin.folder))
     model_files(origin.folder)  # refuses an index that names files elsewhere
-    require_regular_files(origin.folder)
+    try:
+        require_regular_files(origin.folder)
+    except OSError as exc:
+        raise CheckpointError(f"{exc.filename}: cannot be read ({exc}); remove it, or give another folder") from exc
+    if not is_trusted(origin.folder):
+        arguments = {"local_files_only": True, "trust_remote_code": False}
+        _require_room(
+            origin.folder,
+            read_config(origin.folder / CONFIG_NAME),
+            lambda: transformers.AutoConfig.from_pretrained(origin.folder, **arguments),
+            per_byte=_MOST_PER_BYTE,
+        )
     attention = {} if origin.attention is None else {"attn_implementation": origin.attention}
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -59,6 +75,21 @@ def load_inner(origin: Origin) -> Any:
             f"random: {', '.join(missing[:3])}; give a folder of a causal language model with all its weights"
         )
     return model.eval()
+
+
+def require_room_for(folder: Path, shape: HuggingFaceShape) -> None:
+    """Refuses an architecture that the weights in a folder of ours have no room for, before it takes any memory."""
+    _require_room(folder, shape.config, lambda: _config_of(shape))
+
+
+def _require_room(folder: Path, description: dict[str, Any], read: Callable[[], Any], *, per_byte: int = 1) -> None:
+    require_room_for_parts(folder, description)
+    transformers = import_transformers(str(folder))
+    try:
+        count = described_parameters(lambda: transformers.AutoModelForCausalLM.from_config(read()))
+    except Exception:  # noqa: BLE001 - of many kinds: whoever makes it says what is wrong
+        return
+    require_room(folder, count, per_byte=per_byte)
 
 
 def load_hugging_face(origin: Origin, tokenizer_json: Path) -> HuggingFaceModel:
