@@ -16,6 +16,7 @@ from cache.manifest import cache_fingerprint, load_manifest
 from cache.remote import named_place
 from pipeline.cache_url import CacheFolder
 from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
+from pipeline.config_command import config_group, init
 from pipeline.evaluate_command import evaluate, print_evaluation
 from pipeline.export_command import export
 from pipeline.generate_command import generate
@@ -183,7 +184,7 @@ def distill(
     _run_step(Distill(workspace, check_student_name(name)), force)
 
 
-for command in (evaluate, generate, export, sweep, report, plan):
+for command in (evaluate, generate, export, sweep, report, plan, init, config_group):
     cli.add_command(command)
 
 

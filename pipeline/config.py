@@ -336,7 +336,7 @@ def _locate(location: tuple[int | str, ...], *, ends_in_key: bool = False) -> tu
         if isinstance(part, int):  # of a list
             keys.append(str(part))
             continue
-        tagged = [model for model in models if _kind(model) == part]
+        tagged = [model for model in models if kind_of(model) == part]
         if (tagged or part == NUMBER) and not is_key and not any(part in model.model_fields for model in models):
             models = tagged
             continue
@@ -344,10 +344,11 @@ def _locate(location: tuple[int | str, ...], *, ends_in_key: bool = False) -> tu
         keys.append(part)
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         models = [found for field in fields for found in section_types(field.annotation)]
-    return keys, siblings, [kind for model in models if (kind := _kind(model))]
+    return keys, siblings, [kind for model in models if (kind := kind_of(model))]
 
 
-def _kind(model: type[BaseModel]) -> str | None:
+def kind_of(model: type[BaseModel]) -> str | None:
+    """The `kind` by which a table is told from others that may stand in its place; None if there are none."""
     field = model.model_fields.get("kind")
     choices = typing.get_args(field.annotation) if field else ()
     return str(choices[0]) if choices else None

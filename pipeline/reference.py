@@ -7,20 +7,16 @@ A test fails when what is on disk is not what this would write.
 
 import json
 import re
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
 
 import click
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from cache.atomic import write_atomically
 from pipeline.cli import cli
-from pipeline.config import Config, section_types
+from pipeline.config import Config, kind_of, section_types
+from pipeline.config_fields import default_text, type_name
 from pipeline.sweep.config import Range, SweepConfig
 from stages.settings import affects_numbers
 
@@ -34,7 +30,6 @@ _SWEEP_INTRODUCTION = """# Sweeps
 Likewise, the settings of what `tristill sweep` reads; see [sweeps.md](sweeps.md).
 """
 ROOT = Path(__file__).resolve().parent.parent
-_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _MARKED = re.compile(r"<!-- table: (?P<name>\w+)(?P<part>\.\w+)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -84,66 +79,16 @@ def _section_reference(path: str, section: type[BaseModel], seen: set[type[BaseM
     for name, field in section.model_fields.items():
         key = f"{path}.{name}".lstrip(".")
         star = "" if affects_numbers(field) else " *"
-        rows.append(f"| `{name}`{star} | {_type_name(field)} | {_default(field)} | {field.description} |")
+        rows.append(f"| `{name}`{star} | {type_name(field)} | {default_text(field)} | {field.description} |")
         below += [(key, found) for found in section_types(field.annotation)]
-    kind = section.model_fields.get("kind")
-    tag = f' (`kind = "{typing.get_args(kind.annotation)[0]}"`)' if kind else ""
+    kind = kind_of(section)
+    tag = f' (`kind = "{kind}"`)' if kind else ""
     title = f"`[{path}]`{tag}" if path else "Top level"
     yield f"## {title}\n\n{_one_paragraph(section.__doc__)}\n\n" + "\n".join(rows) + "\n"
     for key, found in below:
         if not ("kind" in found.model_fields and found in seen):
             seen.add(found)
             yield from _section_reference(key, found, seen)
-
-
-def _type_name(field: FieldInfo) -> str:
-    bounds = [
-        f"{symbol} {getattr(bound, name)}"
-        for bound in field.metadata
-        for name, symbol in _BOUNDS.items()
-        if hasattr(bound, name)
-    ]
-    return ", ".join([_annotation_name(field.annotation), *bounds])
-
-
-def _annotation_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if section_types(annotation) and tuple in {origin, *map(typing.get_origin, arguments)}:
-        name = "list of tables" + (" or none" if type(None) in arguments else "")
-    elif section_types(annotation):
-        number = "number or " if _holds_a_number(annotation) else ""
-        name = f"{number}table" + (" or none" if type(None) in arguments else "")
-    elif origin is typing.Literal:
-        name = " or ".join(f'"{choice}"' for choice in arguments)
-    elif origin is Annotated:
-        name = _annotation_name(arguments[0])
-    elif origin in (typing.Union, types.UnionType):
-        name = " or ".join(_annotation_name(part) for part in arguments)
-    elif origin is tuple:
-        name = f"list of {_annotation_name(arguments[0])}"
-    else:
-        plain = {"NoneType": "none", "str": "text", "bool": "true or false", "Path": "path", "dict": "table"}
-        own = (origin or annotation).__name__
-        name = plain.get(own, own)
-    return name
-
-
-def _holds_a_number(annotation: Any) -> bool:
-    """Whether a number may stand in place of a table."""
-    return annotation is float or any(map(_holds_a_number, typing.get_args(annotation)))
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    default = field.get_default(call_default_factory=True, validated_data={})
-    if default is PydanticUndefined or isinstance(default, BaseModel | dict):
-        return "see below" if isinstance(default, BaseModel) else "empty"
-    if default is None:
-        return "none"
-    if isinstance(default, tuple):
-        return f"`{list(default)}`"
-    return f"`{json.dumps(default)}`"
 
 
 def with_tables(page: str) -> str:

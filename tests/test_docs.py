@@ -61,7 +61,7 @@ def test_examples_in_help_are_commands_that_parse() -> None:
 def parsed(line: str) -> tuple[str, ...]:
     """The `--set` values of a command line that the program takes; of an example, words in capitals are places."""
     command: click.Command = cli
-    words = shlex.split(line.split(" | ", maxsplit=1)[0])
+    words = shlex.split(re.split(r" [|>] ", line)[0])
     while isinstance(command, click.Group):
         command = command.commands[words.pop(0)]
     return tuple(command.make_context("example", words).params.get("assignments", ()))
