@@ -130,7 +130,7 @@ def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
 def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a TOML file says after `dotted.key=value` assignments, unchecked."""
     try:
-        plain = tomllib.loads(read_file(path).decode("utf-8"))
+        plain = tomllib.loads(read_file(path).decode("utf-8-sig"))
     except FileNotFoundError as exc:
         folder = "configs/sweeps" if path.parent.name == "sweeps" else "configs"
         shipped = ", ".join(sorted(str(p) for p in Path(folder).glob("*.toml"))) or "none here"

@@ -299,3 +299,9 @@ def test_text_is_masked_where_it_may_hold_a_credential(text: str, expected: str)
     assert masked(text) == expected
     record = new_provenance("tokenize", {}, {}).model_copy(update={"command": text})
     assert Provenance.model_validate_json(record.model_dump_json()).command == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path: Path) -> None:
+    shipped = ROOT / "configs" / "test.toml"
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf" + shipped.read_bytes())
+    assert load_config(tmp_path / "marked.toml") == load_config(shipped)

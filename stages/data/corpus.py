@@ -16,6 +16,7 @@ from stages.data.records import RECORD_SUFFIXES, Row, is_record_file, is_table, 
 from stages.data.remote_files import brought_here
 from stages.data.text_files import text_documents
 from stages.errors import CorpusError
+from stages.models.hub import refuse_unwritable_home
 
 _T = TypeVar("_T")
 _BATCH_ROWS = 1024
@@ -114,6 +115,7 @@ def _loaded(source: HuggingFaceDataset, where: str, columns: tuple[str, ...], on
         known = [column for column in columns if column in (loaded.column_names or ())]
         yield from loaded.select_columns(known) if known else loaded
     except Exception as exc:  # the library raises many kinds: network, builder, arrow, parsers
+        refuse_unwritable_home(exc)
         raise CorpusError(
             f"{where}: cannot be loaded ({type(exc).__name__}: {exc}); JSON lines, Parquet and Arrow are also read by "
             "data.source.kind = 'records', which looks at no other column"

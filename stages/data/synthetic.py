@@ -120,7 +120,7 @@ def _prompts(source: SyntheticText) -> list[tuple[str, str]]:
         return [("from nothing", "")]
     path = source.prompts.expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as exc:
         raise CorpusError(f"{path}: is not UTF-8 text ({exc.reason}); convert it") from exc
     prompts = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -1,5 +1,7 @@
 """Where a model is that a config names: a folder here, or a snapshot of a repository of the Hugging Face hub."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +10,8 @@ from stages.errors import CheckpointError
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 _WEIGHTS = ["*.safetensors"]
+_OTHER_HOMES = ("HF_HUB_CACHE", "HF_DATASETS_CACHE")
+_NOT_WRITTEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT}
 
 
 def find_model(path: Path, revision: str | None, *, download: bool, weights: bool = True) -> Path | None:
@@ -34,6 +38,7 @@ def find_model(path: Path, revision: str | None, *, download: bool, weights: boo
     except Exception as exc:  # network, names, access, cache: the library has a kind for each
         if not download:
             return None
+        refuse_unwritable_home(exc)
         first_line = (str(exc).splitlines() or [""])[0]
         raise CheckpointError(
             f"{path}: found no folder of that name here, and as a name on the Hugging Face hub it cannot be fetched "
@@ -48,6 +53,22 @@ def fetch_model(path: Path, revision: str | None, *, weights: bool = True) -> Pa
     if folder is None:
         raise CheckpointError(f"{path}: found no folder there; expected one of a model, or a name on the hub")
     return folder
+
+
+def refuse_unwritable_home(problem: BaseException) -> None:
+    """Raise CheckpointError if the problem is that the libraries of the hub cannot write into their own folder."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    homes = [home, *(Path(os.environ[name]).expanduser() for name in _OTHER_HOMES if name in os.environ)]
+    found: BaseException | None = problem
+    while found is not None:
+        if isinstance(found, OSError) and found.filename and found.errno in _NOT_WRITTEN:
+            place = Path(os.fsdecode(found.filename))
+            if any(place.is_relative_to(home) or home.is_relative_to(place) for home in homes):
+                raise CheckpointError(
+                    f"{place}: cannot be written ({found.strerror}), and what comes from the Hugging Face hub is kept "
+                    "there; make it writable, or set HF_HOME in the environment to a folder that is"
+                ) from problem
+        found = found.__cause__ or found.__context__
 
 
 def is_hub_name(path: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from cache.atomic import atomic_file
 from cache.regular_file import open_regular
 from stages.data.tokenized import TokenizedCorpus, corpus_of_model, load_corpus
+from stages.data.tokenizer import beginning_token, load_tokenizer
 from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
@@ -46,6 +47,12 @@ def take_teacher(
         "the teacher",
         f"set data.tokenizer to {{ kind = 'file', path = '{given}' }} and run `tristill tokenize --force`",
     )
+    before = beginning_token(given, load_tokenizer(given / TOKENIZER_NAME))
+    if before is not None and corpus.bos_id is None:
+        say(
+            f"warning: {given}: its tokenizer puts {before} before a text, and windows here begin without it, which may "
+            "cost the teacher much of what it knows; data.tokenizer.bos_token says how windows begin"
+        )
     take = _take_ours if is_ours(read_config(given / CONFIG_NAME)) else _use_in_place
     model = take(config, given, corpus, data_folder, folder).to(device)
     if corpus_of_model(data_folder, model.vocab_size, str(given)) != corpus:

@@ -16,7 +16,8 @@ import zstandard
 from stages.data.config import DataConfig
 from stages.data.corpus import documents
 from stages.data.tokenize import tokenize_corpus
-from stages.errors import CorpusError
+from stages.errors import CheckpointError, CorpusError
+from stages.models.hub import refuse_unwritable_home
 
 WORDS = [f"fox number {n} met the moon" for n in range(60)]
 FROM_NOTHING = pa.table({"text": pa.array([], pa.string())})
@@ -189,3 +190,12 @@ def test_empty_files_of_a_data_set_are_skipped(tmp_path: Path) -> None:
     good = write_table(tmp_path / "good.parquet", pa.table({"text": ["one"]}))
     no_rows = write_table(tmp_path / "no_rows.parquet", FROM_NOTHING)
     assert hub_texts("parquet", empty, no_rows, good, no_rows) == ["one"]
+
+
+def test_a_hub_folder_that_cannot_be_written_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", "/nowhere/hub")
+    problem = ValueError("builder failed")
+    problem.__cause__ = PermissionError(13, "Permission denied", "/nowhere/hub/datasets/x.lock")
+    with pytest.raises(CheckpointError, match=r"x\.lock: cannot be written \(Permission denied\), .* set HF_HOME in"):
+        refuse_unwritable_home(problem)
+    refuse_unwritable_home(PermissionError(13, "Permission denied", "/elsewhere/corpus.json"))

@@ -169,7 +169,9 @@ def nothing_without_bos(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_and_generate(tmp_path: Path) -> None:
+def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_and_generate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     from cache import open_cache
@@ -215,6 +217,8 @@ def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_an
     tokenize_corpus(config_of(tmp_path, given, tokenizer={"bos_token": False}), tmp_path / "bare")
     bare = take_teacher(teacher, tmp_path / "bare", tmp_path / "teacher", "cpu", EvaluateConfig()).validation
     assert bare.perplexity > 1e9
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "its tokenizer puts <s> before a text, and windows here begin without it" in said
 
 
 def test_ids_beyond_a_models_rows_matter_only_where_they_occur(
