@@ -50,7 +50,7 @@ def take_teacher(
     before = beginning_token(given, load_tokenizer(given / TOKENIZER_NAME))
     if before is not None and corpus.bos_id is None:
         say(
-            f"warning: {given}: its tokenizer puts {before} before a text, and windows here begin without it, which may "
+            f"warning: {given}: its tokenizer puts {before} before a text, and windows here begin without, which may "
             "cost the teacher much of what it knows; data.tokenizer.bos_token says how windows begin"
         )
     take = _take_ours if is_ours(read_config(given / CONFIG_NAME)) else _use_in_place
