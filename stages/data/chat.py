@@ -157,9 +157,10 @@ class ChatTemplate:
 
     def _left_out(self, messages: list[Message], tools: Sequence[Tool], text: str) -> tuple[str, ...]:
         """Kinds of what the messages hold and the template does not show, as marks in its place tell."""
-        marked, pieces = with_marks(messages, tools, self._unused(messages, tools))
-        shown = self._shown(*marked)
-        return tuple(kind for kind, mark, piece in pieces if (mark not in shown if shown else piece not in text))
+        chat, named, pieces = with_marks(messages, tools, self._unused(messages, tools))
+        shown = self._shown(chat, named)
+        lost = [piece for piece in pieces if (piece.mark not in shown if shown else piece.text not in text)]
+        return tuple(kind for _, kind in dict.fromkeys((piece.turn, piece.kind) for piece in lost))
 
     def _unused(self, messages: Sequence[Message], tools: Sequence[Tool], count: int = 1) -> str:
         """Characters that occur nowhere in a chat."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from stages.data.conversation import Message
 
@@ -37,45 +37,51 @@ def prints_python(messages: Sequence[Message], text: str) -> bool:
     return any(str(found) in text for found in objects if found)
 
 
+class Piece(NamedTuple):
+    """What a template should show: whose it is (a message's number, None for the tools), its mark and its text."""
+
+    turn: int | None
+    kind: str
+    mark: str
+    text: str
+
+
 def with_marks(
     messages: Sequence[Message], tools: Sequence[Tool], sign: str
-) -> tuple[tuple[list[Message], list[Tool]], list[tuple[str, str, str]]]:
-    """The chat and its tools with a mark in place of all that a template should show; kind, mark and text of each."""
-    pieces: list[tuple[str, str, str]] = []
+) -> tuple[list[Message], list[Tool], list[Piece]]:
+    """The chat and its tools with a mark in place of all that a template should show; and what these marks are for."""
+    pieces: list[Piece] = []
 
-    def mark(kind: str, text: str) -> str:
+    def mark(turn: int | None, kind: str, text: str) -> str:
         if not text.strip():
             return text
-        pieces.append((kind, f"{sign}{len(pieces)}{sign}", text.strip()))
-        return pieces[-1][1]
+        pieces.append(Piece(turn, kind, f"{sign}{len(pieces)}{sign}", text.strip()))
+        return pieces[-1].mark
 
-    def said(message: Message, content: str) -> str:
+    def said(turn: int, content: str) -> str:
         before, tag, after = content.partition("</think>")
-        if not tag or message["role"] != "assistant":
-            return mark("content", content)
+        if not tag or messages[turn]["role"] != "assistant":
+            return mark(turn, "content", content)
         opening, opened, thought = before.rpartition("<think>")
-        return opening + opened + mark("reasoning", thought) + tag + mark("content", after)
+        return opening + opened + mark(turn, "reasoning", thought) + tag + mark(turn, "content", after)
 
-    def marked(message: Message) -> Message:
+    def named(turn: int | None, kind: str, holder: dict[str, Any]) -> dict[str, Any]:
+        function = holder.get("function")
+        if not isinstance(function, dict):
+            return holder
+        return {**holder, "function": {**function, "name": mark(turn, kind, str(function.get("name", "")))}}
+
+    def marked(turn: int, message: Message) -> Message:
         found, content = dict(message), message.get("content")
         if isinstance(content, str):
-            found["content"] = said(message, content)
+            found["content"] = said(turn, content)
         elif content:
-            found["content"] = [{**part, "text": said(message, part["text"])} for part in content]
+            found["content"] = [{**part, "text": said(turn, part["text"])} for part in content]
         if name := next((key for key in ("reasoning_content", "thinking", "reasoning") if message.get(key)), None):
-            found[name] = mark("reasoning", str(message[name]))
+            found[name] = mark(turn, "reasoning", str(message[name]))
         if calls := message.get("tool_calls"):
-            found["tool_calls"] = [
-                {**call, "function": {**call["function"], "name": mark("tool calls", call["function"]["name"])}}
-                for call in calls
-            ]
+            found["tool_calls"] = [named(turn, "tool calls", call) for call in calls]
         return found
 
-    functions = [tool.get("function") for tool in tools]
-    named = [
-        {**tool, "function": {**function, "name": mark("tools", str(function.get("name", "")))}}
-        if isinstance(function, dict)
-        else tool
-        for tool, function in zip(tools, functions, strict=True)
-    ]
-    return ([marked(message) for message in messages], named), pieces
+    chat = [marked(turn, message) for turn, message in enumerate(messages)]
+    return chat, [named(None, "tools", tool) for tool in tools], pieces

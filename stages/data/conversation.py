@@ -25,7 +25,7 @@ BESIDE = ("messages", "conversations", *_PROMPTS, *_ANSWERS, "input", "system", 
 """Columns that may belong to a chat, beside the one that is named."""
 _EXPECTED = (
     "expected a list of messages, each with role and content (or from and value, as ShareGPT has them), or the text of "
-    f"a prompt with its answer beside it, in one of {list(_ANSWERS)}"
+    f"a prompt with its answer in another column ({', '.join(_ANSWERS)})"
 )
 
 
@@ -264,5 +264,6 @@ def _unknown(value: Any, row: Mapping[str, Any], column: str) -> str:
     for name in ("messages", "conversations", *_PROMPTS):
         read = _format_of(row[name]) if row.get(name) is not None else None
         if read is not None:
-            return f"found no column {column!r}, but {formats.get(read, 'prompts')} in {name!r}, {advice} = {name!r}"
+            found = f"{formats.get(read, 'prompts')} in {name!r}"
+            return f"found no column {column!r}, but {found}; set data.source.chat_column = {name!r}"
     return f"found no column {column!r}, {advice}"

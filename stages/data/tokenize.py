@@ -49,7 +49,7 @@ from stages.models.companions import write_tokenizer
 from stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
-_HOLDERS = {"tools": "lists of them"}
+_HOLDERS = {"tools": "chats"}
 
 
 def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:

@@ -263,9 +263,9 @@ def test_content_is_given_in_parts_to_a_template_that_takes_nothing_else(tmp_pat
     ("column", "row", "message"),
     [
         ("messages", {"messages": [{"speaker": "A", "says": "hi"}]}, r"found messages of keys \['says', 'speaker'\] in that column"),
-        ("messages", {"conversations": SHAREGPT}, r"no column 'messages', but chats of ShareGPT's format in 'conversations', .* = 'conversations'"),
-        ("messages", {"prompt": "a", "completion": "b"}, r"no column 'messages', but prompts in 'prompt', .*chat_column = 'prompt'"),
-        ("prompt", {"prompt": "a"}, r"found 'a' in that column, expected .* in one of \['completion', "),
+        ("messages", {"conversations": SHAREGPT}, r"no column 'messages', but chats of ShareGPT's format in 'conversations'; set data.source.chat_column = 'conversations'"),
+        ("messages", {"prompt": "a", "completion": "b"}, r"no column 'messages', but prompts in 'prompt'; set data.source.chat_column = 'prompt'"),
+        ("prompt", {"prompt": "a"}, r"found 'a' in that column, expected .* in another column \(completion, "),
         ("prompt", {"prompt": "a", "completion": 5}, r"found text in column 'prompt', but '5' in 'completion'"),
         ("conversations", {"conversations": [{"from": "narrator", "value": "x"}]}, r"message 1: found from 'narrator' .* ShareGPT's"),
         ("conversations", {"conversations": [{"from": "function_call", "value": "x"}]}, r"message 1: found 'x' for function_call"),
@@ -319,7 +319,8 @@ def test_what_a_template_does_not_show_is_counted_by_kind(
     dropping = ChatTemplate(make_tokenizer(tmp_path / "drops", drops))
     assert rendered(dropping, calling(thinks, *calling(thinks)["messages"])).left_out == ("reasoning", "reasoning")
     assert rendered(dropping, calling(thinks)).text.endswith("assistant\n4<|im_end|>\n")
-    row = {**calling(call("f", {}, "text")), "tools": [{"name": "f"}]}
+    both = call("f", {}, "text")
+    row = {**calling({**both, "tool_calls": both["tool_calls"] * 2}), "tools": [{"name": "f"}, {"name": "g"}]}
     assert sorted(rendered(plain, row).left_out) == ["tool calls", "tools"]
     assert rendered(tooled, row).left_out == ()
 
