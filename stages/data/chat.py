@@ -319,21 +319,20 @@ def assistant_tokens(
     """
     assert document.assistant is not None, "chats alone have one"
     text, ids = document.text, [*encoding.ids, end_of_text_id]
-    offsets = [*encoding.offsets, (len(text), len(text))]
+    offsets = encoding.offsets
     own = [
         offset if token == token.strip() else _own_characters(text, *offset)
-        for offset, token in zip(encoding.offsets, encoding.tokens, strict=True)
+        for offset, token in zip(offsets, encoding.tokens, strict=True)
     ]
-    firsts, ends = np.array([*own, offsets[-1]]).T
+    ends = np.array([end for _, end in own])
     turn_ends = set(document.ends)
-    has_no_bytes = np.array([token_id in special_ids for token_id in ids])
-    has_no_bytes[:-1] |= np.array([offset in turn_ends for offset in own], bool)
+    has_no_bytes = [
+        token_id in special_ids or offset in turn_ends for token_id, offset in zip(encoding.ids, own, strict=True)
+    ]
     is_assistants = np.zeros(len(ids), np.uint8)
     text_bytes = 0
     for start, stop in document.assistant:
-        is_inside = (start < ends[:-1]) & (ends[:-1] <= stop)
-        is_inside |= (start == ends[:-1]) & (start == firsts[:-1]) & np.append(is_inside[1:], False)  # of no characters
-        inside = np.flatnonzero(is_inside)
+        inside = np.flatnonzero((start < ends) & (ends <= stop))
         if not len(inside):
             continue
         is_assistants[inside] = 1
@@ -342,7 +341,7 @@ def assistant_tokens(
             is_assistants[-1] = 1
         said_from = max(start, offsets[inside[0]][0])
         text_bytes += _num_bytes(text[said_from : ends[last]])
-        for first, end in (offsets[k] for k in np.flatnonzero(has_no_bytes[:-1])):
+        for first, end in (offsets[k] for k in np.flatnonzero(has_no_bytes)):
             text_bytes -= _num_bytes(text[max(first, said_from) : min(end, ends[last])])
     return ids, is_assistants, text_bytes
 

@@ -3,7 +3,6 @@
 Of chats, `train-mask.npy` and `validation-mask.npy` too: for every token 1 if it is the assistant's, else 0.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -45,7 +44,7 @@ from stages.data.tokenizer import (
 )
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
 from stages.errors import CorpusError, TokenizerError
-from stages.models.companions import write_tokenizer
+from stages.models.companions import SpecialIds, as_json, write_tokenizer
 from stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
@@ -106,18 +105,17 @@ def tokenize_corpus(config: DataConfig, folder: Path) -> TokenizedCorpus:
     if corpus.is_masked:
         _refuse_without_labels(corpus, folder)
     if corpus.end_of_turn_ids:
-        _end_generation_at(corpus, folder / "generation_config.json")
+        _end_generation_at(corpus, folder)
     write_atomically(folder / "data.json", (corpus.model_dump_json(indent=2) + "\n").encode("utf-8"))
     return corpus
 
 
-def _end_generation_at(corpus: TokenizedCorpus, path: Path) -> None:
-    """Adds the ends of turns to what ends a text in the file that goes with the tokenizer into every model's folder."""
+def _end_generation_at(corpus: TokenizedCorpus, folder: Path) -> None:
+    """Adds the ends of turns to those in generation_config.json, which goes with the tokenizer to every model."""
+    path = folder / "generation_config.json"
     found = read_json_object(path) if path.is_file() else {}
-    known = found.get("eos_token_id")
-    ends = [*(known if isinstance(known, list) else [known]), *corpus.end_of_turn_ids, corpus.end_of_text_id]
-    found["eos_token_id"] = [token_id for token_id in dict.fromkeys(ends) if token_id is not None]
-    write_atomically(path, (json.dumps(found, indent=2) + "\n").encode("utf-8"))
+    ends = dict.fromkeys([*SpecialIds.of(folder).ends, *corpus.end_of_turn_ids, corpus.end_of_text_id])
+    write_atomically(path, as_json({**found, "eos_token_id": list(ends)}))
 
 
 def split_names(config: DataConfig) -> tuple[SplitName, ...]:

@@ -1,7 +1,6 @@
 """Chats and record files: what is read, which tokens count, and what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +359,8 @@ def test_ends_of_turns_are_recorded_and_end_what_is_generated(
     chats = [[*chat[:-1], {**chat[-1], "reasoning_content": "hm"}] for chat in some_chats(40)]
     path = write_json_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats])
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    eos = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}  # the chats end otherwise
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(eos))
     described = tokenize_corpus(DataConfig.model_validate(chat_settings(path, tokenizer)), tmp_path / "data")
     assert (
         "leaves out what the chats hold, and no student is taught it: reasoning of 40 turns" in capsys.readouterr().err
@@ -369,7 +370,8 @@ def test_ends_of_turns_are_recorded_and_end_what_is_generated(
     assert load_corpus(tmp_path / "data") == described
     assert described.model_copy(update={"end_of_turn_ids": ()}).fingerprint == described.fingerprint
     generation = json.loads((tmp_path / "data" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [end, described.end_of_text_id]
+    assert sorted(generation["eos_token_id"]) == [described.end_of_text_id, end]
+    assert described.end_of_text_id == 0
     taught = [
         (np.load(tmp_path / "data" / f"{split}.npy") == end) & (np.load(tmp_path / "data" / f"{split}-mask.npy") == 1)
         for split in ("train", "validation")
@@ -382,6 +384,9 @@ def test_ends_of_turns_are_recorded_and_end_what_is_generated(
             weights.fill_(1.0 if "norm" in name else 0.1 if "embed" in name else 0.0)
         model.head_weight[end] = 0.2  # so that it says nothing else
     save_model(tmp_path / "model", model, tmp_path / "data" / "tokenizer.json", 64, described.end_of_text_id)
-    shutil.copy(tmp_path / "data" / "generation_config.json", tmp_path / "model")
-    found = generate_text(tmp_path / "model", "the fox", temperature=0, top_p=1, seed=0, max_tokens=12)
+    said: list[str] = []
+    found = generate_text(
+        tmp_path / "model", "the fox", temperature=0, top_p=1, seed=0, max_tokens=12, on_done=said.append
+    )
     assert "".join(found) == "the fox"
+    assert said[0].startswith("0 tokens after ")
