@@ -186,9 +186,9 @@ class _Record:
         return self._earlier_s + time.monotonic() - self._started_s
 
     def stop(self) -> None:
-        """The build was interrupted, or has failed; if it left nothing to go on from, nothing is left of it."""
+        """The build was interrupted, or has failed; if it has made nothing yet, nothing is left of it."""
         with suppress(OSError):  # of a full disk, which is told already
-            if self._is_new and not _found(self._step, self._step.resumable):
+            if self._is_new and not any(map(_has_content, _found(self._step, self._step.owned))):
                 self._discard()
             else:
                 self._write({"earlier_s": self._elapsed_s, "is_resumed": not self._is_known})
@@ -340,6 +340,10 @@ def _remove(paths: Sequence[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _has_content(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0
 
 
 def _found(step: Step, patterns: tuple[str, ...]) -> list[Path]:

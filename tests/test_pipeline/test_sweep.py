@@ -24,7 +24,7 @@ from pipeline.sweep.results import SweepResults
 from pipeline.sweep.run import PrunedError, run_sweep
 from pipeline.sweep.student import Base
 from pipeline.sweep.study import open_study
-from stages.distill.watch import Watch
+from stages.training.watch import Watch
 
 CONFIG = ROOT / "configs" / "sweeps" / "test.toml"
 SHORT = (
