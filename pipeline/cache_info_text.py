@@ -6,6 +6,10 @@ from cache.calibration import Calibration, FidelityPoint
 from pipeline.results import text_table
 
 _BAR_WIDTH = 40
+INFINITE_KL = (
+    "An infinite KL is what samples have, and no fault: a token that was not drawn has probability 0 there, though the "
+    "teacher gives it some. What is learned from samples is right on average over the draws, as the angle says."
+)
 
 
 def cache_info_text(info: dict[str, Any]) -> str:
@@ -70,7 +74,8 @@ def _calibration_text(calibration: Calibration) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in point.settings.items())
     rows = [[temperature, *_fidelity(point, temperature)] for temperature in point.angle_deg]
     table = text_table([["temperature", "angle, degrees", "norm ratio", "KL, nats"], *rows])
-    return f"{head}\n{target}\nchosen     {settings}: {point.bytes_per_position:.2f} bytes/position\n{table}"
+    note = "" if None not in point.kl_nats.values() else f"\n{INFINITE_KL}"
+    return f"{head}\n{target}\nchosen     {settings}: {point.bytes_per_position:.2f} bytes/position\n{table}{note}"
 
 
 def _fidelity(point: FidelityPoint, temperature: str) -> list[str]:

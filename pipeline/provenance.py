@@ -7,6 +7,7 @@ taken for finished, and what was made with other settings or inputs is told apar
 import fcntl
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from cache.layout import DEFAULT_SHARD_POSITIONS
 from cache.regular_file import read_file
 from cache.secrets import masked
 from pipeline.errors import BusyError, StaleError
+from stages.resources import machine
 
 PROVENANCE_NAME = "provenance.json"
 _PACKAGES = ("tristill", "torch", "numpy", "h5py", "zstandard", "tokenizers", "datasets")
@@ -39,7 +41,8 @@ class Provenance(BaseModel):
 
     elapsed_s: seconds of all processes that worked on it, once it is complete. earlier_s: while it is not, what those
     took that have ended or were interrupted; None if no process has said so. is_resumed: it went on from where a
-    process was killed, whose seconds nobody knows, so that elapsed_s is the least that it took.
+    process was killed, whose seconds nobody knows, so that elapsed_s is the least that it took. machine: processor,
+    cores and accelerator of the last process. commit: of tristill, where it runs from a checkout. finished_at: in UTC.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,6 +58,9 @@ class Provenance(BaseModel):
     earlier_s: float | None = None
     is_resumed: bool = False
     peak_rss_mib: float | None = None
+    machine: dict[str, str] = {}
+    commit: str | None = None
+    finished_at: str | None = None
 
 
 def new_provenance(step: str, settings: dict[str, Any], inputs: dict[str, str]) -> Provenance:
@@ -62,8 +68,28 @@ def new_provenance(step: str, settings: dict[str, Any], inputs: dict[str, str]) 
     versions = {"python": sys.version.split()[0]} | {package: version(package) for package in _PACKAGES}
     command = shlex.join(["tristill", *sys.argv[1:]])
     return Provenance(
-        step=step, status="building", inputs=inputs, settings=settings, command=command, versions=versions
+        step=step,
+        status="building",
+        inputs=inputs,
+        settings=settings,
+        command=command,
+        versions=versions,
+        machine=machine(),
+        commit=own_commit(),
     )
+
+
+def own_commit() -> str | None:
+    """The commit of the checkout that this runs from, with `-dirty` if it was changed; None where there is none."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - ours
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def read_provenance(folder: Path) -> Provenance | None:

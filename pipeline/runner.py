@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ from pipeline.steps import all_steps
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.progress import say
 from stages.ranks import Ranks, joined_ranks
-from stages.resources import peak_rss_mib
+from stages.resources import machine, peak_rss_mib
 
 _INTERRUPTED = 130
 
@@ -210,6 +211,8 @@ class _Record:
                 "elapsed_s": self._elapsed_s,
                 "peak_rss_mib": peak_rss_mib(),
                 "is_resumed": not self._is_known,
+                "machine": machine(),  # with the accelerator, which is known once torch is loaded
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
         _remove(_found(self._step, self._step.scratch))  # not before: until then a kill loses nothing

@@ -8,6 +8,7 @@ from typing import Any
 from cache import CacheError, CacheSpec, open_cache
 from cache.layout import MANIFEST_NAME
 from pipeline.cache_info import cache_details, cache_info
+from pipeline.cache_info_text import INFINITE_KL
 from pipeline.report.drawing import Line, bars, histogram, lines
 from pipeline.report.run import Run, mapping
 from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
@@ -57,7 +58,7 @@ def _of_cache(folder: Path, prefix: str, option: str) -> list[Block]:
         found.append(Missing(f"Histograms are left out: {details['sample_error']}"))
     partition = _partition(folder, prefix)
     found += [block for block in partition if isinstance(block, Figure)]
-    found += _fidelity(info["calibration"], prefix)
+    found += fidelity_blocks(info["calibration"], prefix)
     return [*found, *(block for block in partition if not isinstance(block, Figure))]
 
 
@@ -205,7 +206,7 @@ def _known(temperatures: Sequence[float]) -> str:
     return f"The profile knows the temperatures that it declares: {', '.join(f'{tau:g}' for tau in temperatures)}."
 
 
-def _fidelity(calibration: Mapping[str, Any] | None, prefix: str) -> list[Block]:
+def fidelity_blocks(calibration: Mapping[str, Any] | None, prefix: str) -> list[Block]:
     """Gradient angles that the dump measured: a table for one setting, a plot for a curve of them."""
     if not calibration or not calibration["points"]:
         return []
@@ -222,6 +223,8 @@ def _fidelity(calibration: Mapping[str, Any] | None, prefix: str) -> list[Block]
             f"What the dump measured on {calibration['positions']:,} positions: the gradient of the distillation loss "
             "from cached beside full targets, its angle and length, and the KL between them."
         )
+        if None in point["kl_nats"].values():
+            caption += f" {INFINITE_KL}"
         return [
             Table(
                 ("temperature", "angle, degrees", "norm ratio", "KL, nats"),

@@ -8,9 +8,11 @@ from pydantic import ValidationError
 from cache.regular_file import read_file, read_json_object
 from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
 from pipeline.report.run import Model, Run, mapping
-from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
+from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table, Text
 from pipeline.results import COLUMNS
 from pipeline.units import bytes_text, cell, number
+
+_PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
 def evaluation_section(run: Run) -> Section:
@@ -31,20 +33,37 @@ def _table(models: Sequence[Model]) -> Table:
     rows = [
         (
             model.name,
-            *(cell(model.validation.get(key), form) for key, (_, form) in COLUMNS.items()),
+            *(cell(model.validation.get(key), form) + _error(model, key, form) for key, (_, form) in COLUMNS.items()),
             cell(model.summary.get("parameters", model.shape.get("parameters")), "{:,.0f}"),
             bytes_text(size) if (size := number(model.shape.get("packed_bytes"))) else "-",
         )
         for model in models
     ]
     positions = cell(models[0].validation.get("positions"), "{:,.0f}")
-    return Table(
-        ("model", *(title for title, _ in COLUMNS.values()), "parameters", "packed"),
-        rows,
+    caption = (
         f"Means over {positions} held-out positions. KL, agreement (the same most likely token) and acceptance (as a "
         "draft for speculative decoding) are against the teacher's targets; ECE is the expected calibration error; "
-        "packed is the size with ternary weights at 2 bits and all others at 16.",
+        "packed is the size with ternary weights at 2 bits and all others at 16."
     )
+    samples = [mapping(model.validation.get("standard_errors")) for model in models]
+    if named := next((f"{found['num_units']} {found['unit']}s" for found in samples if found.get("num_units")), None):
+        caption += (
+            f" {_PLUS_MINUS} is the standard error over {named}, of each mean by itself: models are compared on the "
+            "same text, so differences between them are known better."
+        )
+    return Table(("model", *(title for title, _ in COLUMNS.values()), "parameters", "packed"), rows, caption)
+
+
+def _error(model: Model, key: str, form: str) -> str:
+    """The standard error of a mean, in its form; those of perplexity and bits per byte follow from the loss's."""
+    errors = mapping(model.validation.get("standard_errors"))
+    found, loss_error = number(errors.get(key)), number(errors.get("loss_nats"))
+    value, loss = number(model.validation.get(key)), number(model.validation.get("loss_nats"))
+    if value is not None and loss_error is not None and key == "perplexity":
+        found = value * loss_error
+    elif value is not None and loss_error is not None and loss and key == "bits_per_byte":
+        found = value * loss_error / loss
+    return "" if found is None else f" {_PLUS_MINUS} {form.format(found)}"
 
 
 def _perplexities(models: Sequence[Model]) -> Figure:
@@ -105,7 +124,9 @@ def _calibration(run: Run) -> Block:
         shares_on(axes.yaxis)
 
     errors = ", ".join(
-        f"{model.name} {cell(model.validation.get('expected_calibration_error'), '{:.4f}')}" for model, _ in found
+        f"{model.name} {error:.4f}"
+        for model, _ in found
+        if (error := number(model.validation.get("expected_calibration_error"))) is not None
     )
     without = [model.name for model in run.models if model.is_finished and model not in [known for known, _ in found]]
     caption = (
@@ -129,7 +150,24 @@ def _deployment(run: Run) -> list[Block]:
     except (OSError, ValidationError):
         return []
     rows, notes = deployment_rows(found)
-    return [Heading("As deployed"), Table(HEADER, rows, " ".join(notes), num_left=2)]
+    names = {"of FP32": "/ FP32", "of fp16": "/ fp16", "over the teacher": "/ teacher"}
+    titles = [names.get(title, title) for title in HEADER]
+    spread = {title: place for place, title in enumerate(HEADER) if title.endswith("tokens/s")}
+    return [
+        Heading("As deployed"),
+        Table(titles[:6], [row[:6] for row in rows], "", num_left=2),
+        *(
+            Table(
+                ("model", "form", titles[place], titles[place + 1]),
+                [(*row[:2], row[place], row[place + 1]) for row in rows],
+                "",
+                num_left=2,
+                title=title.partition(",")[0].capitalize(),
+            )
+            for title, place in spread.items()
+        ),
+        Text(" ".join(notes)),
+    ]
 
 
 def _evaluation_file(run: Run) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.report.quantizer import quantizer_section
 from pipeline.report.run import Run, read_run
 from pipeline.report.section import Block, Figure, Section, Table, Tile
 from pipeline.report.students import students_section
-from pipeline.report.summary import provenance, tiles
+from pipeline.report.summary import about, provenance, tiles
 from pipeline.report.sweeps import sweeps_section
 from pipeline.report.teacher import teacher_section
 from pipeline.workspace import Workspace
@@ -41,13 +41,20 @@ def write_report(workspace: Workspace, *, has_samples: bool = True) -> Path:
         )
     run = read_run(workspace)
     name = workspace.run_dir.resolve().name
-    html = visible_lines(render(name, tiles(run), list(_sections(run, has_samples=has_samples)), provenance(run)))
+    sections = list(_sections(run, has_samples=has_samples))
+    html = visible_lines(render(name, tiles(run), sections, provenance(run), about(run)))
     path = workspace.run_dir / REPORT_NAME
     write_atomically(path, html.encode("utf-8"))
     return path
 
 
-def render(name: str, tiles: Sequence[Tile], sections: Sequence[Section], provenance: Sequence[Block]) -> str:
+def render(
+    name: str,
+    tiles: Sequence[Tile],
+    sections: Sequence[Section],
+    provenance: Sequence[Block],
+    about: Sequence[tuple[str, str]] = (),
+) -> str:
     """The page. Everything but the drawings is escaped."""
     import jinja2
 
@@ -59,7 +66,7 @@ def render(name: str, tiles: Sequence[Tile], sections: Sequence[Section], proven
         lstrip_blocks=True,
     )
     template = environment.get_template("page.html")
-    return template.render(name=name, tiles=tiles, sections=sections, provenance=provenance, rows=_rows)
+    return template.render(name=name, about=about, tiles=tiles, sections=sections, provenance=provenance, rows=_rows)
 
 
 def _sections(run: Run, *, has_samples: bool) -> Iterator[Section]:

@@ -13,6 +13,7 @@ from pipeline.results import has_summary, loss_text, read_summary
 from pipeline.units import number
 from pipeline.workspace import Workspace
 from stages.models.description import CONFIG_NAME
+from stages.training.watch import HELD_OUT, PartingNote
 
 MAX_STUDENTS = 6
 """Students that are drawn over one another; more would not be told apart."""
@@ -77,6 +78,24 @@ class Model:
         found = [(number(record.get("positions")), number(_at(record, keys))) for record in records]
         known = [(at, value) for at, value in found if at is not None and value is not None]
         return [at for at, _ in known], [value for _, value in known]
+
+    @property
+    def held_out(self) -> tuple[list[float], list[float]]:
+        """(positions trained on, loss of a sample of held-out text), where a training was to record it."""
+        return self.curve(HELD_OUT, "loss_nats")
+
+    @property
+    def parting(self) -> str:
+        """A sentence on where train and held-out loss part; empty where they do not."""
+        note, found = PartingNote(()), None
+        for record in self.log:
+            step, loss, held_out = (
+                number(_at(record, keys)) for keys in (("step",), ("loss",), (HELD_OUT, "loss_nats"))
+            )
+            if step is not None:
+                known = ({} if loss is None else {"loss": loss}) | {HELD_OUT: {"loss_nats": held_out}}
+                found = note.add({"step": round(step), **known}) or found
+        return f" {self.name}: {found.text}." if found else ""
 
     def names_in_log(self, key: str) -> list[str]:
         """Names of what was logged under a key, in the order of their first appearance."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pipeline.provenance import flat
 from pipeline.report.drawing import (
     COLORS,
     Axes,
@@ -15,12 +16,16 @@ from pipeline.report.drawing import (
     shares_on,
     thinned,
 )
-from pipeline.report.run import Model, Run
+from pipeline.report.run import Model, Run, mapping
 from pipeline.report.section import Block, Figure, Missing, Section, Table, Text
+from pipeline.report.settings_scale import setting_text
 from pipeline.units import cell, number, seconds_text
 
 _MOST_TERMS = 6
 _MOST_SHARES = 4
+_MOST_SETTINGS = 6
+_VARYING = ("student", "distill")
+_SHOWN_ALREADY = ("distill.alpha", "distill.losses", "distill.targets", "distill.training.steps")
 
 
 def students_section(run: Run) -> Section:
@@ -32,6 +37,8 @@ def students_section(run: Run) -> Section:
     blocks += [_term(run.shown, term, f"term-{place}") for place, term in enumerate(terms[:_MOST_TERMS], start=1)]
     if terms[_MOST_TERMS:]:
         blocks.append(Text(f"Terms that are not drawn: {', '.join(terms[_MOST_TERMS:])}."))
+    if looked := [student for student in run.shown if student.held_out[0]]:
+        blocks.append(_held_out(looked))
     mixed = [student for student in run.shown if len(_share_names(student)) > 1]
     blocks += [_shares(student, f"gradient-{place}") for place, student in enumerate(mixed[:_MOST_SHARES], start=1)]
     return Section("students", "Students", blocks)
@@ -52,25 +59,57 @@ def _story(run: Run) -> str:
 
 
 def _table(run: Run) -> Table:
+    differing = _differing(run.students)
+    shown, left_out = list(differing)[:_MOST_SETTINGS], list(differing)[_MOST_SETTINGS:]
     rows = [
         (
             student.name,
             student.taught_by or "-",
             student.loss,
             str(student.summary.get("targets", "-")),
+            *(differing[key][place] for key in shown),
             cell(student.train.get("steps"), "{:,.0f}"),
             cell(student.train.get("positions"), "{:,.0f}"),
             seconds_text(elapsed_s) if (elapsed_s := number(student.train.get("elapsed_s"))) is not None else "-",
             cell(student.train.get("positions_per_s"), "{:,.0f}"),
             cell(student.train.get("peak_rss_mib"), "{:,.0f}"),
         )
-        for student in run.students
+        for place, student in enumerate(run.students)
     ]
     header = (
-        "student", "taught by", "alpha or terms", "targets", "steps", "positions", "time", "positions/s",
-        "peak RSS, MiB",
+        "student", "taught by", "alpha or terms", "targets", *(key.partition(".")[2] for key in shown), "steps",
+        "positions", "time", "positions/s", "peak RSS, MiB",
     )  # fmt: skip
-    return Table(header, rows, "How each was trained.", num_left=4)
+    caption = "How each was trained; settings that differ have columns of their own."
+    if left_out:
+        caption += f" These differ too: {', '.join(left_out)}."
+    return Table(header, rows, caption, num_left=4 + len(shown))
+
+
+def _held_out(students: Sequence[Model]) -> Figure:
+    """Loss of a sample of held-out text over the training."""
+    largest = max(at for student in students for at in student.held_out[0])
+    found = []
+    for student in students:
+        at, losses = student.held_out
+        found.append(Line(student.entry, over_positions(at, largest), losses, has_markers=True))
+    return Figure(
+        "students-held-out",
+        "Held-out loss while training",
+        lines(found, "students-held-out", positions_label(largest), "loss, nats per position"),
+        "Cross-entropy on a sample of held-out text, the same at every point; lower is better."
+        + "".join(student.parting for student in students),
+        [line.entry for line in found],
+    )
+
+
+def _differing(students: Sequence[Model]) -> dict[str, list[str]]:
+    """Settings that are not the same of all students whose records are known, by their keys, a cell a student."""
+    known = [flat({part: mapping(student.record.settings.get(part)) for part in _VARYING}) if student.record else {}
+             for student in students]  # fmt: skip
+    keys = [key for found in known for key in found if not key.startswith(_SHOWN_ALREADY)]
+    cells = {key: [setting_text(found.get(key)) for found in known] for key in sorted(set(keys))}
+    return {key: texts for key, texts in cells.items() if len(set(texts)) > 1}
 
 
 def _term(students: Sequence[Model], term: str, key: str) -> Figure:
@@ -85,7 +124,7 @@ def _term(students: Sequence[Model], term: str, key: str) -> Figure:
         key,
         f"Loss term {term}",
         lines(found, key, positions_label(largest), "nats per position"),
-        f"The term itself, before its weight, on training batches as they are logged; lower is better. At the end: "
+        f"The term itself, before its weight, means over the steps since the last record; lower is better. At the end: "
         f"{last}.",
         [line.entry for line in found],
     )

@@ -7,13 +7,15 @@ import tomli_w
 
 from cache import CacheError
 from pipeline.errors import StaleError
+from pipeline.provenance import Provenance
 from pipeline.report.cache import cache_size
 from pipeline.report.run import Model, Run
 from pipeline.report.section import Block, Listing, Table, Tile
 from pipeline.report.teacher import precision
 from pipeline.step import Step
 from pipeline.steps import DumpLogits, all_steps
-from pipeline.units import bytes_text, cell, count_text, number
+from pipeline.units import bytes_text, count_text, number
+from stages.models.hub import is_hub_name
 
 _BYTES_PER_FP32 = 4
 
@@ -34,8 +36,9 @@ def _tiles(run: Run) -> Iterator[Tile | None]:
         yield _best_tile(best, teacher)
         nats = number(best.validation.get("kl_to_teacher_nats"))
         if nats is not None:
-            agreement = cell(best.validation.get("top1_agreement"), "{:.1%}")
-            yield Tile("KL to the teacher", f"{nats:.3f} nats", f"{best.name}; the same first choice at {agreement}")
+            agreement = number(best.validation.get("top1_agreement"))  # not known of draws
+            same = f"; the same first choice at {agreement:.1%}" if agreement is not None else ""
+            yield Tile("KL to the teacher", f"{nats:.3f} nats", f"{best.name}{same}")
     if size := cache_size(run.workspace.cache):
         yield Tile("Cache", f"{size[0]:.1f} bytes", f"per position; {bytes_text(size[1])} on disk")
     packed = number(best.shape.get("packed_bytes")) if best else None
@@ -43,6 +46,46 @@ def _tiles(run: Run) -> Iterator[Tile | None]:
     if packed and weights:
         share = packed / (_BYTES_PER_FP32 * weights)
         yield Tile("Packed student", bytes_text(packed), f"{share:.0%} of the same weights in FP32")
+
+
+def about(run: Run) -> list[tuple[str, str]]:
+    """(label, text) of whose run it is: the teacher, the machine, the code and the date."""
+    models = (run.teacher, *run.students)
+    records = [record for model in models if (record := model.record) is not None]
+    known: dict[str, list[str]] = {
+        "Teacher": [_teacher_name(run)],
+        "Hardware": [_hardware(record) for record in records if record.machine],
+        "Threads": [
+            f"{threads:.0f}" for one in (run.teacher, *run.students) if (threads := number(one.train.get("threads")))
+        ],
+        "tristill": [_version(record) for record in records if "tristill" in record.versions],
+        "Finished": [max((_date(record) for record in records), default="")],
+    }
+    return [(label, "; ".join(dict.fromkeys(texts))) for label, texts in known.items() if any(texts)]
+
+
+def _teacher_name(run: Run) -> str:
+    """A hub name, a folder's name, or that it was trained here."""
+    given = run.workspace.config.teacher.path
+    if given is None:
+        return "trained in this run" if run.teacher.is_finished else ""
+    return str(given) if is_hub_name(given) else f"{given.name} (given)"
+
+
+def _hardware(record: Provenance) -> str:
+    machine = record.machine
+    parts = [machine.get("accelerators", ""), machine.get("processor", ""), f"{machine.get('cores', '?')} cores"]
+    return ", ".join(part for part in parts if part)
+
+
+def _date(record: Provenance) -> str:
+    """To the minute; empty where it is not known."""
+    return f"{record.finished_at[:16].replace('T', ' ')} UTC" if record.finished_at else ""
+
+
+def _version(record: Provenance) -> str:
+    commit = f", commit {record.commit}" if record.commit else ""
+    return f"{record.versions['tristill']}{commit}"
 
 
 def _best_tile(best: Model, teacher: Model) -> Tile:

@@ -180,8 +180,8 @@ def _parallel(names: Sequence[str], metric: str, scored: Sequence[Scored], key: 
         key,
         "Every student as a line",
         drawn(plot, key, height=320, width=WIDE),
-        f"Each line is a student; it crosses every axis at its setting and ends at its {metric}. "
-        "Settings on which the blue lines gather matter.",
+        f"Each line is a student; it crosses every axis at its setting and ends at its {metric}."
+        + " Settings on which the lines of the best quarter gather matter." * any(s.entry is _GOOD for s in scored),
         legend(scored),
         is_wide=True,
     )
@@ -192,20 +192,24 @@ def _scatter(name: str, metric: str, scored: Sequence[Scored], key: str) -> Figu
 
     def plot(axes: Axes) -> None:
         for one in reversed(scored):
-            x = scale.place(one.trial.parameters.get(name))
+            setting = one.trial.parameters.get(name)
+            x = setting if scale.has_numbers else scale.place(setting)
             axes.plot([x], [one.value], marker="o", markersize=7, color=COLORS[one.entry.color], alpha=0.8)
-        axes.set_xticks([height for height, _ in scale.ticks], [plain(text, 14) for _, text in scale.ticks])
-        axes.set_xlim(-0.08, 1.08)
         axes.set_xlabel(plain(name, 40))
         axes.set_ylabel(plain(metric, 30))
-        numbers_on(axes.yaxis)
+        if scale.has_numbers:
+            scale_axes(axes, log_x=scale.is_log)
+        else:
+            axes.set_xticks([height for height, _ in scale.ticks], [plain(text, 14) for _, text in scale.ticks])
+            axes.set_xlim(-0.08, 1.08)
+            numbers_on(axes.yaxis)
 
     titles = short_keys([metric, name])
     return Figure(
         key,
         f"{titles[metric]} by {titles[name]}",
         drawn(plot, key, height=230),
-        f"Each dot is a student, over all settings of the rest.{scale.note}",
+        "Each dot is a student, over all settings of the rest." + " The axis is logarithmic." * scale.is_log,
         legend(scored),
     )
 

@@ -19,7 +19,7 @@ _LOGGED = (
         "grad_norm",
         "Gradient",
         "norm of the gradient",
-        "Its length before it is clipped. One that climbs says that the learning rate is too high.",
+        "Its length before it is clipped, as means. One that climbs says that the learning rate is too high.",
     ),
     (
         "positions_per_s",
@@ -90,13 +90,15 @@ def _loss(teacher: Model) -> Figure:
     largest = max(positions)
     found = [Line(Entry("training loss", "s1"), over_positions(positions, largest), losses)]
     held_out = number(teacher.validation.get("loss_nats"))
-    caption = f"Cross-entropy of training batches as they are logged; the last is {losses[-1]:.3f} nats."
+    caption = f"Cross-entropy, means over the steps since the last record; the last is {losses[-1]:.3f} nats."
+    at, sampled = teacher.held_out
+    if at:
+        found.append(Line(Entry("held-out sample", "s2"), over_positions(at, largest), sampled, has_markers=True))
+        caption += f" The sample of held-out text is the same at every point.{teacher.parting}"
     if held_out is not None:
         entry = Entry("held-out loss at the end", "ink", is_dashed=True)
         found.append(Line(entry, over_positions([positions[0], largest], largest), [held_out, held_out]))
-        caption += (
-            f" The dashed line is held-out text at the end, {held_out:.3f} nats, a mean over many more positions."
-        )
+        caption += f" The dashed line is all held-out text at the end, {held_out:.3f} nats."
     return Figure(
         "teacher-loss",
         "The teacher's loss",

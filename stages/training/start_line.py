@@ -15,8 +15,9 @@ from stages.training.config import TrainingConfig
 def say_start(label: str, model: str, device: torch.device, precision: str, ranks: Ranks) -> None:
     """Which model, on what."""
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    threads = num_threads()
     many = f", {ranks.world_size} ranks" if ranks.are_many else ""
-    say(f"{label}: {model}; on {name} in {precision}, {num_threads()} threads{many}")
+    say(f"{label}: {model}; on {name} in {precision}, {threads} thread{'s' * (threads != 1)}{many}")
 
 
 def say_length(label: str, config: TrainingConfig, source: TargetSource) -> None:
