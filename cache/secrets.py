@@ -8,7 +8,7 @@ NO_CREDENTIALS = (
     "environment, such as HF_TOKEN, AWS_ACCESS_KEY_ID or FSSPEC_S3_KEY, or name a profile of them (docs/remote.md)"
 )
 _USER = re.compile(r"(\w://)(?:[^\s'\"/?#@]*|[^\s'\"/?#:@]*:(?!\d+/)[^\s'\"]*)@")
-_QUERY = re.compile(r"(\w://[^\s'\"<>?]*\?)[^\s'\"<>]+")
+_QUERY = re.compile(r"(\w://[^\s'\"<>?]*\?)[^\s'\"<>]*[^\s'\"<>.,:;)\]]")
 _PARAMETER = re.compile(
     r"([?&](?:x-(?:amz|goog|ms)-[\w-]+|signature|sig|awsaccesskeyid|googleaccessid|key|api_?key|\w*token|\w*secret\w*"
     r"|\w*passw(?:or)?d|credential\w*)=)[^\s&'\"<>]+",

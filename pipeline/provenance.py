@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from cache.atomic import write_atomically
 from cache.layout import DEFAULT_SHARD_POSITIONS
 from cache.regular_file import read_file
-from cache.secrets import masked
+from cache.secrets import credentials_in, masked
 from pipeline.errors import BusyError, StaleError
 from stages.resources import machine
 
@@ -114,11 +114,16 @@ def differences(recorded: Provenance, settings: dict[str, Any], inputs: Mapping[
     """What changed since, one line each. An input that is not known now says nothing."""
     old, new = _SETTINGS_SINCE | flat(recorded.settings), _SETTINGS_SINCE | flat(settings)
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    lines = [f"{key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+    lines = [f"{key}: was {_shown(key, old)}, is {_shown(key, new)}" for key in changed]
     for name, fingerprint in recorded.inputs.items():
         if inputs.get(name, fingerprint) != fingerprint:
             lines.append(f"input {name}: was {fingerprint[:12]}, is {inputs[name][:12]}")
     return lines
+
+
+def _shown(key: str, settings: Mapping[str, Any]) -> str:
+    """A setting as in Python; records that are older than this rule may hold a credential."""
+    return "..." if credentials_in({key.rsplit(".", maxsplit=1)[-1]: settings.get(key)}) else repr(settings.get(key))
 
 
 @dataclass(frozen=True)

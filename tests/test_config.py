@@ -291,6 +291,7 @@ def test_a_named_login_profile_or_endpoint_is_no_credential(tmp_path: Path) -> N
             "exceeded with url: /c/x?b=1&X-Amz-Signature=abc (timeout)",
             "exceeded with url: /c/x?b=1&X-Amz-Signature=... (timeout)",
         ),
+        ("(https://h/x?a=b), https://h/y?", "(https://h/x?...), https://h/y?"),
         ("401 for hf_abcdefghijklmnopqrst", "401 for hf_..."),
         ("what? a=b, see https://h:80/a@b.", "what? a=b, see https://h:80/a@b."),
     ],

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from cache.atomic import partial_of
 from cache.manifest import cache_fingerprint, load_manifest
+from cache.secrets import masked
 from pipeline.errors import BusyError
 from pipeline.provenance import locked, read_provenance
 from pipeline.reading import cache_input, reading
@@ -164,7 +165,7 @@ class _Worker:
             clear_checkpoints(claim.folder / "checkpoints")
             state = TrialState.PRUNED
         except (_NoValueError, DivergedError, TargetsError) as exc:
-            trial.set_user_attr("reason", str(exc))
+            trial.set_user_attr("reason", masked(str(exc)))
         record = read_provenance(claim.folder)
         told_s = (record.elapsed_s or record.earlier_s) if record else None  # of one that was ended: the second
         elapsed_s = time.monotonic() - started_s if told_s is None else told_s

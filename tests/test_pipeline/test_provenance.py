@@ -39,6 +39,7 @@ def record(settings: dict[str, Any]) -> Provenance:
             ["cache.hidden.output: was 'residual', is 'mlp'"],
         ),
         ({"teacher": {"a": 1}}, {"teacher": {"a": 1}}, []),
+        ({"data": {"token": "hidden"}}, {"data": {"token": True}}, ["data.token: was ..., is True"]),
     ],
 )
 def test_a_setting_that_a_record_is_too_old_for_is_what_it_meant_then(
