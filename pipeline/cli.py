@@ -20,7 +20,7 @@ from pipeline.config_command import config_group, init
 from pipeline.evaluate_command import evaluate, print_evaluation
 from pipeline.export_command import export
 from pipeline.generate_command import generate
-from pipeline.options import arguments_of, run_options, workspace_of
+from pipeline.options import MOST_THREADS, Number, arguments_of, run_options, workspace_of
 from pipeline.plan.command import plan
 from pipeline.report_command import report
 from pipeline.runner import execute, run_steps
@@ -79,7 +79,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Only say which steps would run.")
 @click.option(
     "--ranks",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_THREADS),
     default=1,
     show_default=True,
     help="Processes of this machine that share each heavy step: one per GPU, or per group of cores.",
@@ -277,7 +277,7 @@ def peek(
 @click.option(
     "--temperature",
     "temperatures",
-    type=click.FloatRange(0.01, 1000),
+    type=Number(0.01, 1000),
     multiple=True,
     default=(1.0, 2.0, 5.0),
     show_default=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import run_options, workspace_of
+from pipeline.options import MOST_THREADS, run_options, workspace_of
 from pipeline.tables import echo_tables
 from pipeline.workspace import Workspace
 
@@ -18,7 +18,7 @@ from pipeline.workspace import Workspace
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MOST_THREADS),
     show_default="all that torch uses",
     help="With --packed: threads of every contender.",
 )

@@ -1,5 +1,6 @@
 """The options of every command, and what they say."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,20 @@ from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.models.trust import trust_records_of
 
 DEFAULT_CONFIG = Path("configs/demo.toml")
+MOST_THREADS = 4096
+"""And processes: a machine has none for more, and an interpreter ends where the system refuses one."""
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A number within bounds, which NaN is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a usage error for any other."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 def run_options(command: _Command) -> _Command:

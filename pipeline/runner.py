@@ -1,13 +1,14 @@
 """Runs steps: decides what is up to date, partly done or stale, and builds what is needed."""
 
 import glob
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -308,7 +309,8 @@ def run_steps(steps: Sequence[Step], arguments: Sequence[str], ranks: int = 1) -
         child = subprocess.Popen(  # noqa: S603 - ours
             [sys.executable, "-m", *program, *command], stdout=2, process_group=0 if are_many else None
         )
-        code = _wait(child)
+        with _stopped_with_us(child) if are_many else nullcontext():
+            code = _wait(child)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
         if code:
@@ -323,6 +325,37 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
         child.send_signal(signal.SIGTERM)
         child.wait()
         raise
+
+
+@contextmanager
+def _stopped_with_us(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ctrl-Z stops the ranks too, which the terminal does not reach in their own groups, and `fg` has them go on."""
+
+    def stop(*_: object) -> None:
+        ranks = _with_descendants(child.pid)
+        for signum, pids in ((signal.SIGSTOP, ranks), (signal.SIGSTOP, [os.getpid()]), (signal.SIGCONT, ranks)):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signum)
+
+    before = signal.getsignal(signal.SIGTSTP)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
+def _with_descendants(pid: int) -> list[int]:
+    """A process and all that it has started, as far as the system tells."""
+    try:
+        children = [
+            int(name) for path in Path(f"/proc/{pid}/task").glob("*/children") for name in path.read_text().split()
+        ]
+    except OSError:  # it has ended
+        children = []
+    return [pid, *(found for child in children for found in _with_descendants(child))]
 
 
 def _clear(step: Step) -> None:

@@ -7,11 +7,14 @@ with the exit code of the rank that did.
 import logging
 import os
 import signal
+import socket
 import sys
 
+from stages.interrupt import ending_signals
 from stages.progress import say
 from stages.visible import guard_output
 
+_ADDRESS = "127.0.0.1"
 _INTERRUPTED = 130
 _TIME_TO_SAVE_S = 300
 """How long ranks have for a last checkpoint after an interrupt."""
@@ -22,8 +25,11 @@ def main() -> None:
     guard_output()
     ranks, *module = sys.argv[1:]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // int(ranks))))
+    _require_loopback()
+    # The ranks of one machine meet at its own address, whatever its name resolves to, or whether it does.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_TIME_TO_SAVE_S))
-    for signum in (signal.SIGINT, signal.SIGTERM):  # until torchrun is there to pass them on
+    for signum in ending_signals():  # until torchrun is there to pass them on
         signal.signal(signum, lambda *_: os._exit(_INTERRUPTED))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -31,7 +37,7 @@ def main() -> None:
 
     logging.disable()
     try:
-        run.main(["--standalone", "--nproc-per-node", ranks, "-m", *module])
+        run.main(["--standalone", "--local-addr", _ADDRESS, "--nproc-per-node", ranks, "-m", *module])
     except ChildFailedError as exc:
         rank, failure = exc.get_first_failure()
         if failure.exitcode < 0:
@@ -42,6 +48,19 @@ def main() -> None:
         sys.exit(max(1, failure.exitcode))
     except SignalException:
         sys.exit(_INTERRUPTED)
+
+
+def _require_loopback() -> None:
+    """End with a message where ranks could not meet: torch says so after a minute, from within C++."""
+    try:
+        with socket.create_server((_ADDRESS, 0)) as server, socket.create_connection(server.getsockname(), timeout=5):
+            pass
+    except OSError as exc:
+        say(
+            f"error: {_ADDRESS}: ranks of one machine cannot meet there ({exc.strerror or exc}); bring the loopback "
+            "interface up (`ip link set lo up`), or run without --ranks"
+        )
+        sys.exit(1)
 
 
 def _num_cores() -> int:

@@ -34,6 +34,8 @@ def pytest_configure() -> None:
     """A shell that starts tests in its background has them ignore Ctrl-C, and so would every process they start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # of `nohup`
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def make_spec(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import run_options, workspace_of
+from pipeline.options import Number, run_options, workspace_of
 from pipeline.tables import echo_tables
 
 
@@ -12,14 +12,14 @@ from pipeline.tables import echo_tables
 @click.option("--json", "as_json", is_flag=True, help="Print the record instead of tables.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.1),
+    type=Number(0.1, 86_400),
     default=5.0,
     show_default=True,
     help="Of the measured part of every rehearsal, about; each takes some more to start and to evaluate.",
 )
 @click.option(
     "--teacher-seconds",
-    type=click.FloatRange(0.1),
+    type=Number(0.1, 86_400),
     default=90.0,
     show_default=True,
     help="At most, of training a teacher that is not there yet, which its cache depends on; to a third of its steps.",

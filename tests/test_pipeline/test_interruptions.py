@@ -34,15 +34,19 @@ def start(run_dir: Path, *arguments: str, limit_bytes: int | None = None) -> sub
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to run alone", "to all, as a terminal does"])
+@pytest.mark.parametrize(
+    ("send", "signum"),
+    [(os.kill, signal.SIGINT), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)],
+    ids=["to run alone", "to all, as a terminal does", "to all, as a terminal that is closed does"],
+)
 def test_an_interrupt_of_run_lets_its_step_save_and_end(
-    finished_run: Path, tmp_path: Path, send: Callable[[int, int], None]
+    finished_run: Path, tmp_path: Path, send: Callable[[int, int], None], signum: signal.Signals
 ) -> None:
     shutil.copytree(finished_run / "data", tmp_path / "data")
     process = start(tmp_path, "run", "--set", "teacher.training.steps=100000")
     while not (tmp_path / "teacher" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
-    send(process.pid, signal.SIGINT)
+    send(process.pid, signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -209,3 +209,55 @@ def test_a_folder_is_held_until_its_last_rank_has_ended(tmp_path: Path) -> None:
             pytest.fail("the first rank is gone, and another still writes")
     with locked(tmp_path):
         pass
+
+
+def states_of(pids: Iterable[int]) -> set[str]:
+    return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids}
+
+
+@pytest.mark.slow
+def test_ctrl_z_stops_the_ranks_of_run_and_a_closed_terminal_has_them_save(before_dump: Path) -> None:
+    shutil.rmtree(before_dump / "teacher")
+    options = of_run(before_dump, "teacher.training.steps=100000", "teacher.training.checkpoint_every=3")
+    process = start([sys.executable, "-m", "pipeline", "run", "--ranks", "2", *options])
+    metrics = before_dump / "teacher" / "metrics.jsonl"
+    while not metrics.exists() and process.poll() is None:
+        time.sleep(0.1)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    process.send_signal(signal.SIGTSTP)
+    time.sleep(1)
+    assert states_of([process.pid, *ranks.values()]) == {"T"}
+    process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    assert "T" not in states_of([process.pid, *ranks.values()])
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert list((before_dump / "teacher" / "checkpoints").glob("step-*"))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        (["unshare", "--uts", "sh", "-c", 'hostname no-such-host-1; exec "$@"', "sh"], 0, ""),
+        (
+            ["unshare", "--net"],
+            1,
+            "error: 127.0.0.1: ranks of one machine cannot meet there (Network is unreachable); ",
+        ),
+    ],
+    ids=["a host name that does not resolve", "no network interface"],
+)
+def test_ranks_of_one_machine_need_its_loopback_interface_alone(
+    before_dump: Path, setting: list[str], code: int, message: str
+) -> None:
+    if subprocess.run([*setting, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this process may not make name spaces")
+    done = outcome([*setting, *ON_TWO_RANKS, "dump-logits", *of_run(before_dump)])
+    assert done.code == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

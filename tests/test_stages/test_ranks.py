@@ -1,6 +1,7 @@
 """Processes that work together tell each other what they need to know."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ENVIRONMENT, ROOT
-from stages.ranks import ALONE, current_ranks, joined_ranks
+from stages.errors import RanksError
+from stages.ranks import ALONE, announced_ranks, current_ranks, joined_ranks
 
 SAYS = """
 import json, sys
@@ -78,3 +80,47 @@ def test_a_world_size_without_torchrun_is_an_error_that_says_so(environment: dic
     last = done.stderr.splitlines()[-1]
     assert last.startswith("stages.errors.RanksError: could not join the 2 processes that WORLD_SIZE announces (")
     assert last.endswith("start them with torchrun, or unset WORLD_SIZE to work with one")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: found 'abc' in the environment, expected 1 to "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: found '0'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2"},
+            "RANK: found '2' in the environment, expected 0 to 1, as torchrun sets it; ",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK: found 'x'"),
+    ],
+)
+def test_variables_that_announce_no_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RanksError, match=re.escape(message)):
+        announced_ranks()
+
+
+def test_ranks_that_never_come_are_told_and_waited_for_a_while() -> None:
+    """As where a shell still has the variables of a job that has ended."""
+    script = """
+from datetime import timedelta
+from stages import ranks
+ranks._TIME_TO_MEET, ranks._SAID_AFTER_S = timedelta(seconds=2), 0.5
+with ranks.joined_ranks():
+    pass
+"""
+    stale = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **stale},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert "rank 0 waits at 127.0.0.1:0 for the 2 processes that WORLD_SIZE announces, for 2 s at most" in done.stderr
+    assert "RanksError: could not join the 2 processes that WORLD_SIZE announces (" in done.stderr
