@@ -87,14 +87,8 @@ class Model:
     @property
     def parting(self) -> str:
         """A sentence on where train and held-out loss part; empty where they do not."""
-        note, found = PartingNote(()), None
-        for record in self.log:
-            step, loss, held_out = (
-                number(_at(record, keys)) for keys in (("step",), ("loss",), (HELD_OUT, "loss_nats"))
-            )
-            if step is not None:
-                known = ({} if loss is None else {"loss": loss}) | {HELD_OUT: {"loss_nats": held_out}}
-                found = note.add({"step": round(step), **known}) or found
+        note = PartingNote(())
+        found = next((parting for record in self.log if (parting := note.add(record))), None)
         return f" {self.name}: {found.text}." if found else ""
 
     def names_in_log(self, key: str) -> list[str]:

@@ -29,15 +29,15 @@ class Coverage:
         total = self.quantized + self.left.total()
         return self.quantized / total if total else 1.0
 
-    def lines(self) -> list[str]:
+    def lines(self, label: str) -> list[str]:
         """To be said when a training begins: the share, and a warning with what is left out if that is much."""
         names = [f"{name} ({number:,})" for name, number in self.left.most_common(_NAMES)]
         names += [f"{len(self.left) - _NAMES} more"] * (len(self.left) > _NAMES)
         said = f"{self.share:.1%} of the weights of its blocks are {self.code}"
         if not names:
-            return [f"student: {said}"]
+            return [f"{label}: {said}"]
         if self.share >= _LITTLE:
-            return [f"student: {said}; in full precision stay {', '.join(names)}"]
+            return [f"{label}: {said}; in full precision stay {', '.join(names)}"]
         return [f"warning: only {said}; in full precision stay {', '.join(names)}, see student.quantize.layers"]
 
 

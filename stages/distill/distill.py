@@ -91,7 +91,7 @@ def distill(
     student = new_model(shape, source.vocab_size, student_config.quantize, config.training.seed).to(device)
     start(student, student_config, teacher_folder, source)
     size = model_size(student)  # while its tensors are whole
-    for line in coverage(student).lines() if student_config.quantize.packed_bits else []:
+    for line in coverage(student).lines(folder.name) if student_config.quantize.packed_bits else []:
         say(line)
     if config.training.compile:
         compile_model(student)

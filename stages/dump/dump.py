@@ -33,10 +33,11 @@ from stages.models.companions import companions
 from stages.models.folder import load_model, pick_device
 from stages.models.language_model import LanguageModel, State
 from stages.models.origin import model_fingerprint
-from stages.progress import waiting
+from stages.progress import say, waiting
 from stages.ranks import Ranks, current_ranks
 from stages.targets.hidden import HiddenTransforms
 from stages.threads import torch_threads
+from stages.training.start_line import say_start
 
 _BATCHES_AHEAD = 2
 
@@ -51,6 +52,10 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     ranks = current_ranks()
     with ranks.agreeing():
         given = _load(config, data_folder, teacher_folder)
+    size = sum(parameter.numel() for parameter in given.teacher.parameters())
+    dtype = str(given.teacher.head_weight.dtype).removeprefix("torch.")
+    precision = config.precision if config.precision != "float32" else dtype
+    say_start("dump-logits", f"a teacher of {size:,} parameters", given.teacher.head_weight.device, precision, ranks)
     with ranks.agreeing(), _said(ranks, "calibration"):
         prepared = None
         if ranks.is_first:
@@ -60,6 +65,8 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
             assert fingerprint is not None, "all teachers were just loaded"
             prepared = prepare(config, given.corpus, given.teacher, fingerprint, given.windows, folder, given.ensemble)
     spec = CacheSpec.model_validate_json(ranks.from_first(prepared and prepared.spec.to_json()))
+    sizes_text = ", ".join(f"{spec.num_positions(split):,} of {split}" for split in spec.splits)
+    say(f"dump-logits: positions: {sizes_text}; windows of {spec.context_length:,}")
     with ranks.agreeing(), _said(ranks, "looking at shards that are there"):
         found = found_shards(folder, spec, ranks.share_of(list(shard_ranges(spec))))
     records = _of_all(ranks, found)

@@ -61,16 +61,23 @@ class PartingNote:
 
     def add(self, record: Mapping[str, Any]) -> Parting | None:
         """The parting that shows with this record; None if there is none, or it was found before."""
-        if "loss" in record:
-            self._losses.append(record["loss"])
-        held_out = record.get(HELD_OUT, {}).get("loss_nats")
-        if held_out is None or self._is_found:
+        looked = record.get(HELD_OUT)
+        step, loss = _number(record.get("step")), _number(record.get("loss"))
+        held_out = _number(looked.get("loss_nats")) if isinstance(looked, Mapping) else None
+        if loss is not None:
+            self._losses.append(loss)
+        if step is None or held_out is None or self._is_found:
             return None
         if self._losses:  # else nothing was recorded since the last look, whose training loss is still the latest
             self._train, self._losses = statistics.fmean(self._losses), []
-        self._looks.append((record["step"], held_out, self._train))
-        step, lowest, train = min(self._looks, key=lambda look: look[1])
-        last = [look for look in self._looks if look[0] > step][-_LOOKS:]
+        self._looks.append((round(step), held_out, self._train))
+        best, lowest, train = min(self._looks, key=lambda look: look[1])
+        last = [look for look in self._looks if look[0] > best][-_LOOKS:]
         is_higher = len(last) == _LOOKS and all(look[1] > lowest * (1 + _LEAST_RISE) for look in last)
         self._is_found = is_higher and last[-1][2] < train
-        return Parting(step, lowest, last[-1][0], last[-1][1]) if self._is_found else None
+        return Parting(best, lowest, last[-1][0], last[-1][1]) if self._is_found else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None for anything else that a file may hold there."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
