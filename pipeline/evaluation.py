@@ -7,8 +7,10 @@ from typing import Any
 from cache import open_cache
 from cache.atomic import write_atomically
 from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
+from cache.manifest import cache_fingerprint
 from cache.regular_file import read_json_object
 from pipeline.errors import MissingInputError
+from pipeline.reading import cache_input, reading, strict_inputs
 from pipeline.results import run_rows
 from pipeline.workspace import Workspace
 from stages.data.tokenizer_gate import require_same_tokenizer
@@ -40,12 +42,44 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...], *, force: bool
     folders = {name: workspace.model_folder(name) for name in names or _names(workspace)}
     if not folders:
         raise MissingInputError(f"{workspace.run_dir}: found no trained model; run `tristill run --until distill`")
+    caches, others = _places(workspace, folders)
+    with reading(strict_inputs(*others) | {str(place): cache_input(place) for place in caches}) as held:
+        found = dict.fromkeys(map(str, others)) | {str(place): cache_fingerprint(place) for place in caches}
+        metrics = _metrics(workspace, folders, force=force)
+        held.refuse_moved(found)
+        write_atomically(workspace.run_dir / EVALUATION_NAME, (json.dumps(metrics, indent=2) + "\n").encode())
+    return metrics
+
+
+def _link_of(workspace: Workspace, name: str) -> Workspace:
+    return workspace.link(workspace.config.link_names[0] if name == "teacher" else name)
+
+
+def _places(workspace: Workspace, folders: dict[str, Path]) -> tuple[set[Path], set[Path]]:
+    """The caches, and all other folders, that an evaluation of the models in these folders reads."""
+    caches, others = set[Path](), set(folders.values())
+    for name, folder in folders.items():
+        link = _link_of(workspace, name)
+        further = link.config.for_student(link.name).distill.caches
+        if (folder / CO_TEACHER / CONFIG_NAME).is_file():
+            others |= {link.data, folder / CO_TEACHER}
+            continue
+        link.refuse_outside("distill.caches")
+        if (link.cache / MANIFEST_NAME).is_file() or further:
+            caches |= {link.cache, *(one.dir for one in further)}
+        else:
+            others |= {link.data, link.teacher}
+    return caches, others
+
+
+def _metrics(workspace: Workspace, folders: dict[str, Path], *, force: bool) -> dict[str, dict[str, Any]]:
+    """Those of each model, as they are known or as they are computed."""
     device = pick_device(workspace.config.distill.training.device)
     sources: dict[tuple[object, ...], TargetSource] = {}
     metrics = {}
     for name, folder in folders.items():
         refuse_untrusted_record(folder)
-        link = workspace.link(workspace.config.link_names[0] if name == "teacher" else name)
+        link = _link_of(workspace, name)
         distill = link.config.for_student(link.name).distill
         moved = folder / CO_TEACHER
         if (moved / CONFIG_NAME).is_file():
@@ -69,7 +103,6 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...], *, force: bool
             )
             known = evaluate(model, source, evaluation, name)
         metrics[name] = {**known.model_dump(), "basis": follows_from}
-    write_atomically(workspace.run_dir / EVALUATION_NAME, (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
 

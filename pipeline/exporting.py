@@ -19,6 +19,7 @@ from cache.layout import COMPANION_NAMES, MANIFEST_NAME, TOKENIZER_NAME
 from cache.regular_file import read_json_object
 from pipeline.errors import MissingInputError, StaleError
 from pipeline.provenance import locked, new_provenance
+from pipeline.reading import reading, strict_inputs
 from pipeline.results import text_table
 from pipeline.workspace import Workspace
 from stages.distill.caches import open_caches
@@ -73,13 +74,18 @@ def export_model(
     wanted = [_wanted(workspace, folder.name, export_format, kind, out) for kind in ternary_types or (None,)]
     for one in wanted:
         _refuse_to_replace(one)
-    student = load_student(folder)
-    refuse(student, export_format)
-    text = held_out(workspace.link(name), student)
-    for one in wanted:
-        one.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(one.path.parent):
-            _export(student, one, text, echo)
+        if one.path.parent.is_dir():
+            with locked(one.path.parent):
+                pass  # nobody exports there now: known before the work is done
+    with reading(strict_inputs(folder)) as held:
+        student = load_student(folder)
+        held.refuse_moved({str(folder): None})  # its fingerprint is that of these weights
+        refuse(student, export_format)
+        text = held_out(workspace.link(name), student)
+        for one in wanted:
+            one.path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(one.path.parent):
+                _export(student, one, text, echo)
 
 
 def refuse(student: Student, export_format: ExportFormat) -> None:

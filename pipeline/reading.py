@@ -70,6 +70,11 @@ def cache_input(folder: Path) -> Input:
     return Input((folder,), content, checks_itself=True)
 
 
+def strict_inputs(*folders: Path) -> dict[str, Input]:
+    """Any folders, of which no file may change, whatever it then holds: their fingerprints are not asked for."""
+    return {str(folder): Input((folder,), lambda _: None) for folder in folders}
+
+
 class Reading:
     """Inputs whose folders are held, and the states of their files from before anything was read of them."""
 
@@ -91,17 +96,21 @@ class Reading:
                     f"{_listed(later)}; put them back, or make them again with --force"
                 )
 
-    def refuse_moved(self, fingerprints: Mapping[str, str]) -> None:
-        """Raise MovedError if an input is not what it was; one that is gone without another in its place still is."""
+    def refuse_moved(self, fingerprints: Mapping[str, str | None]) -> None:
+        """Raise MovedError if an input is not what it was; one that is gone without another in its place still is.
+
+        fingerprints: of the inputs that are looked at; None for those of which any change is one too many.
+        """
         for name, given in self._inputs.items():
             if name not in fingerprints or not any(folder.exists() for folder in given.folders):
                 continue
             before, now = self._before[name], _states(given.folders)
             changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
-            if changed and _content(given, changed) != fingerprints[name]:
+            known = fingerprints[name]
+            if changed and (known is None or _content(given, changed) != known):
                 raise MovedError(
-                    f"{name} in {given.folders[0]} changed while it was read ({_listed(changed)}), so nothing that "
-                    "was made of it is kept; run the same command again once it stays as it is"
+                    f"{given.folders[0]}: changed while it was read ({_listed(changed)}), so nothing that was made of "
+                    "it is kept; run the same command again once it stays as it is"
                 )
 
 

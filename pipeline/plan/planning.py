@@ -15,6 +15,7 @@ from pipeline.plan.prediction import CachePrediction, Plan, StagePrediction, loa
 from pipeline.plan.rehearsal import Rehearsed, Request, link_all_but
 from pipeline.plan.settings import settings_fingerprint
 from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
+from pipeline.reading import reading, strict_inputs
 from pipeline.runner import plan as steps_to_run
 from pipeline.step import Step
 from pipeline.steps import DumpLogits, Teacher, all_steps
@@ -55,7 +56,11 @@ def plan_of(workspace: Workspace, budget: Budget) -> Plan:
     for step in steps:
         if step.label in todo:
             step.refuse_outside()
-    with tempfile.TemporaryDirectory(prefix="tristill-plan-", ignore_cleanup_errors=True) as folder:
+    done = [step.folder for step in steps if step.label not in todo]
+    with (
+        tempfile.TemporaryDirectory(prefix="tristill-plan-", ignore_cleanup_errors=True) as folder,
+        reading(strict_inputs(*done)),
+    ):
         rehearsals = _Rehearsals(workspace, Path(folder), budget, todo)
         for step in steps:
             if step.label not in todo:

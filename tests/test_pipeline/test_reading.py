@@ -153,6 +153,26 @@ def test_what_a_step_reads_is_not_made_anew_meanwhile_but_may_be_read_by_others(
         pytest.fail("it is being changed")
 
 
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [
+        (("evaluate", "student"), "students/student"),
+        (("evaluate", "student"), "cache"),
+        (("export", "student", "--format", "hf"), "students/student"),
+        (("export", "student", "--format", "hf"), "exports/student"),
+    ],
+)
+def test_what_another_process_changes_is_neither_evaluated_nor_exported(
+    copied_run: Path, command: tuple[str, ...], folder: str
+) -> None:
+    (copied_run / folder).mkdir(parents=True, exist_ok=True)
+    with locked(copied_run / folder):
+        refused = tristill(*command, "--config", "configs/test.toml", "--run-dir", str(copied_run))
+    assert (refused.code, refused.stdout) == (1, "")
+    assert f"{folder}: another process is working on it or reads it" in refused.stderr
+    assert not (copied_run / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize("has_run", [False, True])
 def test_a_refused_step_leaves_nothing_behind(copied_run: Path, tmp_path: Path, *, has_run: bool) -> None:
     run_dir = copied_run if has_run else tmp_path / "new"
