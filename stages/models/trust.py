@@ -3,12 +3,13 @@
 Nothing that is on disk beside a model can say so of itself.
 """
 
+import json
 import os
 from pathlib import Path
 
 _trusted: set[Path] = set()
 _UNTRUSTED_RECORDS = "TRISTILL_UNTRUSTED_RECORDS"
-"""Variable of the environment, which processes that this one starts have too: folders, one a line."""
+"""Variable of the environment, which processes that this one starts have too: folders, as a list in JSON."""
 
 
 def trust_code_of(folder: Path) -> None:
@@ -25,7 +26,7 @@ def trust_records_of(folder: Path, *, is_trusted: bool) -> None:
     """Whether records in this folder are followed from now on that name models elsewhere (origin.json)."""
     folders = _untrusted()
     (folders.discard if is_trusted else folders.add)(str(folder.resolve()))
-    os.environ[_UNTRUSTED_RECORDS] = "\n".join(sorted(folders))
+    os.environ[_UNTRUSTED_RECORDS] = json.dumps(sorted(folders))
 
 
 def follows_records_of(folder: Path) -> bool:
@@ -35,4 +36,4 @@ def follows_records_of(folder: Path) -> bool:
 
 
 def _untrusted() -> set[str]:
-    return set(filter(None, os.environ.get(_UNTRUSTED_RECORDS, "").split("\n")))
+    return set(json.loads(os.environ.get(_UNTRUSTED_RECORDS) or "[]"))

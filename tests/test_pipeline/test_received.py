@@ -205,7 +205,7 @@ def test_code_is_trusted_only_by_a_config_that_is_named(tmp_path: Path, monkeypa
 
 
 def test_a_record_in_a_folder_from_elsewhere_leads_to_no_model(tmp_path: Path) -> None:
-    run = received(tmp_path / "run", TEACHER)
+    run = received(tmp_path / "a\nrun", TEACHER)
     (run / "teacher").mkdir()
     (run / "teacher" / "config.json").write_text("{}")
     (run / "teacher" / "origin.json").write_text(json.dumps({"folder": "/models/x?token=abc"}))
@@ -213,7 +213,7 @@ def test_a_record_in_a_folder_from_elsewhere_leads_to_no_model(tmp_path: Path) -
     message = rf"{run}/teacher: its origin.json names a model outside of the folder, /models/x\?token=\.\.\., and"
     with pytest.raises(CheckpointError, match=message):
         load_model(run / "teacher")
-    assert str(run) in os.environ["TRISTILL_UNTRUSTED_RECORDS"], "for processes that this one starts"
+    assert json.loads(os.environ["TRISTILL_UNTRUSTED_RECORDS"]) == [str(run)], "for processes that this one starts"
     workspace_of(run / "config.toml", (), None)
     with pytest.raises(CheckpointError, match="found no"):
         load_model(run / "teacher")

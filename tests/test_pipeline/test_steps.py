@@ -331,4 +331,4 @@ def test_help_is_there_for_every_command() -> None:
     outcome = tristill("--help")
     assert outcome.code == 0
     assert "tristill run --until distill" in outcome.stdout
-    assert (ROOT / "docs" / "cli.md").read_text().count("Usage: tristill") == 18
+    assert (ROOT / "docs" / "cli.md").read_text().count("Usage: tristill") == 23

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, StageError
 from stages.models.config import ModelConfig
-from stages.models.folder import load_model, save_model
+from stages.models.folder import load_model, pick_device, save_model
 from stages.models.language_model import State
 from stages.models.origin import model_fingerprint
 from stages.models.transformer import Transformer
@@ -146,3 +146,9 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         load_model(folder)
     with pytest.raises(CheckpointError, match="found no model there"):
         load_model(tmp_path / "nowhere")
+
+
+def test_a_device_that_this_machine_lacks_is_refused_with_what_it_has() -> None:
+    has = "set cpu or cuda" if torch.cuda.is_available() else "set cpu: this machine has no CUDA that torch can use"
+    with pytest.raises(StageError, match=rf"device 'cuda:99': cannot be used here \(.*\); {has}"):
+        pick_device("cuda:99")
