@@ -61,6 +61,8 @@ def _unexpected(error: BaseException) -> int:
     said = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, MemoryError) or any(words in str(error) for words in _SHORT_OF_MEMORY):
         said = f"memory is short ({said}); free some, raise its limit, or lower sizes and run the same command again"
+    elif isinstance(error, UnicodeEncodeError) or "surrogates not allowed" in str(error):
+        said = f"found a name that is not UTF-8 text ({error}); rename the file or folder, or set LC_ALL=C.UTF-8"
     elif type(error).__name__ == "PanicException":  # of no module that can be imported
         said = f"a library fails on a file ({error}), as on a tokenizer.json whose rules take too long; use another"
     else:

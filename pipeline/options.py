@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from pipeline.config import load_config, parse_assignment
+from pipeline.errors import ConfigError
 from pipeline.received import refuse_links
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.models.trust import trust_records_of
@@ -67,6 +68,8 @@ def workspace_of(
     A run folder with a config.toml is that run: its config holds where no other is named, and names nothing outside of
     the folder (pipeline/received.py). cache: a cache folder, whose run it is about if neither is named.
     """
+    for path in (config_path, run_dir, cache):
+        _require_text(path)
     if config_path is None:
         run_dir = run_dir or (run_of_cache(cache) if cache is not None else None)
     own = run_dir / RUN_CONFIG_NAME if run_dir is not None else None
@@ -81,6 +84,17 @@ def workspace_of(
     if config_path is not None:
         trust_records_of(folder, is_trusted=True)
     return Workspace(load_config(path, assignments), folder)
+
+
+def _require_text(path: Path | None) -> None:
+    """Refuses a name that records, which are UTF-8, cannot hold."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as exc:
+        raise ConfigError(
+            f"{path}: found a name that is not UTF-8 text, as far as this locale tells; rename it, or set "
+            "LC_ALL=C.UTF-8"
+        ) from exc
 
 
 def arguments_of(workspace: Workspace, config_path: Path | None, assignments: tuple[str, ...]) -> list[str]:

@@ -86,10 +86,14 @@ def drawn(plot: Callable[[Axes], object], key: str, height: int = 250, width: in
     """SVG of what `plot` draws on empty axes. key: unique on the page; it is in the ids of the drawing."""
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     with style.context(["default", _STYLE | {"svg.hashsalt": key}]):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         plot(figure.subplots())
+        for text in figure.findobj(Text):
+            if (shown := visible_lines(text.get_text())) != text.get_text():  # in words that the font has
+                text.set_text(shown.encode("ascii", "backslashreplace").decode())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inlined(visible_lines(file.getvalue()), key)  # XML has no control characters at all

@@ -3,8 +3,10 @@
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -18,7 +20,9 @@ from tokenizers import Tokenizer, models
 
 from cache import Cache
 from conftest import ENVIRONMENT, ROOT, tristill
+from pipeline.__main__ import main
 from pipeline.results import text_table
+from stages.interrupt import ending_signals
 from stages.progress import Progress
 from stages.visible import Painted, _VisibleStream, guard_output, visible, visible_lines
 
@@ -187,3 +191,58 @@ def test_closed_descriptors_are_not_those_of_files_opened_later(tmp_path: Path) 
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False)
     assert done.returncode > 2
     assert (tmp_path / "file").exists()
+
+
+def test_a_run_folder_whose_name_is_no_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path / "run") + b"\xff")
+    done = closed("tokenize", "--config", "configs/test.toml", "--run-dir", folder, streams="")
+    assert done.returncode == 2
+    assert "found a name that is not UTF-8 text" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            MemoryError("Unable to allocate 2.00 MiB"),
+            "memory is short (MemoryError: Unable to allocate 2.00 MiB); free",
+        ),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"), "memory is short ("),
+        (
+            KeyError("x\nerror: forged"),
+            "found a fault of tristill, KeyError: 'x\\nerror: forged'; set TRISTILL_DEBUG=1",
+        ),
+        (
+            type("PanicException", (BaseException,), {})("Onig"),
+            "a library fails on a file (Onig), as on a tokenizer.json",
+        ),
+    ],
+)
+def test_an_error_that_nobody_foresaw_is_one_message(
+    error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(interrupts: object) -> int:
+        raise error
+
+    monkeypatch.setattr("pipeline.__main__._run", fail)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    handlers = {signum: signal.getsignal(signum) for signum in ending_signals()}
+    monkeypatch.delenv("TRISTILL_DEBUG", raising=False)
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_a_plot_holds_labels_that_xml_cannot() -> None:
+    pytest.importorskip("matplotlib")
+    from pipeline.report.drawing import bars
+
+    assert "\\u241b" in bars(["a\x1b\x00"], [1.0], ["\x07"], "key", "x\x0b")
