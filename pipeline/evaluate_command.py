@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from cache import SplitName
 from pipeline.options import MOST_THREADS, run_options, workspace_of
 from pipeline.tables import echo_tables
 from pipeline.workspace import Workspace
@@ -22,6 +23,13 @@ from pipeline.workspace import Workspace
     show_default="all that torch uses",
     help="With --packed: threads of every contender.",
 )
+@click.option(
+    "--split",
+    type=click.Choice(["validation", "test"]),
+    default="validation",
+    show_default=True,
+    help="Which split; test is there where data.test names its source.",
+)
 @click.option("--force", is_flag=True, help="Compute metrics again that nothing has changed for.")
 @run_options
 def evaluate(
@@ -29,6 +37,7 @@ def evaluate(
     as_json: bool,
     is_packed: bool,
     threads: int | None,
+    split: SplitName,
     force: bool,
     config_path: Path | None,
     assignments: tuple[str, ...],
@@ -37,7 +46,7 @@ def evaluate(
     """Compute held-out metrics of checkpoints: `teacher`, students by name, or any model folder; all if none is given.
 
     Metrics of unchanged weights, targets and settings are taken from where they were computed. The result is also
-    written to evaluation.json in the run folder.
+    written to evaluation.json in the run folder (evaluation-test.json of the test split).
 
     With --packed, instead of metrics: bytes on disk, and tokens per second of prompt and of generation, of students
     with packed weights in PyTorch and as GGUF files in llama.cpp (extra `gguf`), beside their FP32 teacher; also
@@ -54,15 +63,22 @@ def evaluate(
     if is_packed:
         print_deployment(workspace, names, threads, as_json=as_json)
     else:
-        print_evaluation(workspace, names, as_json=as_json, force=force)
+        print_evaluation(workspace, names, as_json=as_json, force=force, split=split)
 
 
-def print_evaluation(workspace: Workspace, names: tuple[str, ...], *, as_json: bool, force: bool = False) -> None:
+def print_evaluation(
+    workspace: Workspace,
+    names: tuple[str, ...],
+    *,
+    as_json: bool,
+    force: bool = False,
+    split: SplitName = "validation",
+) -> None:
     """Held-out metrics of models."""
     from pipeline.evaluation import evaluate_models
     from pipeline.results import metrics_table
 
-    metrics = evaluate_models(workspace, names, force=force)
+    metrics = evaluate_models(workspace, names, force=force, split=split)
     click.echo(json.dumps(metrics, indent=2)) if as_json else echo_tables(metrics_table(metrics))
 
 

@@ -9,6 +9,7 @@ from cache.atomic import write_atomically
 from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
 from cache.manifest import cache_fingerprint
 from cache.regular_file import read_json_object
+from cache.spec import SplitName
 from pipeline.errors import MissingInputError
 from pipeline.reading import cache_input, reading, strict_inputs
 from pipeline.results import run_rows
@@ -29,8 +30,12 @@ from stages.targets.source import TargetSource
 EVALUATION_NAME = "evaluation.json"
 
 
-def evaluate_models(workspace: Workspace, names: tuple[str, ...], *, force: bool = False) -> dict[str, dict[str, Any]]:
-    """Held-out metrics per model; all finished models of the run if none is named. Writes evaluation.json.
+def evaluate_models(
+    workspace: Workspace, names: tuple[str, ...], *, force: bool = False, split: SplitName = "validation"
+) -> dict[str, dict[str, Any]]:
+    """Held-out metrics per model; all finished models of the run if none is named.
+
+    Writes evaluation.json, or evaluation-test.json of the test split.
 
     Metrics that were computed of the same weights, targets and settings, at the end of a training or by an earlier
     evaluation, are taken as they are, unless `force` is set.
@@ -45,9 +50,9 @@ def evaluate_models(workspace: Workspace, names: tuple[str, ...], *, force: bool
     caches, others = _places(workspace, folders)
     with reading(strict_inputs(*others) | {str(place): cache_input(place) for place in caches}) as held:
         found = dict.fromkeys(map(str, others)) | {str(place): cache_fingerprint(place) for place in caches}
-        metrics = _metrics(workspace, folders, force=force)
+        metrics = _metrics(workspace, folders, force=force, split=split)
         held.refuse_moved(found)
-        write_atomically(workspace.run_dir / EVALUATION_NAME, (json.dumps(metrics, indent=2) + "\n").encode())
+        write_atomically(workspace.run_dir / _file_name(split), (json.dumps(metrics, indent=2) + "\n").encode())
     return metrics
 
 
@@ -72,7 +77,9 @@ def _places(workspace: Workspace, folders: dict[str, Path]) -> tuple[set[Path], 
     return caches, others
 
 
-def _metrics(workspace: Workspace, folders: dict[str, Path], *, force: bool) -> dict[str, dict[str, Any]]:
+def _metrics(
+    workspace: Workspace, folders: dict[str, Path], *, force: bool, split: SplitName
+) -> dict[str, dict[str, Any]]:
     """Those of each model, as they are known or as they are computed."""
     device = pick_device(workspace.config.distill.training.device)
     sources: dict[tuple[object, ...], TargetSource] = {}
@@ -89,10 +96,15 @@ def _metrics(workspace: Workspace, folders: dict[str, Path], *, force: bool) -> 
             if key not in sources:
                 sources[key] = _source(link, distill)
             source = sources[key]
+        if split not in source.splits:
+            raise MissingInputError(
+                f"{workspace.run_dir}: found splits {sorted(source.splits)}, expected {split}; name a source in "
+                f"data.{split} and run from `tristill tokenize --force` on"
+            )
         evaluation = workspace.config.for_student(name).evaluate
         fingerprint = content_fingerprint(folder)
         follows_from = basis(fingerprint, source, evaluation) if fingerprint else None
-        known = None if force or follows_from is None else _known(workspace, name, folder, follows_from)
+        known = None if force or follows_from is None else _known(workspace, name, folder, follows_from, split)
         if known is None:
             model = load_model(folder).to(device)
             require_same_tokenizer(
@@ -101,14 +113,20 @@ def _metrics(workspace: Workspace, folders: dict[str, Path], *, force: bool) -> 
                 name,
                 "evaluate it with the run that it is of, by --run-dir",
             )
-            known = evaluate(model, source, evaluation, name)
+            known = evaluate(model, source, evaluation, name, split=split)
         metrics[name] = {**known.model_dump(), "basis": follows_from}
     return metrics
 
 
-def _known(workspace: Workspace, name: str, folder: Path, follows_from: str) -> ValidationMetrics | None:
+def _file_name(split: SplitName) -> str:
+    return EVALUATION_NAME if split == "validation" else f"evaluation-{split}.json"
+
+
+def _known(
+    workspace: Workspace, name: str, folder: Path, follows_from: str, split: SplitName
+) -> ValidationMetrics | None:
     """Metrics of this basis in the model's summary, or in evaluation.json."""
-    for path, key in ((folder / "summary.json", "validation"), (workspace.run_dir / EVALUATION_NAME, name)):
+    for path, key in ((folder / "summary.json", split), (workspace.run_dir / _file_name(split), name)):
         try:
             record = read_json_object(path)
             if follows_from not in (record.get("basis"), record[key].get("basis")):

@@ -14,7 +14,7 @@ from stages.distill.objective import Objective
 from stages.distill.start import start
 from stages.errors import StageError
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import basis, evaluate, glance
+from stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
 from stages.evaluate.metrics import ValidationMetrics
 from stages.models.compiled import compile_model
 from stages.models.folder import new_model, save_model
@@ -53,6 +53,7 @@ class StudentSummary(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     validation: ValidationMetrics
+    test: ValidationMetrics | None = None
     train: TrainingSummary
     targets: str
     model: ModelSize
@@ -141,10 +142,12 @@ def distill(
     )
     with training.weights_outside_blocks():
         validation = evaluate(student, source, evaluation, folder.name, ranks)
-    say(f"{folder.name}: {validation.text}")
+        say(f"{folder.name}: {validation.text}")
+        test = evaluate_test(student, source, evaluation, folder.name, ranks)
     fingerprint = model_fingerprint(folder)
     summary = StudentSummary(
         validation=validation,
+        test=test,
         train=trained,
         targets=source.kind,
         model=size,

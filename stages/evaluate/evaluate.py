@@ -1,10 +1,11 @@
-"""Evaluates a model on the validation split of a source."""
+"""Evaluates a model on a held-out split of a source."""
 
 from collections.abc import Callable
 
 import torch
 
 from cache.hashing import fingerprint_of
+from cache.spec import SplitName
 from stages.collectives import sum_of
 from stages.errors import CorpusError
 from stages.evaluate.config import EvaluateConfig
@@ -13,22 +14,38 @@ from stages.evaluate.spread import Documents, UnitSums
 from stages.losses.chunked_head import chunks
 from stages.models.finite import finite_features, require_finite
 from stages.models.language_model import LanguageModel
-from stages.progress import Progress
+from stages.progress import Progress, say
 from stages.ranks import ALONE, Ranks
 from stages.targets.source import Epoch, Signals, TargetSource
 
 
 def evaluate(
-    model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str, ranks: Ranks = ALONE
+    model: LanguageModel,
+    source: TargetSource,
+    config: EvaluateConfig,
+    label: str,
+    ranks: Ranks = ALONE,
+    split: SplitName = "validation",
 ) -> ValidationMetrics:
-    """Metrics of `model` over every validation window, computed in float32; against the teacher if the source has one.
+    """Metrics of `model` over every window of a split, computed in float32; against the teacher if the source has one.
 
     Of positions that count. The model stays on its device and is left in evaluation mode. Ranks share the windows, and
     all have the metrics of all.
     """
-    total = source.num_windows("validation") * source.context_length
+    total = source.num_windows(split) * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
-        return _measure(model, source, config, None, progress.advance, ranks, label)
+        return _measure(model, source, config, None, progress.advance, ranks, label, split)
+
+
+def evaluate_test(
+    model: LanguageModel, source: TargetSource, config: EvaluateConfig, label: str, ranks: Ranks = ALONE
+) -> ValidationMetrics | None:
+    """The same on the test split, said; None if there is none."""
+    if "test" not in source.splits:
+        return None
+    metrics = evaluate(model, source, config, f"{label} on the test split", ranks, "test")
+    say(f"{label}, test split: {metrics.text}")
+    return metrics
 
 
 def basis(fingerprint: str, source: TargetSource, config: EvaluateConfig) -> str | None:
@@ -60,13 +77,14 @@ def _measure(
     advance: Callable[[int], None],
     ranks: Ranks,
     whose: str,
+    split: SplitName = "validation",
 ) -> ValidationMetrics:
     model.eval()
     units = (UnitSums("window"),) if ranks.are_many else (UnitSums("document"), UnitSums("window"))
     sums = MetricSums(config.calibration_bins, source.temperature, units)
     documents, windows_seen = Documents(source.end_of_text_id), 0
-    num_windows, batch_windows = source.num_windows("validation"), config.batch_windows * ranks.world_size
-    batches = source.batches("validation", batch_windows, Signals(targets=True), Epoch(ranks=ranks))
+    num_windows, batch_windows = source.num_windows(split), config.batch_windows * ranks.world_size
+    batches = source.batches(split, batch_windows, Signals(targets=True), Epoch(ranks=ranks))
     for first in range(0, num_windows, batch_windows):
         batch = next(batches, None)
         if batch is None:  # the others may need this rank's part of the weights for the last windows
@@ -90,9 +108,9 @@ def _measure(
     sums = sums.summed(ranks)
     if not sums.positions:
         raise CorpusError(
-            "the validation split: found no position that counts, so that its metrics would be of nothing; give more "
+            f"the {split} split: found no position that counts, so that its metrics would be of nothing; give more "
             "chats, or change data.validation_fraction, and run `tristill tokenize` again"
         )
-    metrics = sums.metrics(source.bytes_per_token("validation"), ranks)
+    metrics = sums.metrics(source.bytes_per_token(split), ranks)
     require_finite(model.embedding_weight.dtype, torch.tensor(metrics.loss_nats), f"{whose}: the losses of its logits")
     return metrics

@@ -30,6 +30,7 @@ class CachedSource:
         self.vocab_size = cache.spec.vocab_size
         self.end_of_text_id = cache.spec.end_of_text_id
         self.bos_id = cache.spec.bos_id
+        self.splits = tuple(cache.spec.splits)
         self.context_length = cache.spec.context_length
         self.temperature = cache.spec.profile.temperature
         self.tokenizer_path = cache.tokenizer_path

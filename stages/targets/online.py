@@ -59,6 +59,7 @@ class OnlineSource:
         self.vocab_size = self._corpus.vocab_size
         self.end_of_text_id = self._corpus.end_of_text_id
         self.bos_id = self._corpus.bos_id
+        self.splits = tuple(self._corpus.splits)
         self.context_length = self._corpus.context_length
         self.temperature = temperature
         self._hidden_stride = hidden_stride

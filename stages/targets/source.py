@@ -91,6 +91,7 @@ class TargetSource(Protocol):
     vocab_size: int
     end_of_text_id: int
     bos_id: int | None
+    splits: tuple[SplitName, ...]
     context_length: int
     temperature: float
     tokenizer_path: Path

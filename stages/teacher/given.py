@@ -11,7 +11,7 @@ from stages.data.tokenizer import beginning_token, load_tokenizer
 from stages.data.tokenizer_gate import require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import basis, evaluate
+from stages.evaluate.evaluate import basis, evaluate, evaluate_test
 from stages.models.companions import write_tokenizer
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
 from stages.models.folder import load_model, pick_device
@@ -61,6 +61,7 @@ def take_teacher(
     source = OnlineSource(data_folder, device)
     summary = TeacherSummary(
         validation=evaluate(model, source, evaluation, "teacher"),
+        test=evaluate_test(model, source, evaluation, "teacher"),
         train=None,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         fingerprint=fingerprint,

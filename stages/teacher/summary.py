@@ -18,6 +18,7 @@ class TeacherSummary(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     validation: ValidationMetrics
+    test: ValidationMetrics | None = None
     train: TrainingSummary | None
     parameters: int
     fingerprint: str

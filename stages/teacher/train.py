@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import basis, evaluate, glance
+from stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
 from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.term import LossValues, WeightedTerm
@@ -61,10 +61,12 @@ def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evalua
     save_model(folder, model, source.tokenizer_path, source.context_length, source.end_of_text_id, ranks, source.bos_id)
     with training.weights_outside_blocks():
         validation = evaluate(model, source, evaluation, "teacher", ranks)
-    say(f"teacher: {validation.text}")
+        say(f"teacher: {validation.text}")
+        test = evaluate_test(model, source, evaluation, "teacher", ranks)
     fingerprint = model_fingerprint(folder)
     summary = TeacherSummary(
         validation=validation,
+        test=test,
         train=trained,
         parameters=shape.parameters(source.vocab_size),
         fingerprint=fingerprint,

@@ -1,5 +1,6 @@
 """Held-out text of its own, and windows that begin as the model was trained to begin."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ CYCLE = [3, 4, 5, 6, 2]
 
 def letters_tokenizer(folder: Path, *, adds_bos: bool = True, **settings: Any) -> Path:
     """A word a letter, in a Hugging Face folder; the post-processor puts <s> before a text."""
-    import json
-
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, UNKNOWN))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in WORDS[:3]])
@@ -194,6 +193,9 @@ def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_an
     known = take_teacher(teacher, tmp_path / "data", tmp_path / "teacher", "cpu", EvaluateConfig()).validation
     # Of what follows <s> alone nothing is known: all seven are as likely. All the rest is.
     assert known.loss_nats == pytest.approx(math.log(7) / 8, abs=1e-3)
+    summary = json.loads((tmp_path / "teacher" / "summary.json").read_text())
+    assert summary["test"]["loss_nats"] == pytest.approx(known.loss_nats, abs=1e-6)
+    assert (summary["validation"]["positions"], summary["test"]["positions"]) == (56, 40)
     assert known.bits_per_byte == pytest.approx(known.loss_nats / math.log(2) * 5 / 7, rel=1e-6)  # 7 bytes, 5 tokens
     config = DumpConfig.model_validate({"profile": {"kind": "plain_topk", "top_k": 7}})
     dump_logits(config, tmp_path / "data", tmp_path / "teacher", tmp_path / "cache")
