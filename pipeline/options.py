@@ -81,9 +81,10 @@ def workspace_of(
             return Workspace(load_config(own, assignments), run_dir, given=given)
     path = config_path or DEFAULT_CONFIG
     folder = run_dir or (path.parent if path.name == RUN_CONFIG_NAME else Path("runs") / path.stem)
-    if config_path is not None:
-        trust_records_of(folder, is_trusted=True)
-    return Workspace(load_config(path, assignments), folder)
+    config = load_config(path, assignments)
+    if config_path is not None:  # with a folder of another config, a teacher elsewhere is one that this config gives
+        trust_records_of(folder, is_trusted=run_dir is None or config.teacher.path is not None)
+    return Workspace(config, folder)
 
 
 def _require_text(path: Path | None) -> None:

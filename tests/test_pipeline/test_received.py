@@ -214,6 +214,8 @@ def test_a_record_in_a_folder_from_elsewhere_leads_to_no_model(tmp_path: Path) -
     with pytest.raises(CheckpointError, match=message):
         load_model(run / "teacher")
     assert json.loads(os.environ["TRISTILL_UNTRUSTED_RECORDS"]) == [str(run)], "for processes that this one starts"
+    workspace_of(DEMO, (), run)
+    assert not trust.follows_records_of(run / "teacher"), "a config that is named, and gives no teacher"
     workspace_of(run / "config.toml", (), None)
     with pytest.raises(CheckpointError, match="found no"):
         load_model(run / "teacher")
