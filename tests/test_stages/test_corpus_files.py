@@ -128,7 +128,7 @@ def test_json_rows_may_differ_in_what_stands_beside_the_text(tmp_path: Path) -> 
             '{"text": "a"}\n{"text":\n',
             r"rows\.jsonl: row 2 is not JSON \(.*\); expected an object per line, or one list",
         ),
-        ('{"text": "a"}\n\n[1]\n', r"rows\.jsonl: row 2: found list, expected a JSON object per line"),
+        ('{"text": "a"}\n\n[1]\n', r"rows\.jsonl: row 3: found list, expected a JSON object per line"),
         ('[{"text": "a"}, 5]', r"rows\.jsonl: row 2: found int, expected a JSON object per line"),
         ('{"text": "\\ud83d"}', r"rows\.jsonl: row 1: found half of a surrogate pair"),
         ('{"story": "a"}', r"rows\.jsonl: found no column 'text', expected text in one of \['story'\]"),
