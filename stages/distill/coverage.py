@@ -48,6 +48,9 @@ def coverage(student: LanguageModel) -> Coverage:
     embeddings = [module for module in student.modules() if isinstance(module, nn.Embedding)]
     outside = {id(parameter) for module in embeddings for parameter in module.parameters()}
     outside |= {id(parameter) for parameter in student.head_parameters()}
+    if student.blocks:  # a model that also sees has others, which text does not pass
+        inside = {id(parameter) for block in student.blocks for parameter in block.parameters()}
+        outside |= {id(parameter) for parameter in student.parameters()} - inside
     found = Coverage(_code(student), 0, Counter())
     num_quantized = 0
     for name, parameter in student.named_parameters():

@@ -10,8 +10,10 @@ from stages.errors import CheckpointError
 from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config, read_description
 from stages.models.folder import WEIGHTS_NAME, load_model, load_weights, read_tensors, saved_tensors
 from stages.models.hub import fetch_model
+from stages.models.hugging_face import HuggingFaceModel
 from stages.models.language_model import LanguageModel
 from stages.models.origin import load_origin
+from stages.models.positions import require_positions, warn_of_positions
 from stages.models.subln import fit_to_inputs
 from stages.models.transformer import Transformer
 from stages.targets.source import Epoch, Signals, TargetSource
@@ -22,6 +24,9 @@ def start(student: LanguageModel, config: StudentConfig, teacher_folder: Path, s
 
     `teacher_folder` is opened only for `init = "teacher"`. Raises TokenizerError for a given model of other ids.
     """
+    require_positions(student, source.context_length)
+    if isinstance(student, HuggingFaceModel):
+        student.require_gradients()
     if config.init == "teacher":
         start_from(student, teacher_folder, source, config.init)
     elif config.init == "given":
@@ -29,6 +34,7 @@ def start(student: LanguageModel, config: StudentConfig, teacher_folder: Path, s
         folder = fetch_model(config.path, config.revision)
         advice = "give student.path a model of the cache's tokenizer, or dump a cache with the tokenizer of this one"
         require_same_tokenizer(folder / TOKENIZER_NAME, source.tokenizer_path, "student.path", advice)
+        warn_of_positions(read_config(folder / CONFIG_NAME), source.context_length, "the model at student.path")
         start_from(student, folder, source, config.init)
     elif isinstance(student, Transformer) and student.config.subln:
         _fit_subln(student, source)

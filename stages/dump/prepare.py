@@ -31,6 +31,7 @@ from stages.dump.hidden_calibrate import calibrate_hidden
 from stages.errors import CheckpointError
 from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
 from stages.models.language_model import LanguageModel
+from stages.models.positions import require_positions
 from stages.threads import torch_threads
 
 MEASURED_POSITIONS = 12_288
@@ -173,6 +174,7 @@ def check_teacher(config: DumpConfig, corpus: TokenizedCorpus, teacher: Language
             f"the teacher has {teacher.vocab_size} output entries, but the tokenizer of the corpus has "
             f"{corpus.vocab_size}; train the teacher on this corpus"
         )
+    require_positions(teacher, corpus.context_length)
     if teacher.softcap is not None and config.profile.kind in {"transform", "dense"}:
         raise CheckpointError(
             f"cache.profile: found {config.profile.kind}, which keeps the final states, whose products with the output "

@@ -14,6 +14,7 @@ from stages.evaluate.spread import Documents, UnitSums
 from stages.losses.chunked_head import chunks
 from stages.models.finite import finite_features, require_finite
 from stages.models.language_model import LanguageModel
+from stages.models.positions import require_positions
 from stages.progress import Progress, say
 from stages.ranks import ALONE, Ranks
 from stages.targets.source import Epoch, Signals, TargetSource
@@ -32,6 +33,7 @@ def evaluate(
     Of positions that count. The model stays on its device and is left in evaluation mode. Ranks share the windows, and
     all have the metrics of all.
     """
+    require_positions(model, source.context_length)
     total = source.num_windows(split) * source.context_length
     with Progress(f"evaluate {label}", total, "positions") as progress:
         return _measure(model, source, config, None, progress.advance, ranks, label, split)

@@ -18,6 +18,7 @@ from stages.models.hugging_face import HuggingFaceModel
 from stages.models.hugging_face_folder import load_inner, num_ids
 from stages.models.language_model import LanguageModel
 from stages.models.origin import Origin, checked_origin
+from stages.models.positions import trained_positions
 from stages.models.transformer import Transformer
 
 
@@ -107,7 +108,7 @@ def _hugging_face_model(origin: Origin, tokenizer_json: Path, device: torch.devi
         start_id=stop_ids[0] if start_id is None else start_id,
         stop_ids=stop_ids,
         vocab_size=vocab_size,
-        max_positions=getattr(model.config, "max_position_embeddings", None),
+        max_positions=trained_positions(model.config.to_dict()),
         device=device,
         rollout=partial(HuggingFaceRollout, model.to(device), vocab_size),
         dtype=model.dtype,

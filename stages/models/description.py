@@ -18,8 +18,6 @@ TOKENIZER_NAME = "tokenizer.json"
 STUDENT_TYPE = "tristill_ternary"
 START_KEY = "start_token_id"
 """In config.json: the id that began each window of a model of ours, where it was not its end of text."""
-_NEVER_OURS = ("rope_scaling", "rope_parameters", "attention_bias", "mlp_bias", "quantization_config")
-"""What no Llama of ours has, and would be left out of the computation if it were taken for one."""
 
 
 class Description(BaseModel):
@@ -67,10 +65,17 @@ def own_shape(config: dict[str, Any]) -> ModelConfig:
 
 
 def is_ours(config: dict[str, Any]) -> bool:
-    """Whether `save_model` wrote this description: a student, or a Llama that transformers did not sign."""
-    kind = config.get("model_type")
-    is_unsigned = kind == "llama" and "transformers_version" not in config and "rope_theta" in config
-    return kind == STUDENT_TYPE or (is_unsigned and not any(config.get(key) for key in _NEVER_OURS))
+    """Whether our own code computes what this describes: a student, or a plain Llama that transformers did not sign."""
+    if config.get("model_type") == STUDENT_TYPE:
+        return True
+    if "transformers_version" in config or "rope_parameters" in config:
+        return False
+    try:
+        own_shape(config)
+        plain = llama_shape({key: value for key, value in config.items() if key != "subln"})
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return plain is not None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from cache.hidden import HiddenOutput
 from stages.errors import CheckpointError
 from stages.models.experts import QuantizedStacks, find_stacks, quantize_stacks
+from stages.models.finite import require_finite
 from stages.models.hugging_face_shape import HuggingFaceShape
 from stages.models.language_model import Features, LanguageModel, State, StateWidths
 from stages.models.linear import QuantizedLinear, linears_of, replace_linears, require_fit
+from stages.models.positions import positions_in_tables
 from stages.models.quantized_weight import QuantizedWeight
 from stages.quantize.config import QuantizeConfig
 
@@ -28,6 +30,7 @@ _MODULES: dict[HiddenOutput, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
 }
 """Names of the modules of a block whose outputs are hidden states."""
+_AXES = 3
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _NAMES: dict[HiddenOutput, str] = {
     "residual": "one output each",
@@ -62,6 +65,7 @@ class HuggingFaceModel(LanguageModel):
         self.inner = inner
         self.transposed = _plain_linears(inner)
         self._blocks = _blocks(inner, shape.layers)
+        self.max_positions = positions_in_tables(_decoder(inner), inner.get_input_embeddings())
         self.softcap = shape.text.get("final_logit_softcapping") or None
         self.scale = 1.0
         self.scale = self._probed_scale()
@@ -191,6 +195,13 @@ class HuggingFaceModel(LanguageModel):
 
     def _state(self, found: Mapping[_Part, Tensor | None], state: State) -> Tensor:
         parts = [part for name in _parts_of(state) if (part := found[state, name]) is not None]
+        if odd := [part for part in parts if not isinstance(part, Tensor) or part.ndim != _AXES]:
+            found_shape = tuple(odd[0].shape) if isinstance(odd[0], Tensor) else type(odd[0]).__name__
+            raise CheckpointError(
+                f"hidden states {state.output!r} of layer {state.layer}: a {self.shape.kind} of transformers has "
+                f"{found_shape} there, expected (batch, positions, width): it keeps more than one residual stream; "
+                "keep no hidden states of it"
+            )
         if len(parts) == len(_parts_of(state)):
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         raise CheckpointError(
@@ -214,6 +225,18 @@ class HuggingFaceModel(LanguageModel):
                 if name in _PROJECTIONS:
                     module.register_forward_hook(partial(_keep, (State("qkv", number), name)))
 
+    def require_gradients(self) -> None:
+        """Raises CheckpointError if it does not train as it is trained here: in evaluation mode, without dropout."""
+        try:
+            self.logits_of(self(self._probe_ids).final_BTD).logsumexp(-1).mean().backward()  # type: ignore[no-untyped-call]
+        except Exception as exc:  # of any code
+            first_line = (str(exc).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"a {self.shape.kind} of transformers trains in no evaluation mode, which has no dropout "
+                f"({type(exc).__name__}: {first_line}); give a student of another architecture"
+            ) from exc
+        self.zero_grad(set_to_none=True)
+
     def _quantize(self, quantize: QuantizeConfig) -> None:
         with torch.no_grad():
             linears = linears_of(self.inner, self._probe)
@@ -227,6 +250,20 @@ class HuggingFaceModel(LanguageModel):
         """Its own logits of some ids."""
         logits: Tensor = self.inner(input_ids=self._probe_ids, use_cache=False).logits[0, :, : self.vocab_size].float()
         return logits
+
+    def _require_causal(self, logits_TV: Tensor) -> None:
+        """Refuses models that look ahead: `logits_TV` are those of the probe, whose last id is exchanged here."""
+        ids = self._probe_ids
+        ids[0, -1] = ids[0, 0]
+        others_TV = self.inner(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        off = float((others_TV - logits_TV)[:-1].abs().max() / logits_TV.abs().max().clamp(min=1e-30))
+        bound = 1e-3 if self._head.weight.dtype == torch.float32 else 0.2  # a rounding may choose another expert
+        if len(logits_TV) > 1 and off > bound:
+            raise CheckpointError(
+                f"a {self.shape.kind} of transformers: its logits change with ids that come later (by {off:.1%} of the "
+                "largest), expected a causal model, which sees only what comes before; set is_decoder in its "
+                "config.json if it was trained as one, or give another model"
+            )
 
     @property
     def _probe_ids(self) -> Tensor:
@@ -244,13 +281,11 @@ class HuggingFaceModel(LanguageModel):
             )
         self.inner.eval()
         wanted = self._probe()
-        if not wanted.isfinite().all():
-            raise CheckpointError(
-                f"a {self.shape.kind} of transformers: found logits that are no finite numbers, computed in "
-                f"{str(self._head.weight.dtype).removeprefix('torch.')}; set teacher.dtype to float32 or bfloat16, "
-                "whose range is larger than that of float16, or give another model"
-            )
-        found = self.logits_of(self(self._probe_ids).final_BTD[0])
+        require_finite(self._head.weight.dtype, wanted, f"a {self.shape.kind} of transformers: its logits")
+        self._require_causal(wanted)
+        final_TD = self(self._probe_ids).final_BTD[0]
+        is_narrower = final_TD.shape[-1] != self.head_weight.shape[1]  # something is between the two
+        found = torch.zeros_like(wanted) if is_narrower else self.logits_of(final_TD)
         scale = float((wanted * found).sum() / found.square().sum().clamp(min=1e-30))
         scale = 1.0 if abs(scale - 1) < 1e-2 else scale
         off = float((wanted - scale * found).abs().max() / wanted.abs().max().clamp(min=1e-30))
@@ -280,10 +315,14 @@ def _plain_linears(inner: Any) -> tuple[str, ...]:
     return names
 
 
+def _decoder(inner: Any) -> Any:
+    """The part that text passes."""
+    return inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+
+
 def _blocks(inner: Any, depth: int) -> list[nn.Module]:
     """The blocks of the decoder; none if its modules do not show them."""
-    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in _decoder(inner).modules() if isinstance(module, nn.ModuleList)]
     return next((list(found) for found in lists if len(found) == depth), [])
 
 
@@ -305,7 +344,7 @@ def _keep(part: _Part, module: nn.Module, args: Any, output: Any) -> None:
     del module, args
     wanted = _wanted.get({})
     if part in wanted:
-        wanted[part] = output[0] if isinstance(output, tuple) else output
+        wanted[part] = output[0] if isinstance(output, tuple | list) else output
 
 
 def _keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

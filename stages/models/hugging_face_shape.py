@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -100,23 +101,21 @@ Shape = ModelConfig | HuggingFaceShape
 def llama_shape(config: dict[str, Any]) -> ModelConfig | None:
     """The shape of our own transformer that computes the same as this Llama of transformers; None if there is none.
 
-    Llamas with biases, scaled rotations or another activation are none of ours. transformers 5 keeps the base of the
-    rotation in `rope_parameters`, earlier ones in `rope_theta` and `rope_scaling`.
+    Llamas with biases, scaled rotations, another activation or code of their own are none of ours, nor are those with a
+    setting that sounds like computation and is not known here. transformers 5 keeps the base of the rotation in
+    `rope_parameters`, earlier ones in `rope_theta` and `rope_scaling`.
     """
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
     width, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if not isinstance(width, int) or not isinstance(heads, int) or config.get("model_type") != "llama":
         return None
+    rope = config.get("rope_parameters") or {}
     is_plain = (
-        config.get("hidden_act", "silu") == "silu"
-        and not config.get("attention_bias", False)
-        and not config.get("mlp_bias", False)
-        and rope.get("rope_type", "default") == "default"
-        and scaling.get("rope_type", scaling.get("type", "default")) == "default"
-        and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
-        and (config.get("head_dim") or width // heads) * heads == width
-        and "quantization_config" not in config
+        (config.get("head_dim") or width // max(heads, 1)) * heads == width
+        and not config.get("auto_map")
+        and not config.get("quantization_config")
+        and _is_plain_rotation(rope)
+        and _is_plain_rotation(config.get("rope_scaling") or {})
+        and all(_changes_nothing(key, value) for key, value in config.items() if key not in _OF_EVERY_LLAMA)
     )
     if not is_plain:
         return None
@@ -133,3 +132,33 @@ def llama_shape(config: dict[str, Any]) -> ModelConfig | None:
         )
     except (KeyError, ValueError):
         return None
+
+
+_OF_EVERY_LLAMA = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "attention_dropout", "attn_implementation",
+}  # fmt: skip
+"""Settings that `llama_shape` takes over, or that change nothing in evaluation mode."""
+_COMPUTATION = re.compile(
+    "act|attn|attention|bias|cap|expert|head|layer|logit|moe|multipl|norm|partial|pretraining_tp|residual|rope|rotary|"
+    "scal|sliding|soft|window"
+)
+_PLAIN_VALUES = ("silu", "swish", "default", "full_attention")
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    """Whether a setting is none of the computation, or says what our transformer does anyway."""
+    if key.startswith("_") or not _COMPUTATION.search(key):
+        return True
+    if isinstance(value, list):
+        return all(item in _PLAIN_VALUES for item in value)
+    return not value or value in _PLAIN_VALUES or (value == 1 and value is not True)
+
+
+def _is_plain_rotation(rope: Any) -> bool:
+    return (
+        isinstance(rope, dict)
+        and rope.get("rope_type", rope.get("type", "default")) == "default"
+        and float(rope.get("partial_rotary_factor") or 1.0) == 1.0
+        and not any(isinstance(value, dict) for value in rope.values())
+    )

@@ -59,6 +59,8 @@ class LanguageModel(nn.Module, ABC):
     quantize: QuantizeConfig | None
     softcap: float | None = None
     """Logits are capped by it, see `softcapped`; of teachers only."""
+    max_positions: int | None = None
+    """Positions that it has in a table; None where it computes them."""
 
     @property
     @abstractmethod

@@ -89,9 +89,11 @@ def linears_of(model: nn.Module, forward: Callable[[], Any]) -> dict[str, nn.Lin
     proven: dict[nn.Module, bool] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        is_product = len(args) == 1 and isinstance(output, Tensor)
         assert isinstance(module, nn.Linear), "hooks are on no other"
-        proven[module] = is_product and torch.allclose(output, nn.Linear.forward(module, *args), 1e-3, 1e-3)
+        x = args[0] if len(args) == 1 else None
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape[-1] == module.in_features:
+            expected = nn.Linear.forward(module, x)
+            proven[module] = output.shape == expected.shape and torch.allclose(output, expected, 1e-3, 1e-3)
 
     with ExitStack() as hooks:
         for module in others:

@@ -19,6 +19,7 @@ from stages.models.hub import fetch_model
 from stages.models.hugging_face_folder import load_hugging_face
 from stages.models.language_model import LanguageModel
 from stages.models.origin import Origin, load_origin, model_fingerprint
+from stages.models.positions import warn_of_positions
 from stages.models.trust import trust_code_of
 from stages.progress import say
 from stages.targets.online import OnlineSource
@@ -54,6 +55,7 @@ def take_teacher(
             "cost the teacher much of what it knows; data.tokenizer.bos_token says how windows begin"
         )
     take = _take_ours if is_ours(read_config(given / CONFIG_NAME)) else _use_in_place
+    warn_of_positions(read_config(given / CONFIG_NAME), corpus.context_length, "the teacher")
     model = take(config, given, corpus, data_folder, folder).to(device)
     if corpus_of_model(data_folder, model.vocab_size, str(given)) != corpus:
         say(f"teacher: knows {model.vocab_size:,} of the {corpus.vocab_size:,} ids of its tokenizer; no other occurs")

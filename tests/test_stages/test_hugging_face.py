@@ -171,7 +171,7 @@ def test_an_export_in_its_own_format_has_the_weights_that_are_multiplied(
     quantize = QuantizeConfig(layers=(KINDS[kind][2],), activations="none")
     student = new_model(hugging_face_shape(folder), VOCAB, quantize, seed=3).eval()
     assert isinstance(student, HuggingFaceModel)
-    write_own_format(student, tmp_path, folder / "tokenizer.json", 12, 0)
+    write_own_format(student, tmp_path, {"bos_token_id": 0, "eos_token_id": 0})
     compare_own_format(student, tmp_path)
     with torch.no_grad():
         theirs = reference(tmp_path)(input_ids=IDS).logits[..., :VOCAB]
@@ -216,15 +216,50 @@ def test_a_llama_is_described_as_our_own_transformer(kind: str, folder: Path) ->
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"quantization_config": {"quant_method": "bitnet"}},
         {"model_type": "mistral"},
+        {"hidden_act": "relu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        {"sliding_window": 16},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        {"pretraining_tp": 2},
+        {"logits_scaling": 8.0},
+        {"final_logit_softcapping": 30.0},
+        {"residual_multiplier": 0.2},
+        {"use_qk_norm": True},
+        {"num_local_experts": 4},
+        {"auto_map": {"AutoModelForCausalLM": "own.Model"}},
     ],
     ids=str,
 )
 def test_a_llama_that_computes_otherwise_is_none_of_ours(tokenizer_json: Path, tmp_path: Path, other: Any) -> None:
-
     write_model(tmp_path, "llama", tokenizer_json)
     config = json.loads((tmp_path / "config.json").read_text())
     assert llama_shape(config) is not None
     assert llama_shape({**config, **other}) is None
+    theta = config.pop("rope_parameters")["rope_theta"]
+    del config["transformers_version"]
+    unsigned = {**config, "rope_theta": theta}
+    assert is_ours(unsigned)
+    assert not is_ours({**unsigned, **other})
+
+
+@torch.no_grad()
+def test_an_unsigned_llama_of_another_activation_is_computed_by_transformers(
+    tokenizer_json: Path, tmp_path: Path
+) -> None:
+    write_model(tmp_path, "llama", tokenizer_json, hidden_act="relu")
+    config = json.loads((tmp_path / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    del config["transformers_version"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": theta}))
+    torch.testing.assert_close(load_model(tmp_path).logits(IDS), reference(tmp_path)(input_ids=IDS).logits)
+
+
+def test_settings_that_compute_nothing_leave_a_llama_ours(tokenizer_json: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", tokenizer_json)
+    config = json.loads((tmp_path / "config.json").read_text())
+    smollm2 = {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "pretraining_tp": 1}
+    assert llama_shape({**config, **smollm2, "_attn_implementation_autoset": True, "unsloth_fixed": True}) is not None
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_name(tokenizer_json: Path, tmp_path: Path) -> None:
@@ -458,7 +493,7 @@ def test_a_quantised_head_that_was_the_embedding_goes_out_apart(
     quantize = QuantizeConfig(layers=(KINDS[kind_of_tied][2], "lm_head"), activations="none")
     student = new_model(hugging_face_shape(tmp_path / "model"), VOCAB, quantize, seed=3).eval()
     assert isinstance(student, HuggingFaceModel)
-    write_own_format(student, tmp_path / "out", tokenizer_json, 12, 0)
+    write_own_format(student, tmp_path / "out", {"bos_token_id": 0, "eos_token_id": 0})
     compare_own_format(student, tmp_path / "out")
     with torch.no_grad():
         theirs = reference(tmp_path / "out")(input_ids=IDS).logits
@@ -482,7 +517,7 @@ def test_special_ids_beyond_another_vocabulary_are_dropped(tokenizer_json: Path,
     assert (shape.config["pad_token_id"], shape.config["eos_token_id"], shape.config["bos_token_id"]) == (None, None, 2)
     student = new_model(shape, VOCAB, QuantizeConfig(), seed=0).eval()
     assert isinstance(student, HuggingFaceModel)
-    write_own_format(student, tmp_path / "out", tokenizer_json, 12, 7)
+    write_own_format(student, tmp_path / "out", {"bos_token_id": 7, "eos_token_id": 7})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
     assert reference(tmp_path / "out").generation_config.eos_token_id == 7
 
