@@ -93,7 +93,7 @@ def _is_up_to_date(step: Step) -> bool:
             return False
         refuse_if_stale(step)
     if left := _found(step, step.scratch):  # by a kill
-        with suppress(BusyError), locked(step.folder):
+        with suppress(BusyError, OSError), locked(step.folder):
             _remove(left)
     say(f"{step.label}: up to date in {step.folder}")
     return True
@@ -174,8 +174,9 @@ class _Record:
         goes_on = recorded is not None and bool(_found(step, step.resumable))
         told_s, self._is_known = _seconds_of(recorded) if recorded is not None and goes_on else (0.0, True)
         self._earlier_s = max(told_s, kept_s)
-        self._is_new = not step.is_copy and not goes_on and (recorded is None or recorded.status == "building")
-        if recorded is not None and self._is_new:
+        is_begun_anew = recorded is not None and recorded.status == "building" and not goes_on
+        self._is_new = not step.is_copy and (recorded is None or is_begun_anew)
+        if is_begun_anew:
             _remove(_found(step, step.owned))  # it may be of other settings, and is not to be taken for this build's
         self._provenance = new_provenance(step.label, step.settings(), step.inputs())
         inputs.refuse_tampered(self._provenance.inputs)

@@ -7,7 +7,7 @@ the trial is then running in the study and free on disk, and the next process th
 import math
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,8 @@ class _Worker:
         while (claim := self._claim()) is not None:
             with claim.lock:
                 self._train(claim)
+                with suppress(OSError):
+                    claim.folder.rmdir()  # of a student that could not be begun
             self._write()
         results = self._write(with_ledger=True)
         if running := sum(trial.state == "running" for trial in results.trials):
