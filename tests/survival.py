@@ -15,7 +15,16 @@ from forked_commands import Commands, Ended
 
 from conftest import ENVIRONMENT, ROOT
 
-TIMED = {"elapsed_s", "earlier_s", "is_resumed", "peak_rss_mib", "positions_per_s", "ledger", "ledger_missing"}
+TIMED = {
+    "elapsed_s",
+    "earlier_s",
+    "finished_at",
+    "is_resumed",
+    "peak_rss_mib",
+    "positions_per_s",
+    "ledger",
+    "ledger_missing",
+}
 """Fields of JSON records that tell of times, speeds and memory: all that may differ from an uninterrupted run."""
 UNLIKE = {"study.db", "place"}
 """Optuna's data base holds dates; the place of a sweep is drawn at random. The students' numbers are in results.json."""
