@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from cache.regular_file import read_file, read_json_object
 from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
 from pipeline.report.run import Model, Run, mapping
-from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table, Text
+from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
 from pipeline.results import COLUMNS
 from pipeline.units import bytes_text, cell, number
 
@@ -150,23 +150,13 @@ def _deployment(run: Run) -> list[Block]:
     except (OSError, ValidationError):
         return []
     rows, notes = deployment_rows(found)
-    names = {"of FP32": "/ FP32", "of fp16": "/ fp16", "over the teacher": "/ teacher"}
-    titles = [names.get(title, title) for title in HEADER]
-    spread = {title: place for place, title in enumerate(HEADER) if title.endswith("tokens/s")}
+    sizes, speeds = [0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 8, 9]  # all columns are wider than the page
     return [
         Heading("As deployed"),
-        Table(titles[:6], [row[:6] for row in rows], "", num_left=2),
         *(
-            Table(
-                ("model", "form", titles[place], titles[place + 1]),
-                [(*row[:2], row[place], row[place + 1]) for row in rows],
-                "",
-                num_left=2,
-                title=title.partition(",")[0].capitalize(),
-            )
-            for title, place in spread.items()
+            Table([HEADER[i] for i in shown], [[row[i] for i in shown] for row in rows], caption, num_left=2)
+            for shown, caption in ((sizes, ""), (speeds, ". ".join(notes) + "."))
         ),
-        Text(" ".join(notes)),
     ]
 
 

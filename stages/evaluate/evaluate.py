@@ -10,7 +10,7 @@ from stages.collectives import sum_of
 from stages.errors import CorpusError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.metrics import MetricSums, ValidationMetrics
-from stages.evaluate.spread import Documents, UnitSums
+from stages.evaluate.spread import Documents, Unit, UnitSums
 from stages.losses.chunked_head import chunks
 from stages.models.finite import finite_features, require_finite
 from stages.models.language_model import LanguageModel
@@ -60,7 +60,7 @@ def glance(
 ) -> ValidationMetrics:
     """As `evaluate`, over about the first `num_windows` validation windows, in whole batches, and quietly.
 
-    Over more of them where no position of the first ones counts.
+    Over more of them where no position of the first ones counts; without standard errors.
     """
     num_batches = -(-num_windows // (config.batch_windows * ranks.world_size))
     return _measure(model, source, config, num_batches, _unseen, ranks, "the model")
@@ -82,9 +82,9 @@ def _measure(
     split: SplitName = "validation",
 ) -> ValidationMetrics:
     model.eval()
-    units = (UnitSums("window"),) if ranks.are_many else (UnitSums("document"), UnitSums("window"))
-    sums = MetricSums(config.calibration_bins, source.temperature, units)
-    documents, windows_seen = Documents(source.end_of_text_id), 0
+    documents = Documents(source, split) if num_batches is None else None  # a glance has no standard errors
+    most: dict[Unit, int] = {} if documents is None else {"document": documents.most, "window": documents.num_windows}
+    sums = MetricSums(config.calibration_bins, source.temperature, [UnitSums(unit, most[unit]) for unit in most])
     num_windows, batch_windows = source.num_windows(split), config.batch_windows * ranks.world_size
     batches = source.batches(split, batch_windows, Signals(targets=True), Epoch(ranks=ranks))
     for first in range(0, num_windows, batch_windows):
@@ -94,11 +94,10 @@ def _measure(
             model(torch.zeros(1, source.context_length, dtype=torch.int64, device=device))
             break
         final_ND = batch.counted(finite_features(model, batch.input_ids_BT, whose=whose).final_BTD)
-        labels_BT, labels_N = batch.labels_BT, batch.counted(batch.labels_BT)
-        windows_BT = windows_seen + torch.arange(len(labels_BT), device=labels_BT.device)[:, None].expand_as(labels_BT)
-        windows_seen += len(labels_BT)
-        own = [] if ranks.are_many else [documents.of(batch.input_ids_BT, labels_BT)]  # a rank sees pieces of documents
-        numbers_N = [batch.counted(numbers_BT) for numbers_BT in (*own, windows_BT)]
+        labels_N = batch.counted(batch.labels_BT)
+        own_first = first + min(batch_windows, num_windows - first) * ranks.rank // ranks.world_size  # see Deal
+        numbers_BT = documents.of(own_first, batch.input_ids_BT) if documents else ()
+        numbers_N = [batch.counted(one_BT) for one_BT in numbers_BT]
         for rows in chunks(len(final_ND), model.vocab_size):
             logits_NV = model.logits_of(final_ND[rows])
             target = None if batch.targets is None else batch.targets.chunk(rows)

@@ -39,7 +39,7 @@ class ValidationMetrics(BaseModel):
 
     Draws from the teacher say how far the student is from it on average, but not what it finds most likely at a
     position: with a `sampled` cache, agreement and acceptance are None. calibration: the bins in their order, None in
-    summaries that were written before they were kept. standard_errors: None of a single window.
+    summaries that were written before they were kept. standard_errors: None of a single window, or of a glance.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -1,6 +1,6 @@
 """Standard errors of held-out means: positions of one document are alike, so documents are what varies.
 
-Where there are few of them, or many ranks share their windows, it is windows.
+Where there are few of them it is windows.
 
 Shapes: N positions, C documents or windows.
 """
@@ -12,11 +12,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from stages.collectives import sum_of, summed
+from cache.spec import SplitName
+from stages.collectives import summed
 from stages.ranks import Ranks
+from stages.targets.source import Epoch, Signals, TargetSource
 
 Unit = Literal["document", "window"]
-_FEW_DOCUMENTS = 10
+_FEW_DOCUMENTS, _WINDOWS_READ = 10, 64
 
 
 class StandardErrors(BaseModel):
@@ -39,33 +41,28 @@ class StandardErrors(BaseModel):
 class UnitSums:
     """Positions, loss, KL and agreement summed by unit, in float64."""
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: Unit, num_units: int) -> None:
+        """`num_units`: that there can be; those without any position are not counted."""
         self.unit: Unit = unit
-        self._sums_4C = torch.zeros(4, 1, dtype=torch.float64)
+        self._sums_4C = torch.zeros(4, num_units, dtype=torch.float64)
 
     def add(self, units_N: Tensor, loss_N: Tensor, kl_N: Tensor | None, agreement_N: Tensor | None) -> None:
         """Count positions; `units_N` says of which document or window each is."""
-        if not len(units_N):
-            return
-        units_N = units_N.cpu()
-        if (missing := int(units_N.max()) + 1 - self._sums_4C.shape[1]) > 0:
-            room = self._sums_4C.new_zeros(4, max(missing, self._sums_4C.shape[1]))
-            self._sums_4C = torch.cat([self._sums_4C, room], dim=1)
         nothing_N = torch.zeros_like(loss_N)
         values = [torch.ones_like(loss_N), loss_N, *(nothing_N if one is None else one for one in (kl_N, agreement_N))]
-        self._sums_4C.index_add_(1, units_N, torch.stack([value.double() for value in values]).cpu())
+        self._sums_4C.index_add_(1, units_N.cpu(), torch.stack([value.double() for value in values]).cpu())
 
     def errors(self, ranks: Ranks, *, has_kl: bool, has_agreement: bool) -> StandardErrors | None:
         """Of the means over the units of all ranks; None for too few units."""
-        count_C, sums_3C = self._sums_4C[0], self._sums_4C[1:]
-        totals = summed(self._sums_4C.sum(dim=1), ranks)
-        num_units = round(sum_of(int((count_C > 0).sum()), ranks))
+        sums_4C = summed(self._sums_4C, ranks)
+        count_C, sums_3C = sums_4C[0], sums_4C[1:]
+        num_units = int((count_C > 0).sum())
         if num_units < (_FEW_DOCUMENTS if self.unit == "document" else 2):
             return None
-        means_3 = totals[1:] / totals[0]
-        squares_3 = summed((sums_3C - means_3[:, None] * count_C).square().sum(dim=1), ranks)
-        errors = (squares_3 * num_units / (num_units - 1)).sqrt() / totals[0]
-        loss, kl, agreement = (value if math.isfinite(value) else None for value in errors.tolist())
+        means_3 = sums_3C.sum(dim=1) / count_C.sum()
+        squares_3 = (sums_3C - means_3[:, None] * count_C).square().sum(dim=1)
+        errors_3 = (squares_3 * num_units / (num_units - 1)).sqrt() / count_C.sum()
+        loss, kl, agreement = (value if math.isfinite(value) else None for value in errors_3.tolist())
         return StandardErrors(
             unit=self.unit,
             num_units=num_units,
@@ -76,17 +73,21 @@ class UnitSums:
 
 
 class Documents:
-    """Numbers the documents of windows that come in their order, which end with a token of end of text."""
+    """Numbers the documents of held-out windows, which stand in the order of the text, each with a token at its end."""
 
-    def __init__(self, end_of_text_id: int) -> None:
-        self._end_of_text_id = end_of_text_id
-        self._next = 0
+    def __init__(self, source: TargetSource, split: SplitName) -> None:
+        """Reads the ids of all windows, and nothing of the teacher."""
+        self._end_of_text_id = source.end_of_text_id
+        ends = [torch.zeros(1, dtype=torch.int64)]
+        for batch in source.batches(split, _WINDOWS_READ, Signals(), Epoch()):
+            inside_B = (batch.input_ids_BT == self._end_of_text_id).sum(dim=1)
+            ends.append((inside_B + (batch.labels_BT[:, -1] == self._end_of_text_id)).cpu())
+        self._before_W1 = torch.cat(ends).cumsum(dim=0)
+        self.num_windows, self.most = len(self._before_W1) - 1, int(self._before_W1[-1]) + 1
 
-    def of(self, input_ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        """The number of each label's document, (B, T); there may be gaps between numbers."""
-        ends_BT = (input_ids_BT == self._end_of_text_id).long()
-        last_B = (labels_BT[:, -1] == self._end_of_text_id).long()
-        in_window_B = ends_BT.sum(dim=1) + last_B
-        before_B = self._next + in_window_B.cumsum(dim=0) - in_window_B
-        self._next += int(in_window_B.sum())
-        return before_B[:, None] + ends_BT.cumsum(dim=1)
+    def of(self, first_window: int, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The number of each label's document and of its window, (B, T); numbers of documents may have gaps."""
+        windows_B = torch.arange(first_window, first_window + len(input_ids_BT))
+        ends_BT = (input_ids_BT == self._end_of_text_id).cumsum(dim=1)
+        before_B1, windows_B1 = (found.to(ends_BT.device)[:, None] for found in (self._before_W1[windows_B], windows_B))
+        return before_B1 + ends_BT, windows_B1.expand_as(ends_BT)
