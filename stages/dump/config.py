@@ -56,6 +56,17 @@ ProfileSettings = Annotated[
 ]
 
 
+def within_vocabulary(settings: ProfileSettings, vocab_size: int) -> ProfileSettings:
+    """The same settings, with no more entries kept than there are ids."""
+    if isinstance(settings, PlainTopKProfile):
+        return settings.model_copy(update={"top_k": min(settings.top_k, vocab_size)})
+    if isinstance(settings, TopKProfile | TransformSettings):
+        size = settings.head
+        entries = {"min_entries": min(size.min_entries, vocab_size), "max_entries": min(size.max_entries, vocab_size)}
+        return settings.model_copy(update={"head": size.model_copy(update=entries)})
+    return settings
+
+
 _Temperature = Annotated[float, Field(gt=0, le=1000)]
 _Degrees = Annotated[float, Field(gt=0, le=180)]
 

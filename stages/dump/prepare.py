@@ -23,7 +23,7 @@ from cache.tables import load_calibration, load_tables, tables_image
 from stages.data.tokenized import TokenizedCorpus
 from stages.data.tokens import TokenWindows
 from stages.dump.calibrate import Sample, calibrate
-from stages.dump.config import DumpConfig
+from stages.dump.config import DumpConfig, within_vocabulary
 from stages.dump.ensemble import ALONE, Ensemble
 from stages.dump.extract import TeacherPositions
 from stages.dump.forward import sample_positions
@@ -69,6 +69,7 @@ def prepare(
             "splits": {name: split.fingerprint for name, split in splits.items()},
         }
     )
+    config = config.model_copy(update={"profile": within_vocabulary(config.profile, corpus.vocab_size)})
     if isinstance(config.profile, PlainTopKProfile) and not config.hidden_layers:
         return Prepared(cache_spec(config, corpus, splits, teacher_fingerprint, config.profile, None, None), None)
     if found := _prepared_on_disk(folder, request, partial(cache_spec, config, corpus, splits, teacher_fingerprint)):
