@@ -9,9 +9,10 @@ from pathlib import Path
 
 from cache.spec import SplitName
 from pipeline.config import DEFAULT_STUDENT, Config, save_config
+from pipeline.plan.bounds import affordable_positions, measured_on
 from pipeline.plan.child import rehearsed
 from pipeline.plan.in_small import in_small, training_of
-from pipeline.plan.prediction import CachePrediction, Plan, StagePrediction, load_plan
+from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, StagePrediction, load_plan
 from pipeline.plan.rehearsal import Rehearsed, Request, link_all_but
 from pipeline.plan.settings import settings_fingerprint
 from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
@@ -22,10 +23,11 @@ from pipeline.steps import DumpLogits, Teacher, all_steps
 from pipeline.tokenize_step import Tokenize
 from pipeline.workspace import RUN_CONFIG_NAME, Workspace
 from stages.data.tokenized import load_corpus
+from stages.dump.config import MEASURED_POSITIONS
 from stages.plan.corpus import CorpusInSmall, expected_tokens
 from stages.plan.corpus import in_small as corpus_in_small
 from stages.plan.sample import sample_corpus
-from stages.progress import say
+from stages.progress import say, waiting
 
 SAMPLE_POSITIONS = 81_920
 _VALIDATION_POSITIONS = 8_192
@@ -53,6 +55,10 @@ def plan_of(workspace: Workspace, budget: Budget) -> Plan:
         before = None
     todo = {step.label for step in steps_to_run(workspace, "distill")}
     steps = [step for step in all_steps(workspace) if step.label in todo or step.is_complete()]
+    measured = measured_on(workspace, budget.step_s, budget.teacher_s, sorted(todo))
+    if before is not None and before.measured == measured:
+        say(f"plan: as measured before; delete {workspace.run_dir / PLAN_NAME} to measure again")
+        return before
     for step in steps:
         if step.label in todo:
             step.refuse_outside()
@@ -65,8 +71,8 @@ def plan_of(workspace: Workspace, budget: Budget) -> Plan:
         for step in steps:
             if step.label not in todo:
                 rehearsals.add_finished(step, before)
-        for step in steps:
-            if step.label in todo:
+        for number, step in enumerate((step for step in steps if step.label in todo), start=1):
+            with waiting(f"plan: {step.label} ({number} of {len(todo)})"):
                 rehearsals.add(step)
     order = [step.label for step in steps]
     caches = rehearsals.caches
@@ -77,6 +83,7 @@ def plan_of(workspace: Workspace, budget: Budget) -> Plan:
         cache=caches.pop(DEFAULT_STUDENT, _NO_CACHE),
         stage_caches=caches,
         planned_s=time.monotonic() - started,
+        measured=measured,
     )
     made.save(workspace.run_dir)
     return made
@@ -100,6 +107,7 @@ class _Rehearsals:
         self._small = in_small(workspace.config)
         self._tokens: dict[SplitName, int] = {}
         self._context_length = self._config.data.context_length
+        self._sampled = 0
         self._ages: dict[Path, int] = {}  # steps that a rehearsed teacher was trained for, while it is to be older
         self._dumped = [step for step in all_steps(workspace) if isinstance(step, DumpLogits) and step.label in todo]
         self.stages: list[StagePrediction] = []
@@ -126,7 +134,6 @@ class _Rehearsals:
 
     def add(self, step: Step) -> None:
         """Rehearse a step, and predict it from that."""
-        say(f"plan: {step.label}")
         if isinstance(step, Tokenize):
             self._add_tokenize(step)
         elif isinstance(step, DumpLogits):
@@ -153,11 +160,14 @@ class _Rehearsals:
         self._context_length = corpus.context_length
         trainings = [training for step in all_steps(self._workspace) if (training := training_of(step))]
         batch = max(training.batch_windows for training in trainings)
-        train = max(SAMPLE_POSITIONS // corpus.context_length, 2 * batch)
+        affordable = affordable_positions(self._workspace, corpus.vocab_size, self._budget.step_s)
+        positions = min(SAMPLE_POSITIONS, affordable)
+        train = max(positions // corpus.context_length, batch if affordable < SAMPLE_POSITIONS else 2 * batch)
         wanted: dict[SplitName, int] = {
             "train": train,
-            "validation": max(1, _VALIDATION_POSITIONS // corpus.context_length),
+            "validation": max(1, min(_VALIDATION_POSITIONS, positions // 4) // corpus.context_length),
         }
+        self._sampled = train
         everything: dict[SplitName, int] = dict.fromkeys(_SPLITS, 2**62)
         seen = {**everything, "train": self._config.cache.max_train_windows or 2**62}
         sample_corpus(data, self._run / "data", wanted, seen)
@@ -191,9 +201,16 @@ class _Rehearsals:
         if age is not None:
             given = self._of_an_older_teacher(step, age, given)
         self.caches[step.workspace.name] = given
-        seconds = found.fixed_s + sum(positions.values()) * found.unit_s
+        seconds = found.fixed_s * self._calibration_share(step) + sum(positions.values()) * found.unit_s
         basis = f"{found.num_units:,} positions measured of {sum(positions.values()):,}"
         self._append(step, seconds, found, basis, disk_bytes=given.total_bytes)
+
+    def _calibration_share(self, step: DumpLogits) -> float:
+        """How many times more windows the calibration forwards than the rehearsal had."""
+        size = self._context_length
+        wanted = step.config.cache.calibration_windows + round(MEASURED_POSITIONS / size)
+        available = max(1, self._positions_of(step)["train"] // size)
+        return max(1.0, min(wanted, available) / max(1, min(wanted, self._sampled)))
 
     def _of_an_older_teacher(self, step: DumpLogits, age: int, old: CachePrediction) -> CachePrediction:
         """Rehearse teacher and dump at half the age too, and follow the line through both."""

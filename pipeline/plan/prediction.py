@@ -63,6 +63,8 @@ class Plan(BaseModel):
     cache: CachePrediction
     stage_caches: dict[str, CachePrediction] = {}
     planned_s: float = 0.0
+    measured: str = ""
+    """A fingerprint of what was measured, and how: with the same a plan need not be made again."""
 
     def save(self, run_dir: Path) -> None:
         """Replace the plan of a run."""

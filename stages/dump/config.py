@@ -16,6 +16,9 @@ from stages.dump.ensemble_config import EnsembleMember
 from stages.dump.hidden_config import HiddenSettings
 from stages.settings import OUTSIDE, Section, neutral, normalised
 
+MEASURED_POSITIONS = 12_288
+"""About so many positions of the calibration are measured on, which are not fitted on."""
+
 
 class TransformSettings(Section):
     """The full distribution, transform coded; its rank and basis come from the calibration."""

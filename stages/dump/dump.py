@@ -56,7 +56,7 @@ def dump_logits(config: DumpConfig, data_folder: Path, teacher_folder: Path, fol
     dtype = str(given.teacher.head_weight.dtype).removeprefix("torch.")
     precision = config.precision if config.precision != "float32" else dtype
     say_start("dump-logits", f"a teacher of {size:,} parameters", given.teacher.head_weight.device, precision, ranks)
-    with ranks.agreeing(), _said(ranks, "calibration"):
+    with ranks.agreeing():
         prepared = None
         if ranks.is_first:
             if copy := remote_copy(folder):

@@ -3,7 +3,7 @@
 Shapes: P windows, T positions, N positions that count, V vocabulary, D width.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,11 @@ from stages.dump.hidden_fit import HiddenWindows
 from stages.losses.target import ComputedTargets
 from stages.models.finite import finite_features
 from stages.models.language_model import Features, LanguageModel, State
+
+
+def no_progress(positions: int) -> None:
+    """Nobody looks."""
+    del positions
 
 
 @torch.inference_mode()
@@ -82,10 +87,14 @@ def sample_hidden(
     batch_windows: int,
     precision: str,
     wanted: Collection[State],
+    advance: Callable[[int], object] = no_progress,
 ) -> HiddenWindows:
     """The hidden states of many windows, forwarded in batches."""
     batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
-    parts = [forward_windows(teacher, windows, split, batch, precision, wanted) for batch in batches]
+    parts = []
+    for batch in batches:
+        parts.append(forward_windows(teacher, windows, split, batch, precision, wanted))
+        advance(len(batch) * windows.context_length)
     return HiddenWindows(
         states={layer: torch.cat([hidden[layer].float() for _, hidden, _ in parts]) for _, layer in wanted},
         input_ids_PT=torch.from_numpy(windows.read(rows)[:, :-1].astype(np.int64)).to(teacher.head_weight.device),
@@ -101,10 +110,14 @@ def sample_positions(
     batch_windows: int,
     precision: str,
     ensemble: Ensemble = ALONE,
+    advance: Callable[[int], object] = no_progress,
 ) -> TeacherPositions:
-    """The teacher at the positions of many windows, forwarded in batches."""
+    """The teacher at the positions of many windows, forwarded in batches; `advance` is told how many are done."""
     batches = [rows[first : first + batch_windows] for first in range(0, len(rows), batch_windows)]
-    parts = [forward_windows(teacher, windows, split, batch, precision, ensemble=ensemble)[0] for batch in batches]
+    parts = []
+    for batch in batches:
+        parts.append(forward_windows(teacher, windows, split, batch, precision, ensemble=ensemble)[0])
+        advance(len(batch) * windows.context_length)
     others = (
         replace(outputs[0], final_ND=torch.cat([output.final_ND for output in outputs]))
         for outputs in zip(*(part.others for part in parts), strict=True)

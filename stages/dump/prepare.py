@@ -23,7 +23,7 @@ from cache.tables import load_calibration, load_tables, tables_image
 from stages.data.tokenized import TokenizedCorpus
 from stages.data.tokens import TokenWindows
 from stages.dump.calibrate import Sample, calibrate
-from stages.dump.config import DumpConfig, within_vocabulary
+from stages.dump.config import MEASURED_POSITIONS, DumpConfig, within_vocabulary
 from stages.dump.ensemble import ALONE, Ensemble
 from stages.dump.extract import TeacherPositions
 from stages.dump.forward import sample_positions
@@ -32,9 +32,9 @@ from stages.errors import CheckpointError
 from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
 from stages.models.language_model import LanguageModel
 from stages.models.positions import require_positions
+from stages.progress import Progress, waiting
 from stages.threads import torch_threads
 
-MEASURED_POSITIONS = 12_288
 _SMALLEST_SHARE = 1 / 8
 
 
@@ -78,7 +78,8 @@ def prepare(
     # One thread on a CPU, so that the tables do not depend on the number of cores.
     with torch_threads(1 if teacher.head_weight.device.type == "cpu" else torch.get_num_threads()):
         sample = calibration_sample(config, teacher, windows["train"], splits["train"].num_windows, total, ensemble)
-        fitted, calibration = calibrate(config, sample, request)
+        with waiting("calibration: tables"):
+            fitted, calibration = calibrate(config, sample, request)
         tables = {f"target.{name}": table for name, table in fitted.tables.items()}
         hidden_spec = None
         if config.hidden_layers:
@@ -154,13 +155,18 @@ def calibration_sample(
     fitted = [window for place, window in enumerate(chosen) if place not in places] or measured
     student = near_student(teacher)
 
-    def positions_of(model: LanguageModel, rows: list[int], beside: Ensemble) -> TeacherPositions:
-        return sample_positions(model, windows, "train", rows, config.batch_windows, config.precision, beside)
+    num_positions = (len(fitted) + 2 * len(measured)) * windows.context_length
+    with Progress("calibration", num_positions, "positions") as progress:
 
-    near = positions_of(student, measured, ALONE)
+        def positions_of(model: LanguageModel, rows: list[int], beside: Ensemble) -> TeacherPositions:
+            size, precision = config.batch_windows, config.precision
+            return sample_positions(model, windows, "train", rows, size, precision, beside, progress.advance)
+
+        near = positions_of(student, measured, ALONE)
+        fit, measure = positions_of(teacher, fitted, ensemble), positions_of(teacher, measured, ensemble)
     return Sample(
-        fit=positions_of(teacher, fitted, ensemble),
-        measure=positions_of(teacher, measured, ensemble),
+        fit=fit,
+        measure=measure,
         student=FeaturePairs(near.final_ND, near.head_VD.float()),
         student_name=f"the teacher with {NOISE_SHARE:.0%} noise on its weights",
         total_positions=total_positions,

@@ -13,8 +13,10 @@ import pytest
 from conftest import ENVIRONMENT, ROOT, Outcome, tristill
 from pipeline.config import load_config
 from pipeline.errors import StaleError
+from pipeline.plan.bounds import affordable_positions
 from pipeline.plan.compare import Comparison, compare
 from pipeline.plan.in_small import in_small
+from pipeline.plan.planning import SAMPLE_POSITIONS
 from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, load_plan
 from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
 from pipeline.plan.text import disk_lines
@@ -40,6 +42,9 @@ def planned(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert outcome.code == 0, outcome.stderr
     assert [path.name for path in fresh.iterdir()] == [PLAN_NAME]
     assert Plan.model_validate_json(outcome.stdout) == load_plan(fresh)
+    again = plan(fresh, "--json")
+    assert "as measured before; delete" in again.stderr
+    assert again.stdout == outcome.stdout
     copy = tmp_path_factory.mktemp("planned") / "run"
     shutil.copytree(finished_run, copy)
     shutil.copy(fresh / PLAN_NAME, copy)
@@ -93,6 +98,19 @@ def test_a_plan_of_other_settings_is_compared_with_nothing(planned: Path) -> Non
     neutral = load_config(TEST, ("teacher.training.log_every=7",))
     assert compare(Workspace(neutral, planned)) == compare(Workspace(load_config(TEST), planned))
     assert compare(Workspace(changed, planned / "nowhere")) == []
+
+
+def test_a_large_teacher_is_forwarded_over_as_few_positions_as_some_seconds_allow(tmp_path: Path) -> None:
+    small = load_config(TEST)
+    assert affordable_positions(Workspace(small, tmp_path), 300, 5.0) > SAMPLE_POSITIONS
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "config.json").write_text("{}")
+    with (tmp_path / "given" / "model.safetensors").open("wb") as file:
+        file.truncate(538_090_408)  # as of SmolLM2-135M, in float32
+    given = Workspace(load_config(TEST, (f'teacher.path="{tmp_path / "given"}"',)), tmp_path)
+    found = affordable_positions(given, 49_152, 5.0)
+    assert 500 < found < SAMPLE_POSITIONS
+    assert affordable_positions(given, 49_152, 10.0) == pytest.approx(2 * found, abs=1)
 
 
 def test_an_interrupted_plan_leaves_nothing(tmp_path: Path) -> None:
