@@ -43,7 +43,8 @@ from stages.data.tokenizer import (
     train_tokenizer,
 )
 from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
-from stages.errors import CorpusError, TokenizerError
+from stages.errors import CorpusError, ExportError, TokenizerError
+from stages.export.gguf_tokenizer import refuse_gguf_tokenizer
 from stages.models.companions import SpecialIds, as_json, write_tokenizer
 from stages.progress import Progress, say, waiting
 
@@ -253,6 +254,10 @@ def _tokenizer(
     else:
         tokenizer, end_of_text = existing_tokenizer(config.tokenizer), config.tokenizer.end_of_text
         write_tokenizer(tokenizer_file(config.tokenizer), folder)
+        try:
+            refuse_gguf_tokenizer(folder / "tokenizer.json", max(tokenizer.get_vocab().values()) + 1)
+        except (ExportError, TokenizerError) as exc:
+            say(f"tokenize: `tristill export --format gguf` will refuse this tokenizer: {exc}")
     end_of_text_id = tokenizer.token_to_id(end_of_text)
     assert end_of_text_id is not None, "both kinds of tokenizer were made or checked to have it"
     return tokenizer, end_of_text_id

@@ -107,7 +107,7 @@ def test_a_large_teacher_is_forwarded_over_as_few_positions_as_some_seconds_allo
     (tmp_path / "given" / "config.json").write_text("{}")
     with (tmp_path / "given" / "model.safetensors").open("wb") as file:
         file.truncate(538_090_408)  # as of SmolLM2-135M, in float32
-    given = Workspace(load_config(TEST, (f'teacher.path="{tmp_path / "given"}"',)), tmp_path)
+    given = Workspace(load_config(TEST, (f'teacher.path="{tmp_path / "given"}"',)), tmp_path / "run")
     found = affordable_positions(given, 49_152, 5.0)
     assert 500 < found < SAMPLE_POSITIONS
     assert affordable_positions(given, 49_152, 10.0) == pytest.approx(2 * found, abs=1)

@@ -189,3 +189,24 @@ def test_a_flipped_byte_of_a_companion_in_a_cache_is_found(student: Student, tmp
     del manifest["companions"]
     (folder / "cache.json").write_text(json.dumps(manifest))
     assert open_cache(folder).manifest.fingerprint == before, "they change no number"
+
+
+def test_tokenize_says_of_a_tokenizer_that_llama_cpp_would_refuse_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = given_tokenizer(tmp_path / "given") / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    tokenizer.write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
+    (tmp_path / "text.txt").write_text("\n".join(f"the old fox sang about {number} songs" for number in range(40)))
+    data = DataConfig.model_validate(
+        {
+            "source": {"kind": "text", "paths": [str(tmp_path / "text.txt")], "documents": "line"},
+            "tokenizer": {"kind": "file", "path": str(tmp_path / "given")},
+            "context_length": 16,
+            "validation_fraction": 0.3,
+        }
+    )
+    tokenize_corpus(data, tmp_path / "data")
+    said = capsys.readouterr().err
+    assert "`tristill export --format gguf` will refuse this tokenizer" in said
+    assert "normalizer: found NFC, expected none" in said
