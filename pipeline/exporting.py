@@ -24,14 +24,14 @@ from pipeline.results import text_table
 from pipeline.workspace import Workspace
 from stages.distill.caches import open_caches
 from stages.errors import CheckpointError, ExportError
-from stages.export.bitnet import refuse_bitnet, write_bitnet
+from stages.export.bitnet import write_bitnet
 from stages.export.check import NUM_WINDOWS, Verdict, check_file, check_folder
 from stages.export.formats import ExportFormat, TernaryType
-from stages.export.gguf import refuse_gguf, write_gguf
-from stages.export.gguf_tokenizer import refuse_gguf_tokenizer
+from stages.export.gguf import write_gguf
 from stages.export.hugging_face import write_hugging_face
 from stages.export.packages import import_gguf
 from stages.export.parity import Bounds, HeldOut, Parity
+from stages.export.refusal import refuse
 from stages.export.student import Student, load_student
 from stages.models.folder import pick_device
 from stages.models.origin import model_fingerprint
@@ -80,22 +80,14 @@ def export_model(
     with reading(strict_inputs(folder)) as held:
         student = load_student(folder)
         held.refuse_moved({str(folder): None})  # its fingerprint is that of these weights
-        refuse(student, export_format)
+        if export_format == "gguf":
+            import_gguf()
+        refuse(student.loaded, student.tokenizer_json, export_format)
         text = held_out(workspace.link(name), student)
         for one in wanted:
             one.path.parent.mkdir(parents=True, exist_ok=True)
             with locked(one.path.parent):
                 _export(student, one, text, echo)
-
-
-def refuse(student: Student, export_format: ExportFormat) -> None:
-    """Raises ExportError, with all reasons, for a student that the format cannot hold."""
-    if export_format == "gguf":
-        import_gguf()
-        refuse_gguf(student.model)
-        refuse_gguf_tokenizer(student.tokenizer_json, student.model.vocab_size)
-    elif export_format == "bitnet":
-        refuse_bitnet(student.model)
 
 
 def held_out(link: Workspace, student: Student) -> HeldOut:

@@ -264,7 +264,8 @@ class _Rehearsals:
     ) -> None:
         stage = self._stage(step, elapsed_s, found.peak_rss_mib, basis)
         disk = found.disk_bytes if disk_bytes is None else disk_bytes
-        self.stages.append(stage.model_copy(update={"disk_bytes": disk, "scratch_bytes": scratch_bytes}))
+        further = {"disk_bytes": disk, "scratch_bytes": scratch_bytes, "refused_exports": found.refused_exports}
+        self.stages.append(stage.model_copy(update=further))
 
     def _stage(self, step: Step, elapsed_s: float, peak_rss_mib: float, basis: str) -> StagePrediction:
         training = training_of(step)

@@ -28,6 +28,8 @@ class StagePrediction(BaseModel):
     disk_bytes: float = 0.0
     scratch_bytes: float = 0.0
     is_done: bool = False
+    refused_exports: str | None = None
+    """Formats that will refuse to hold the student, and why."""
 
 
 class CachePrediction(BaseModel):

@@ -18,6 +18,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from cache import CacheError
+from cache.layout import TOKENIZER_NAME
 from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.plan.in_small import in_small, training_of
@@ -57,7 +58,8 @@ class Rehearsed(BaseModel):
 
     fixed_s: before and after the units of work, of a process that starts. unit_s: of a step of training or a position
     of a dump. evaluated_s: of a position of the evaluation. checkpoint_s, checkpoint_bytes: of saving one. num_units:
-    what unit_s is the mean of. steps: of the training. error: what the step says to its user, instead of all else.
+    what unit_s is the mean of. steps: of the training. refused_exports: formats that will refuse the student, and why.
+    error: what the step says to its user, instead of all else.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,6 +74,7 @@ class Rehearsed(BaseModel):
     peak_rss_mib: float = 0.0
     disk_bytes: int = 0
     threads: int = 0
+    refused_exports: str | None = None
     error: str | None = None
 
 
@@ -91,10 +94,20 @@ def rehearse(request: Request) -> Rehearsed:
         measured = _build_once(_step(request, request.folder, request.steps, request.steps))
     else:
         measured = _rehearse_training(request, step)
-    from stages.threads import num_threads
+    found: dict[str, float | str | None] = {"peak_rss_mib": peak_rss_mib(), "disk_bytes": folder_bytes(step.folder)}
+    from stages.threads import num_threads  # with torch, which not every step loads
 
-    found = {"peak_rss_mib": peak_rss_mib(), "disk_bytes": folder_bytes(step.folder), "threads": num_threads()}
+    found |= {"threads": num_threads(), "refused_exports": _refused_exports(step)}
     return measured.model_copy(update=found)
+
+
+def _refused_exports(step: Step) -> str | None:
+    from stages.export.refusal import early_refusals
+    from stages.models.folder import load_model
+
+    if not isinstance(step, Distill) or not step.config.student.quantize.packed_bits:
+        return None
+    return early_refusals(load_model(step.folder), step.folder / TOKENIZER_NAME)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -16,6 +16,7 @@ from stages.errors import StageError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
 from stages.evaluate.metrics import ValidationMetrics
+from stages.export.refusal import early_refusals
 from stages.models.compiled import compile_model
 from stages.models.folder import new_model, save_model
 from stages.models.hugging_face_shape import HuggingFaceShape, Shape
@@ -94,6 +95,8 @@ def distill(
     size = model_size(student)  # while its tensors are whole
     for line in coverage(student).lines(folder.name) if student_config.quantize.packed_bits else []:
         say(line)
+    if student_config.quantize.packed_bits and (refused := early_refusals(student, source.tokenizer_path)):
+        say(f"warning: {folder.name}: {refused}")
     if config.training.compile:
         compile_model(student)
     learner: Objective | CoTraining

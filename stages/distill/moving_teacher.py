@@ -12,6 +12,7 @@ from stages.losses.chunked_head import chunked_head_loss
 from stages.losses.cross_entropy import CrossEntropy
 from stages.losses.selection_config import OnlineConfig
 from stages.losses.term import LossValues, WeightedTerm
+from stages.models.finite import finite_features
 from stages.models.folder import new_model
 from stages.models.hugging_face_shape import Shape
 from stages.models.language_model import LanguageModel
@@ -145,7 +146,10 @@ class CoTraining(nn.Module):
             average.quantize_by(quantization_strength(average.quantize.warmup, info.step))
         trained, signals, device_type = self.moving.trained, self.objective.signals, batch.input_ids_BT.device.type
         gives_targets = self.moving.average is None and not torch.is_autocast_enabled(device_type)
-        features = None if trained is None else trained(batch.input_ids_BT, signals.states if gives_targets else ())
+        features = None
+        if trained is not None:
+            states = signals.states if gives_targets else ()
+            features = finite_features(trained, batch.input_ids_BT, states, "the teacher trained beside the student")
         if features is not None and gives_targets:
             taught = self.source.with_features(batch, signals, features)
         else:

@@ -22,7 +22,7 @@ from cache.profiles.sampled import LARGEST_DRAWS, SampledProfile
 from cache.profiles.topk import TopKProfile
 from cache.spec import AnyProfile
 from stages.dump.config import DenseSettings, DumpConfig, FidelityConfig, ProfileSettings, TransformSettings
-from stages.dump.extract import TeacherPositions, target_arrays
+from stages.dump.extract import LogitsBeyondError, TeacherPositions, target_arrays
 from stages.dump.transform import LogitTransform, fit_transform
 from stages.errors import CheckpointError
 from stages.fidelity.measure import FeaturePairs, fidelity, full_gradients
@@ -82,9 +82,16 @@ def calibrate(config: DumpConfig, sample: Sample, request: str) -> tuple[Fitted,
     points: list[FidelityPoint] = []
     candidates: list[Fitted] = []
     for settings in search(config.profile, target, points):
-        fitted = fitter.fit(settings)
+        try:
+            fitted = fitter.fit(settings)
+            point = fitter.measure(fitted, temperatures)
+        except LogitsBeyondError:
+            if not points:
+                raise
+            say(f"calibration: {points[-1].settings['step']} is the finest step that codes all logits")
+            continue
         candidates.append(fitted)
-        points.append(fitter.measure(fitted, temperatures))
+        points.append(point)
         say(f"calibration: {describe(points[-1])}")
     chosen = pick(points, target)
     say(f"calibration: picked {describe(points[chosen])}, for {target}")

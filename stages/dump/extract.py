@@ -15,12 +15,13 @@ from cache.profiles.plain_topk import PlainTopKProfile
 from cache.profiles.profile import Place
 from cache.profiles.sampled import SampledProfile
 from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
+from cache.profiles.transform import LARGEST_COEFFICIENT, TABLE_UNITS_PER_STEP, TransformProfile
 from cache.spec import AnyProfile
 from stages.dump.draws import draws, uniforms
 from stages.dump.ensemble import TeacherMixture
 from stages.dump.heads import Distribution, adaptive_head, signals
 from stages.dump.topk import topk_target
+from stages.errors import CheckpointError
 from stages.losses.chunked_head import chunks
 from stages.losses.target import ComputedTargets
 
@@ -110,10 +111,27 @@ def extractor(profile: AnyProfile, tables: Mapping[str, np.ndarray], positions: 
             def transformed(_: Tensor, distribution: Distribution, rows: slice) -> dict[str, Tensor]:
                 known_NR = table_VS[positions.input_ids_N[rows], : profile.rank].float() / TABLE_UNITS_PER_STEP
                 coefficients_NR = (positions.final_ND[rows].float() - mean_D) @ encoder_DR - known_NR
+                require_codable(coefficients_NR, profile.step)
                 head = adaptive_head(distribution, profile.head, profile.temperatures, with_tail=True)
                 return {"coefficients": coefficients_NR, **head}
 
             return transformed
+
+
+class LogitsBeyondError(CheckpointError):
+    """A coefficient of the transformed logits is larger than can be coded."""
+
+
+def require_codable(coefficients_NR: Tensor, step: float) -> None:
+    """Raises LogitsBeyondError for a coefficient, in steps, that a reader would have otherwise: past 2047."""
+    largest = float(coefficients_NR.abs().max())
+    if not largest <= LARGEST_COEFFICIENT:
+        least = float(f"{1.1 * largest * step / LARGEST_COEFFICIENT:.2g}")
+        raise LogitsBeyondError(
+            f"cache.profile: found logits {largest * step:.6g} nats away from what their input id says, expected at "
+            f"most {LARGEST_COEFFICIENT} steps of {step:.3g}, which is all that transform codes; set "
+            f"cache.profile.step to {least:g} or more, or kind to sampled or topk, which code no such differences"
+        )
 
 
 def eight_bits(final_ND: Tensor) -> dict[str, Tensor]:

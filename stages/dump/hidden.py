@@ -72,12 +72,16 @@ def _coefficients(
 def coefficients(transform: LayerTransform, states_ND: Tensor, ids_N: Tensor, before_ND: Tensor | None) -> Tensor:
     """Rounded coefficients of one layer, (N, R) int16; `before_ND` is the residual of the layer before."""
     wanted_ND = transform.wanted(states_ND, ids_N) - transform.predicted(before_ND, len(states_ND))
+    _require_codable(wanted_ND)  # of directions that are not coded too, in which the table says all
     return dead_zone_rounded(wanted_ND[:, : transform.rank])
+
+
+def _require_codable(values: Tensor) -> None:
+    if not bool((values.abs() < LARGEST_COEFFICIENT + 0.5).all()):
+        raise BeyondError(float(values.abs().max()))
 
 
 def dead_zone_rounded(values: Tensor) -> Tensor:
     """To the nearest integer, but zero below 0.6; int16. Raises BeyondError past 2047, the largest that is coded."""
-    rounded = torch.where(values.abs() < DEAD_ZONE_STEPS, 0.0, values.round())
-    if not bool((rounded.abs() <= LARGEST_COEFFICIENT).all()):
-        raise BeyondError(float(values.abs().max()))
-    return rounded.to(torch.int16)
+    _require_codable(values)
+    return torch.where(values.abs() < DEAD_ZONE_STEPS, 0.0, values.round()).to(torch.int16)

@@ -28,6 +28,7 @@ _CODED_ABOVE_STEPS = 0.15
 _MOST_TRIALS = 20
 _AIMED_AT = (0.95, 0.98)
 """Relative errors that are taken, as shares of the target: other text errs about 1% more than the calibration's."""
+_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 _LARGEST_INT16 = np.iinfo(np.int16).max
 
 
@@ -65,7 +66,7 @@ class LayerFit:
             "table": table_VD.to(torch.int16),
         }
         if self.map_DD is not None:
-            tables["map"] = (self.map_DD / step).half()
+            tables["map"] = (self.map_DD / step).clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16).half()
         rank = max(1, int((self.deviation_D > _CODED_ABOVE_STEPS * step).sum()))
         return CodedLayer(step=step, rank=rank), tables
 

@@ -44,17 +44,19 @@ class LogitTransform:
 
     def at(self, settings: TransformSettings) -> tuple[TransformProfile, dict[str, np.ndarray]]:
         """The profile and its tables, without those of the head, for one setting."""
+        limit = np.iinfo(np.int16).max
+        table_VD = self.table_VD * (TABLE_UNITS_PER_STEP / settings.step)
         is_coded_D = self.deviation_D > settings.coded_above * settings.step
+        is_coded_D |= table_VD.abs().amax(dim=0) > limit  # what the table does not hold
         is_coded_D[0] = True
         is_tabled_D = (self.spread_D > _TABLED_ABOVE_STEPS * settings.step) & ~is_coded_D
         coded, tabled = torch.nonzero(is_coded_D)[:, 0], torch.nonzero(is_tabled_D)[:, 0]
         kept_S = torch.cat([coded, tabled])
         amplitude_S = (self.deviation_D[kept_S].square() + self.spread_D[kept_S].square()).sqrt().clamp(min=1e-6)
         basis_scale_S = settings.step / _BASIS_UNITS_PER_STEP / amplitude_S
-        limit = np.iinfo(np.int16).max
         basis_scale_S = torch.maximum(basis_scale_S, self.basis_DV[kept_S].abs().amax(dim=1) / limit)
         basis_SV = (self.basis_DV[kept_S] / basis_scale_S[:, None]).round().clamp(-limit, limit)
-        table_VS = (self.table_VD[:, kept_S] * (TABLE_UNITS_PER_STEP / settings.step)).round().clamp(-limit, limit)
+        table_VS = table_VD[:, kept_S].round().clamp(-limit, limit)
         profile = TransformProfile(
             step=settings.step,
             width=len(self.mean_D),

@@ -50,11 +50,13 @@ def refuse_bitnet(model: Transformer) -> None:
             f"student.quantize.scale_per: found {model.quantize.scale_per!r}, but the layout has one scale per matrix; "
             "train with scale_per = 'tensor', or use `--format gguf` (row, group-256) or `--format hf` (any)"
         )
-    problems += [
-        f"{name}: found {layer.out_features} rows, expected a multiple of {_PER_BYTE}, as {_PER_BYTE} rows share bytes"
-        for name, layer in model.quantized_linears().items()
-        if layer.out_features % _PER_BYTE
-    ]
+    uneven = {n: layer.out_features for n, layer in model.quantized_linears().items() if layer.out_features % _PER_BYTE}
+    if uneven:
+        name, rows = next(iter(uneven.items()))
+        more = f" (and {len(uneven) - 1} more)" if len(uneven) > 1 else ""
+        problems.append(
+            f"{name}{more}: found {rows} rows, expected a multiple of {_PER_BYTE}, as {_PER_BYTE} rows share bytes"
+        )
     if problems:
         raise ExportError("the packed layout of transformers cannot hold this student: " + "; ".join(problems))
 

@@ -80,8 +80,11 @@ def write_gguf(
     sync_folder(path.parent)
 
 
-def refuse_gguf(model: Transformer) -> None:
-    """Raises ExportError, with all reasons, for a model that ternary blocks of llama.cpp cannot hold."""
+def refuse_gguf(model: Transformer, *, is_trained: bool = True) -> None:
+    """Raises ExportError, with all reasons, for a model that ternary blocks of llama.cpp cannot hold.
+
+    is_trained: whether its scales are those that are to be written; else they are not looked at.
+    """
     require_ternary(model, "a GGUF file of ternary blocks")
     assert model.quantize is not None, "a ternary one has a config"
     problems = []
@@ -114,7 +117,7 @@ def refuse_gguf(model: Transformer) -> None:
             "student.model.tied_embeddings: found false, but llama.cpp's bitnet, which has the norms of SubLN, knows "
             "no output matrix beside the embedding; set it to true"
         )
-    for layer_name, layer in layers.items():
+    for layer_name, layer in layers.items() if is_trained else ():
         scales = _scales_that_count(layer.ternary())
         error = (scales.half().float() / scales - 1).abs()
         if not bool((error <= _FP16_ROUNDING).all()):

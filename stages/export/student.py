@@ -33,14 +33,7 @@ class Student:
     @property
     def model(self) -> Transformer:
         """Our own transformer. Raises ExportError for another architecture, which goes out as itself alone."""
-        if isinstance(self.loaded, HuggingFaceModel):
-            raise ExportError(
-                f"{self.folder}: found an architecture of transformers ({self.loaded.shape.kind}), which goes out in "
-                "its own format only, with its weights dequantised: use `--format hf`; what is packed, or read by "
-                "llama.cpp, is our own transformer, a Llama"
-            )
-        assert isinstance(self.loaded, Transformer), "there are no other models"
-        return self.loaded
+        return own_transformer(self.loaded)
 
     @property
     def special(self) -> dict[str, int]:
@@ -51,6 +44,18 @@ class Student:
     def tokenizer_json(self) -> Path:
         """Its tokenizer."""
         return self.folder / TOKENIZER_NAME
+
+
+def own_transformer(model: LanguageModel) -> Transformer:
+    """The model, if it is our own transformer. Raises ExportError for another architecture."""
+    if isinstance(model, HuggingFaceModel):
+        raise ExportError(
+            f"found an architecture of transformers ({model.shape.kind}), which goes out in its own format only, with "
+            "its weights dequantised: use `--format hf`; what is packed, or read by llama.cpp, is our own transformer, "
+            "a Llama"
+        )
+    assert isinstance(model, Transformer), "there are no other models"
+    return model
 
 
 def load_student(folder: Path) -> Student:

@@ -19,7 +19,7 @@ from pipeline.plan.in_small import in_small
 from pipeline.plan.planning import SAMPLE_POSITIONS
 from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, load_plan
 from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
-from pipeline.plan.text import disk_lines
+from pipeline.plan.text import disk_lines, plan_text
 from pipeline.workspace import Workspace
 
 TEST = ROOT / "configs" / "test.toml"
@@ -62,6 +62,14 @@ def test_what_was_planned_before_anything_was_there_is_what_happens(planned: Pat
     assert {"dump-logits: target", "dump-logits: tables.h5", "dump-logits: all files"} <= sizes.keys()
     for row in sizes.values():
         assert row.happened == pytest.approx(row.predicted, rel=0.01), row  # the teacher was rehearsed to its end
+    predicted = load_plan(planned)
+    assert predicted is not None
+    refused = {stage.step: stage.refused_exports for stage in predicted.stages if stage.refused_exports}
+    assert list(refused) == ["distill --name student", "distill --name no-teacher"]
+    assert (
+        "`--format gguf` will refuse it: a GGUF file of ternary blocks cannot hold" in refused["distill --name student"]
+    )
+    assert f"warning: distill --name student: {refused['distill --name student']}" in plan_text(predicted)
     memory = [row for row in rows if row.unit == "MiB"]
     assert len(memory) == 5
     for row in memory:

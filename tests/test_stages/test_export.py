@@ -1,6 +1,7 @@
 """What exports hold, what they refuse and why: layouts, tokenizers, rounding in blocks. No other program is run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stages.export.gguf import refuse_gguf
 from stages.export.gguf_layout import gguf_name, halves, interleave, our_name
 from stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
 from stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, HeldOut, measure_parity, spread_positions
+from stages.export.refusal import early_refusals, refuse
 from stages.export.rounding import int8_blocks
 from stages.models.config import ModelConfig
 from stages.models.transformer import Transformer
@@ -27,8 +29,9 @@ WIDE = {"width": 256, "layers": 1, "heads": 4, "mlp_width": 256}
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def make_model(shape: dict[str, Any] | None = None, **quantize: Any) -> Transformer:
-    model = Transformer(ModelConfig.model_validate(WIDE | (shape or {})), 64, QuantizeConfig.model_validate(quantize))
+def make_model(shape: dict[str, Any] | None = None, vocab_size: int = 64, **quantize: Any) -> Transformer:
+    config = ModelConfig.model_validate(WIDE | (shape or {}))
+    model = Transformer(config, vocab_size, QuantizeConfig.model_validate(quantize))
     model.initialize(torch.Generator().manual_seed(0))
     return model.eval()
 
@@ -211,7 +214,7 @@ def test_a_gguf_file_holds_weights_that_are_all_zero_whatever_their_scale(scale_
             "found 'row', but the layout has one scale per matrix; train with scale_per = 'tens",
         ),
         ({}, {"scale_per": "group-256"}, "or use `--format gguf` (row, group-256) or `--format hf` (any)"),
-        ({"mlp_width": 258}, {}, "mlp.gate_proj: found 258 rows, expected a multiple of 4"),
+        ({"mlp_width": 258}, {}, "mlp.gate_proj (and 1 more): found 258 rows, expected a multiple of 4"),
         ({}, {"weights": "nbit", "bits": 2}, "found weights of the code 'nbit', but the packed layout"),
     ],
 )
@@ -221,6 +224,28 @@ def test_the_packed_layout_refuses_what_it_cannot_hold(
     with pytest.raises(ExportError) as found:
         refuse_bitnet(make_model(shape, **quantize))
     assert message in str(found.value)
+
+
+def test_what_will_refuse_a_student_is_known_before_its_training(tmp_path: Path) -> None:
+    tokenizer = tokenizer_file(tmp_path)
+    student = make_model({"mlp_width": 320}, 300, scale_per="row")
+    with torch.no_grad():
+        student.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(1e9)  # training may change it
+    found = early_refusals(student, tokenizer)
+    assert found is not None
+    assert "`--format bitnet` will refuse it: the packed layout of transformers cannot hold" in found
+    assert (
+        "`--format gguf` will refuse it: a GGUF file of ternary blocks cannot hold this student: model.layers" in found
+    )
+    assert "o_proj" not in found
+    for export_format in ("bitnet", "gguf"):
+        with pytest.raises(ExportError):
+            refuse(student, tokenizer, export_format)  # type: ignore[arg-type]
+    assert early_refusals(make_model({}, 300), tokenizer) is None
+    other = tokenizer_file(tmp_path, normalizer={"type": "NFC"})
+    both = early_refusals(make_model({"mlp_width": 320}, 300), other)
+    assert both is not None
+    assert re.search("found rows of 320 .*; .*normalizer: found NFC", both)
 
 
 # Tokenizers

@@ -7,6 +7,7 @@ import torch
 from small_training import CPU, SHAPE, distill_config, make_run
 
 from stages.distill.moving_teacher import CoTraining
+from stages.errors import CheckpointError
 from stages.models.transformer import Transformer
 from stages.targets.online import OnlineSource
 from stages.targets.source import Epoch, Signals, TargetBatch
@@ -67,6 +68,19 @@ def test_targets_of_a_moving_teacher_are_those_of_the_same_teacher_frozen_whatev
     assert set(found.terms) == {*expected.terms, "teacher_cross_entropy"}
     for name, value in expected.terms.items():
         assert torch.equal(found.terms[name], value), name
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_co_trained_teacher_that_overflows_is_refused_by_name(run: Path, batch: TargetBatch, bfloat16: bool) -> None:
+    learner = co_training(run)
+    assert learner.moving.trained is not None
+    with torch.no_grad():
+        learner.moving.trained.get_parameter("model.layers.1.mlp.down_proj.weight").fill_(torch.inf)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        pytest.raises(CheckpointError, match=r"the teacher trained beside the student: .*layer 2.* not finite"),
+    ):
+        learner.forward(batch, StepInfo(0))
 
 
 def test_no_gradient_of_the_student_reaches_the_teacher_and_none_of_the_teacher_the_student(

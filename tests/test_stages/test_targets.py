@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from cache.spec import AnyProfile
 from stages.dump.calibrate import Fitted, Fitter, Sample, as_given, round_trip
 from stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
 from stages.dump.draws import draws, uniforms
-from stages.dump.extract import TeacherPositions, target_arrays
+from stages.dump.extract import LogitsBeyondError, TeacherPositions, target_arrays
 from stages.dump.heads import Distribution, adaptive_head, signals
 from stages.dump.transform import fit_transform
 from stages.fidelity.measure import FeaturePairs, compare, full_gradients, gradient, mean_divergence
@@ -216,6 +217,22 @@ def test_transform_is_exact_on_the_head_and_in_the_mass_of_the_tail_at_declared_
         tail, exact_tail = (torch.where(inside, -math.inf, x).logsumexp(-1) for x in (log_p, exact))
         assert float((tail - exact_tail).abs().max()) < 0.1 + 0.03 * largest_gap
         assert mean_divergence(targets, full_of(positions), tau, len(log_p)) < 0.01  # type: ignore[arg-type,operator]
+
+
+def test_transform_refuses_logits_that_it_would_cut_and_says_at_which_step_it_holds_them(sample: Sample) -> None:
+    odd = sample.measure.final_ND.clone()
+    odd[7] += 5000.0
+    positions = replace(sample.measure, final_ND=odd)
+    fitted = Fitter(sample).fit(TRANSFORM)
+    with pytest.raises(
+        LogitsBeyondError, match=r"expected at most 2047 steps of 0\.1.* set cache\.profile\.step to"
+    ) as exc:
+        target_arrays(fitted.profile, fitted.tables, positions)
+    step = float(str(exc.value).split("cache.profile.step to ")[1].split()[0])
+    coarse = Fitter(sample).fit(TRANSFORM.model_copy(update={"step": step}))
+    targets, _ = targets_of(coarse, positions)
+    log_p = targets.chunk(slice(7, 8)).log_probs(1.0)  # type: ignore[attr-defined]
+    assert int(log_p.argmax()) == int(positions.logits(slice(7, 8)).argmax())
 
 
 def full_of(positions: TeacherPositions) -> ComputedTargets:
