@@ -31,8 +31,6 @@ UNKNOWN_TEMPLATES = {
     "another token ends the last turn": FORGETFUL_TEMPLATE.replace(
         "<|im_end|>", "{{ '<|endoftext|>' if message.role == 'assistant' and loop.last else '<|im_end|>' }}"
     ),
-    "another generation prompt": PLAIN_TEMPLATE.replace("assistant\n", "model\n"),
-    "another, longer generation prompt": PLAIN_TEMPLATE.replace("assistant\n", "what the model says\n"),
     "what is before depends on the turn": _IF_LONG + FORGETFUL_TEMPLATE,
     "what is after depends on the turn": FORGETFUL_TEMPLATE + _IF_LONG,
     "nothing is said": PLAIN_TEMPLATE.replace("{{ message.content }}", "{{ loop.length }}"),

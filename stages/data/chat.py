@@ -148,11 +148,6 @@ class ChatTemplate:
         if best is None:
             assert refusal is not None, "there is one form at least"
             raise refusal
-        if any(message.get("content", "") is None for message in best.messages):  # what prints null prints "None"
-            form = [{**message, "content": message.get("content") or ""} for message in best.messages]
-            text = self._shown(form, tools)
-            if text.count("None") < best.text.count("None"):
-                return best._replace(messages=form, text=text, spans=self._rendered(form, tools)[1])
         return best
 
     def _left_out(self, messages: list[Message], tools: Sequence[Tool], text: str) -> tuple[str, ...]:
@@ -216,9 +211,9 @@ class ChatTemplate:
         turn alike whatever follows it.
         """
         try:
-            before, _ = self._rendered(messages[:turn], tools, add_generation_prompt=True)
+            before = self._before(messages[:turn], tools)
             through, _ = self._rendered(messages[: turn + 1], tools)
-            for prompt in (before, _OPEN_REASONING.sub("", before)):
+            for prompt in () if before is None else (before, _OPEN_REASONING.sub("", before)):
                 if text.startswith(through) and through.startswith(prompt):
                     return len(prompt), len(through)
             span = self._span_around_content(messages, tools, turn, text, before)
@@ -235,14 +230,22 @@ class ChatTemplate:
             )
         return span
 
+    def _before(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str | None:
+        """A chat with the generation prompt; None if the template does not take it, or leaves the prompt out of it."""
+        try:
+            text, _ = self._rendered(messages, tools, add_generation_prompt=True)
+        except Exception:  # noqa: BLE001 - whatever a template raises
+            return None
+        return text if text or not self._opening else None
+
     def _span_around_content(
-        self, messages: Sequence[Message], tools: Sequence[Tool], turn: int, text: str, before: str
+        self, messages: Sequence[Message], tools: Sequence[Tool], turn: int, text: str, before: str | None
     ) -> Span | None:
         """The span of a turn that is rendered otherwise as the last one; None if it is not plain where it is.
 
         What stands around the content is what stays when the content becomes a mark that occurs nowhere else. The turn
-        begins after the generation prompt, or, where the prompt has more than this turn (an open <think>), with the
-        content. It ends with what the template puts after the content of a last turn.
+        begins after the generation prompt, or, where the prompt has more than this turn (an open <think>) or is not
+        what stands before the turn (a system message that moves), with the content. It ends with what the template puts after the content of a last turn.
         """
         mark = next(chr(code) for code in _MARKS if chr(code) not in text)
         is_in_parts = isinstance(messages[turn].get("content"), list)
@@ -250,11 +253,9 @@ class ChatTemplate:
         marked = [*messages[:turn], {**messages[turn], "content": content}]
         head, _, rest = self._rendered([*marked, *messages[turn + 1 :]], tools)[0].partition(mark)
         ending = self._rendered(marked, tools)[0].rpartition(mark)[2]
-        first, longer = sorted([head, before], key=len)
+        first = before if before is not None and head.startswith(before) else head
         start, stop = len(first), len(text) - len(rest) + len(ending)
-        is_plain = (
-            longer.startswith(first) and text.startswith(first) and text.endswith(rest) and rest.startswith(ending)
-        )
+        is_plain = text.startswith(first) and text.endswith(rest) and rest.startswith(ending) and start <= stop
         return (start, stop) if is_plain else None
 
 

@@ -10,14 +10,28 @@ Tool = dict[str, Any]
 
 
 def forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """One chat as templates want it: arguments of calls as objects or as JSON text, content as text or in parts."""
-    yield messages
+    """One chat as templates want it: arguments of calls as objects or as JSON text, content as text or in parts.
+
+    Then each of these with empty text in place of content that is null.
+    """
+    found = [messages]
     if any("tool_calls" in message for message in messages):
-        yield [_with_text_arguments(message) for message in messages]
-    yield [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if message.get("content") else message
-        for message in messages
-    ]
+        found.append([_with_text_arguments(message) for message in messages])
+    found.append(
+        [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if message.get("content")
+            else message
+            for message in messages
+        ]
+    )
+    yield from found
+    if _has_null_content(messages):
+        yield from ([{**message, "content": message.get("content") or ""} for message in form] for form in found)
+
+
+def _has_null_content(messages: Sequence[Message]) -> bool:
+    return any(message.get("content", "") is None for message in messages)
 
 
 def _with_text_arguments(message: Message) -> Message:
@@ -29,12 +43,13 @@ def _with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": list(map(as_text, message["tool_calls"]))} if "tool_calls" in message else message
 
 
-def prints_python(messages: Sequence[Message], text: str) -> bool:
-    """Whether the text shows an object as Python prints it, which is no JSON."""
+def prints_python(messages: Sequence[Message], text: str) -> int:
+    """How often the text shows an object, or null in place of a content, as Python prints it, which is no JSON."""
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     objects = [arguments for call in calls if isinstance(arguments := call["function"]["arguments"], dict)]
     objects += [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
-    return any(str(found) in text for found in objects if found)
+    nulls = text.count("None") if _has_null_content(messages) else 0
+    return any(str(found) in text for found in objects if found) + nulls
 
 
 class Piece(NamedTuple):

@@ -128,11 +128,41 @@ def test_what_a_template_refuses_is_said_with_the_roles(tmp_path: Path) -> None:
     template = ChatTemplate(make_tokenizer(tmp_path / "tok", "{{ raise_exception('no system here') }}"))
     with pytest.raises(CorpusError, match=r"refuses this chat of roles \['user', 'assistant'.*no system here"):
         template.document(HELLO, "x")
-    template = ChatTemplate(make_tokenizer(tmp_path / "first", "{{ messages[0].role }}" + PLAIN_TEMPLATE))
-    with pytest.raises(
-        CorpusError, match=r"takes this chat of roles \['assistant', 'user'\], but not its beginning up "
-    ):
-        template.document([HELLO[1], HELLO[0]], "x")
+    template = ChatTemplate(make_tokenizer(tmp_path / "second", "{{ messages[2].role.lower() }}" + PLAIN_TEMPLATE))
+    with pytest.raises(CorpusError, match=r"takes this chat of roles \['user', .*, but not its beginning up to mess"):
+        template.document(HELLO, "x")
+
+
+SYSTEM_TEMPLATE = "{% if messages[0].role != 'system' %}<|im_start|>system\nbe kind<|im_end|>\n{% endif %}"
+HOISTING_TEMPLATE = (
+    "{% for message in messages if message.role == 'system' %}{{ message.content }}{% endfor %}"
+    "{% for message in messages if message.role != 'system' %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat"),
+    [
+        (PLAIN_TEMPLATE, HELLO[1:]),
+        (SYSTEM_TEMPLATE + PLAIN_TEMPLATE, HELLO[1:]),
+        (HOISTING_TEMPLATE, [*HELLO[:3], {"role": "system", "content": "be kind"}, HELLO[3]]),
+        (PLAIN_TEMPLATE.replace("assistant\n", "model\n"), HELLO),
+        (PLAIN_TEMPLATE.replace("assistant\n", "what the model says\n"), HELLO),
+    ],
+    ids=[
+        "begins",
+        "begins after a system message of the template's",
+        "a system message moves",
+        "prompt",
+        "long prompt",
+    ],
+)
+def test_turns_are_known_whose_generation_prompt_is_not_what_stands_before_them(
+    tmp_path: Path, template: str, chat: Chat
+) -> None:
+    pieces, _ = counted_pieces(tmp_path, template, chat)
+    assert pieces == ["a caf\u00e9 \U0001f98a<|im_end|>", " river <|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE])
