@@ -123,10 +123,20 @@ class ChatTemplate:
                 f"{where}: the chat template of {self._folder} refuses this chat of roles {_roles(messages)} ({exc}); "
                 "correct the chat, or leave it out"
             ) from exc
-        spans = [span for span in chat.spans if span[0] < span[1]]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        taught = [turn for turn in turns if messages[turn].get("weight") != 0]
+        spans = chat.spans
         if not self._is_marked:
-            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-            spans = [self._span_of_turn(chat.messages, tools, turn, chat.text, where) for turn in turns]
+            spans = [self._span_of_turn(chat.messages, tools, turn, chat.text, where) for turn in taught]
+        elif taught != turns:
+            if len(spans) != len(turns):
+                raise CorpusError(
+                    f"{where}: found a turn of weight 0 in a chat of {len(turns)} turns of the assistant, for which "
+                    f"the chat template of {self._folder} has {len(spans)} generation marks, expected one each; leave the "
+                    "chat out"
+                )
+            spans = [span for span, turn in zip(spans, turns, strict=True) if turn in taught]
+        spans = [span for span in spans if span[0] < span[1] or not self._is_marked]
         found = [self._with_its_end(chat.text, span) for span in spans]
         ends = tuple(end for _, end in found if end is not None)
         return Document(chat.text, tuple(span for span, _ in found), ends, chat.left_out)
@@ -245,7 +255,8 @@ class ChatTemplate:
 
         What stands around the content is what stays when the content becomes a mark that occurs nowhere else. The turn
         begins after the generation prompt, or, where the prompt has more than this turn (an open <think>) or is not
-        what stands before the turn (a system message that moves), with the content. It ends with what the template puts after the content of a last turn.
+        what stands before the turn (a system message that moves), with the content. It ends with what the template puts
+        after the content of a last turn.
         """
         mark = next(chr(code) for code in _MARKS if chr(code) not in text)
         is_in_parts = isinstance(messages[turn].get("content"), list)

@@ -1,6 +1,6 @@
 """Chats as data sets hold them, brought to one form: messages of {role, content, tool_calls ..} and tools.
 
-Formats: messages (role, content), ShareGPT (from, value), and a prompt with its completion in two columns.
+Formats: messages (role, content), ShareGPT (from, value), texts in turn, and a prompt with its answer in two columns.
 """
 
 import json
@@ -11,17 +11,21 @@ from typing import Any
 from stages.errors import CorpusError
 
 Message = dict[str, Any]
-_SHAREGPT_ROLES = {
-    **dict.fromkeys(["human", "user"], "user"),
+_ROLE_KEYS = ("role", "from")
+_CONTENT_KEYS = ("content", "value", "text")
+_ROLES = {
+    **dict.fromkeys(["human", "user", "prompter"], "user"),
     **dict.fromkeys(["gpt", "assistant", "chatgpt", "bard", "bing", "model"], "assistant"),
     **dict.fromkeys(["tool", "observation", "function_response", "function"], "tool"),
     "function_call": "function_call",
     "system": "system",
 }
 _PROMPTS = ("prompt", "instruction", "question", "query")
-_ANSWERS = ("completion", "output", "response", "answer")
+_ANSWERS = ("completion", "output", "response", "answer", "chosen")
+_FURTHER = ("input", "context")
+_SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
-BESIDE = ("messages", "conversations", *_PROMPTS, *_ANSWERS, "input", "system", "history", *_TOOLS)
+BESIDE = ("messages", "conversations", *_PROMPTS, *_ANSWERS, *_FURTHER, *_SYSTEM, "history", *_TOOLS)
 """Columns that may belong to a chat, beside the one that is named."""
 _EXPECTED = (
     "expected a list of messages, each with role and content (or from and value, as ShareGPT has them), or the text of "
@@ -57,7 +61,8 @@ def conversation(row: Mapping[str, Any], column: str, where: str, *, is_aligned:
     if read is None:
         raise CorpusError(f"{where}: {_unknown(value, row, column)}")
     try:
-        messages, system = list(read(value, given, column)), given.get("system")
+        messages = list(read(value, given, column))
+        system = next((given[name] for name in _SYSTEM if given.get(name)), None)
         if isinstance(system, str) and system and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": system}, *messages]
         return Conversation(tuple(messages), _tools(given))
@@ -69,15 +74,11 @@ def _format_of(value: Any) -> Callable[[Any, Mapping[str, Any], str], Iterator[M
     """The reader of a format, told by what is there; None if it is none that is known."""
     listed = _listed(value)
     if listed is None:
-        return _prompt_and_completion if isinstance(value, str) else None
-    keys = [{*message} for message in listed]
-    if all(
-        "role" in found and found & {"content", "tool_calls", "function_call", "reasoning_content"} for found in keys
-    ):
-        return _messages
-    if all({"from", "value"} <= found for found in keys):
-        return _sharegpt
-    return None
+        is_text = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        return _texts_in_turn if is_text else _prompt_and_completion if isinstance(value, str) else None
+    said = {*_CONTENT_KEYS, "tool_calls", "function_call", "reasoning_content"}
+    is_known = all(found.keys() & {*_ROLE_KEYS} and found.keys() & said for found in listed)
+    return _messages if is_known else None
 
 
 def _listed(value: Any) -> list[Message] | None:
@@ -93,33 +94,40 @@ def _listed(value: Any) -> list[Message] | None:
 
 
 def _messages(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Message]:
-    """OpenAI's form. A conversation in `prompt` goes on in `completion`."""
+    """OpenAI's form, or ShareGPT's. A conversation in `prompt` goes on in `completion`, whichever of them is named."""
     listed = _listed(value) or []
     if column in _PROMPTS and (answer := next((row[name] for name in _ANSWERS if row.get(name)), None)):
-        rest = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _listed(answer)
-        if not rest:
+        after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _listed(answer)
+        if not after:
             raise _NoChatError(f"found messages in column {column!r}, but {str(answer)[:60]!r} for what follows them")
-        listed = [*listed, *rest]
+        listed = [*listed, *after]
+    elif column in _ANSWERS:
+        before = next((row[name] for name in _PROMPTS if isinstance(row.get(name), list)), None)
+        listed = [*(_listed(before) or []), *listed]
     for number, message in enumerate(listed, start=1):
-        if not isinstance(message.get("role"), str):
-            raise _NoChatError(f"message {number}: found role {message.get('role')!r}, {_EXPECTED}")
-        yield _message(message, number)
-
-
-def _sharegpt(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Message]:  # noqa: ARG001 - as its siblings
-    listed = _listed(value) or []
-    for number, message in enumerate(listed, start=1):
-        role = _SHAREGPT_ROLES.get(str(message["from"]).lower())
+        key = next(key for key in _ROLE_KEYS if key in message)
+        given = message[key]
+        if not isinstance(given, str):
+            raise _NoChatError(f"message {number}: found {key} {given!r}, {_EXPECTED}")
+        role = _ROLES.get(given.lower(), given if key == "role" else None)
         if role is None:
             raise _NoChatError(
-                f"message {number}: found from {message['from']!r} in a chat of ShareGPT's format, expected one of "
-                f"{sorted(_SHAREGPT_ROLES)}"
+                f"message {number}: found from {given!r} in a chat of ShareGPT's format, expected one of "
+                f"{sorted(_ROLES)}"
             )
-        rest = {key: found for key, found in message.items() if key not in ("from", "value")}
+        said = next((name for name in _CONTENT_KEYS if name in message), None)
+        content = None if said is None else message[said]
+        rest = {name: found for name, found in message.items() if name not in (key, said)}
         if role == "function_call":
-            yield _message({**rest, "role": "assistant", "tool_calls": _calls_in(message["value"], number)}, number)
+            yield _message({**rest, "role": "assistant", "tool_calls": _calls_in(content, number)}, number)
         else:
-            yield _message({**rest, "role": role, "content": message["value"]}, number)
+            yield _message({**rest, "role": role, "content": content}, number)
+
+
+def _texts_in_turn(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Message]:  # noqa: ARG001 - as its siblings
+    """A list of texts, as UltraChat has them: the first is the user's."""
+    for number, text in enumerate(value):
+        yield {"role": "assistant" if number % 2 else "user", "content": text}
 
 
 def _prompt_and_completion(value: Any, row: Mapping[str, Any], column: str) -> Iterator[Message]:
@@ -139,7 +147,7 @@ def _prompt_and_completion(value: Any, row: Mapping[str, Any], column: str) -> I
             )
         yield {"role": "user", "content": turn[0]}
         yield {"role": "assistant", "content": turn[1]}
-    further = row.get("input") if column != "input" else None
+    further = next((row[name] for name in _FURTHER if row.get(name) and name != column), None)
     yield {"role": "user", "content": f"{value}\n{further}" if further else value}
     yield {"role": "assistant", "content": answer}
 
@@ -151,8 +159,6 @@ def _message(message: Message, number: int) -> Message:
     calls = kept.pop("tool_calls", None)
     if "function_call" in kept and not calls:
         calls = [kept.pop("function_call")]
-    if role == "function":  # as OpenAI called tools before there were several calls
-        role = "tool"
     found: Message = {"role": role, "content": content, **kept}
     if calls:
         found["tool_calls"] = [_call(call, number) for call in _list_of_objects(calls, "tool_calls", number)]
@@ -260,10 +266,9 @@ def _unknown(value: Any, row: Mapping[str, Any], column: str) -> str:
         listed = _listed(value)
         found = f"messages of keys {sorted(listed[0])}" if listed else repr(str(value)[:80])
         return f"found {found} in that column, {advice}"
-    formats: dict[object, str] = {_messages: "messages", _sharegpt: "chats of ShareGPT's format"}
     for name in ("messages", "conversations", *_PROMPTS):
         read = _format_of(row[name]) if row.get(name) is not None else None
         if read is not None:
-            found = f"{formats.get(read, 'prompts')} in {name!r}"
+            found = f"{'prompts' if read is _prompt_and_completion else 'chats'} in {name!r}"
             return f"found no column {column!r}, but {found}; set data.source.chat_column = {name!r}"
     return f"found no column {column!r}, {advice}"

@@ -30,6 +30,19 @@ CHAT: Row = {
 SHAREGPT = [{"from": "human", "value": "the fox?"}, {"from": "gpt", "value": "a river"}]
 SAME_CHATS: dict[str, tuple[str, Row]] = {
     "ShareGPT": ("conversations", {"conversations": [{"from": "system", "value": "Be brief."}, *SHAREGPT]}),
+    "ShareGPT's words under OpenAI's keys": (
+        "conversations",
+        {
+            "conversations": [{"role": of["from"].title(), "text": of["value"]} for of in SHAREGPT],
+            "system": "Be brief.",
+        },
+    ),
+    "an answer that is named": ("chosen", {"prompt": CHAT["messages"][:2], "chosen": CHAT["messages"][2:]}),
+    "texts in turn": ("data", {"data": ["the fox?", "a river"], "system_prompt": "Be brief."}),
+    "instruction with context": (
+        "instruction",
+        {"instruction": "the", "context": "fox?", "response": "a river", "system": "Be brief.", "category": "qa"},
+    ),
     "ShareGPT with a column for the system": ("conversations", {"conversations": SHAREGPT, "system": "Be brief."}),
     "prompt and completion": ("prompt", {"prompt": "the fox?", "completion": "a river", "system": "Be brief."}),
     "instruction": ("instruction", {"instruction": "the", "input": "fox?", "output": "a river", "system": "Be brief."}),
@@ -91,7 +104,7 @@ def tooled(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
 def test_every_format_gives_the_text_of_messages(plain: ChatTemplate, name: str) -> None:
     column, row = SAME_CHATS[name]
     expected = rendered(plain, CHAT)
-    if name == "instruction":
+    if name.startswith("instruction"):
         expected = Document(expected.text.replace("the fox", "the\nfox"), expected.assistant, expected.ends)
     assert rendered(plain, row, column) == expected
     assert expected.left_out == ()
@@ -262,7 +275,7 @@ def test_content_is_given_in_parts_to_a_template_that_takes_nothing_else(tmp_pat
     ("column", "row", "message"),
     [
         ("messages", {"messages": [{"speaker": "A", "says": "hi"}]}, r"found messages of keys \['says', 'speaker'\] in that column"),
-        ("messages", {"conversations": SHAREGPT}, r"no column 'messages', but chats of ShareGPT's format in 'conversations'; set data.source.chat_column = 'conversations'"),
+        ("messages", {"conversations": SHAREGPT}, r"no column 'messages', but chats in 'conversations'; set data.source.chat_column = 'conversations'"),
         ("messages", {"prompt": "a", "completion": "b"}, r"no column 'messages', but prompts in 'prompt'; set data.source.chat_column = 'prompt'"),
         ("prompt", {"prompt": "a"}, r"found 'a' in that column, expected .* in another column \(completion, "),
         ("prompt", {"prompt": "a", "completion": 5}, r"found text in column 'prompt', but '5' in 'completion'"),

@@ -64,6 +64,12 @@ def test_the_assistants_turns_count_with_the_token_that_ends_them_and_nothing_el
     assert num_bytes == len("a caf\u00e9 \U0001f98a river ".encode()), "special tokens are of no bytes"
 
 
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, MARKED_TEMPLATE])
+def test_turns_of_weight_zero_are_not_taught(tmp_path: Path, template: str) -> None:
+    chat = [HELLO[0], {**HELLO[1], "weight": 0}, HELLO[2], {**HELLO[3], "weight": 1}]
+    assert counted_pieces(tmp_path, template, chat)[0] == [" river <|im_end|>"]
+
+
 def test_without_a_special_token_the_end_of_the_text_ends_the_last_turn(tmp_path: Path) -> None:
     """A token that began before the turn, here with the space after the colon, is the assistant's too."""
     pieces, _ = counted_pieces(tmp_path, BARE_TEMPLATE, HELLO)
