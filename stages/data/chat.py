@@ -132,8 +132,8 @@ class ChatTemplate:
             if len(spans) != len(turns):
                 raise CorpusError(
                     f"{where}: found a turn of weight 0 in a chat of {len(turns)} turns of the assistant, for which "
-                    f"the chat template of {self._folder} has {len(spans)} generation marks, expected one each; leave the "
-                    "chat out"
+                    f"the chat template of {self._folder} has {len(spans)} generation marks, expected one each; leave "
+                    "the chat out"
                 )
             spans = [span for span, turn in zip(spans, turns, strict=True) if turn in taught]
         spans = [span for span in spans if span[0] < span[1] or not self._is_marked]
