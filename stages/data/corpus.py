@@ -1,8 +1,11 @@
 """Documents of a corpus, one after the other."""
 
+import glob
 import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from datetime import date, time
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +17,13 @@ from stages.data.conversation import BESIDE, conversation
 from stages.data.files import corpus_files
 from stages.data.records import RECORD_SUFFIXES, Row, is_record_file, is_table, record_rows
 from stages.data.remote_files import brought_here
-from stages.data.text_files import text_documents
+from stages.data.text_files import opened, text_documents
 from stages.errors import CorpusError
 from stages.models.hub import refuse_unwritable_home
 
 _T = TypeVar("_T")
 _BATCH_ROWS = 1024
+_BLANK_BYTES = 4096
 OnEmpty = Callable[[str], object]
 """Told the name of every file that holds nothing."""
 
@@ -106,11 +110,13 @@ def _rows(
 def _loaded(source: HuggingFaceDataset, where: str, columns: tuple[str, ...], on_empty: OnEmpty) -> Iterator[Row]:
     """Rows of a data set, of these columns alone if it says that it has them: others may hold what cannot be read."""
     options = {"split": source.split, "streaming": source.streaming, **source.arguments}
-    if "data_files" in options:
-        options["data_files"] = _with_content(options["data_files"], on_empty)
     if source.path == "parquet":
         options.setdefault("batch_size", _BATCH_ROWS)  # without it files of no rows are refused
     try:
+        if Path(source.path).is_dir() or "/" not in source.path:  # no name on the hub
+            options = _with_content(source, options, on_empty)
+        if options.get("data_files") == {}:
+            return
         loaded = datasets.load_dataset(source.path, source.name, **options)
         known = [column for column in columns if column in (loaded.column_names or ())]
         yield from loaded.select_columns(known) if known else loaded
@@ -122,13 +128,34 @@ def _loaded(source: HuggingFaceDataset, where: str, columns: tuple[str, ...], on
         ) from exc
 
 
-def _with_content(data_files: Any, on_empty: OnEmpty) -> Any:
-    """`data_files` without local files of no bytes, at which builders stop."""
-    if isinstance(data_files, dict):
-        return {split: _with_content(files, on_empty) for split, files in data_files.items()}
-    if not isinstance(data_files, list | tuple):
-        return data_files
-    empty = [file for file in data_files if Path(file).is_file() and not Path(file).stat().st_size]
-    for file in empty:
+def _with_content(source: HuggingFaceDataset, options: dict[str, Any], on_empty: OnEmpty) -> dict[str, Any]:
+    """The options of a data set of this machine without its files of no content, at which builders stop."""
+    options = {**options, "data_files": _escaped(options["data_files"])} if "data_files" in options else options
+    loading = signature(datasets.load_dataset).parameters.keys()
+    beyond = loading - signature(datasets.load_dataset_builder).parameters.keys()
+    arguments = {name: value for name, value in options.items() if name not in beyond}
+    found = datasets.load_dataset_builder(source.path, source.name, **arguments).config.data_files or {}
+    empty = {file for files in found.values() for file in files if _holds_nothing(Path(file))}
+    for file in sorted(empty):
         on_empty(file)
-    return [file for file in data_files if file not in empty]
+    kept = {str(split): [glob.escape(file) for file in files if file not in empty] for split, files in found.items()}
+    return {**options, "data_files": {split: files for split, files in kept.items() if files}} if empty else options
+
+
+def _escaped(data_files: Any) -> Any:
+    """`data_files` with the names of files that are there as such, whatever signs of globs they have."""
+    if isinstance(data_files, dict):
+        return {split: _escaped(files) for split, files in data_files.items()}
+    if isinstance(data_files, list | tuple):
+        return [_escaped(file) for file in data_files]
+    return glob.escape(data_files) if Path(data_files).is_file() else data_files
+
+
+def _holds_nothing(file: Path) -> bool:
+    """Whether there is nothing but blanks, or a list of nothing, in a file of this machine."""
+    try:
+        with opened(file) as content:
+            first = content.read(_BLANK_BYTES)
+    except OSError:
+        return False
+    return len(first) < _BLANK_BYTES and first.removeprefix(BOM_UTF8).strip() in (b"", b"[]")

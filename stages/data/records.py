@@ -77,7 +77,7 @@ def _parsed(content: str, where: str, place: str) -> Any:
 
 
 def _parquet_rows(path: Path, where: str, columns: Sequence[str]) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         wanted = _wanted(file.schema_arrow, where, columns)
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
             yield from batch.select(wanted).to_pylist(maps_as_pydicts="strict")

@@ -33,6 +33,33 @@ def hub_texts(builder: str, *paths: Path) -> list[str]:
     return list(documents(DataConfig.model_validate({"source": source}).source))
 
 
+def test_loaders_of_datasets_pass_over_files_of_nothing_however_they_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, content in enumerate([b"", b"\n \n", b"\xef\xbb\xbf", b"[]", gzip.compress(b"")]):
+        (folder / f"{number}.jsonl{'.gz' if number == 4 else ''}").write_bytes(content)
+    (folder / "notes [v2].jsonl").write_text('{"text": "one"}\n')
+    assert hub_texts("json", *sorted(folder.iterdir())) == ["one"]
+    for settings in ({"path": "json", "arguments": {"data_files": f"{tmp_path}/*/*.jsonl"}}, {"path": str(folder)}):
+        source = {"kind": "hf", **settings}
+        empty: list[str] = []
+        found = documents(DataConfig.model_validate({"source": source}).source, empty.append)
+        assert list(found) == ["one"]
+        assert {Path(name).name for name in empty} >= {"0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"}
+    (folder / "notes [v2].jsonl").unlink()
+    assert hub_texts("json", *sorted(folder.iterdir())) == []
+
+
+def test_a_parquet_page_that_is_not_what_its_checksum_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": WORDS}), path, write_page_checksum=True, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"fox number 30")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=r"a\.parquet: cannot be read .*CRC"):
+        texts(path)
+
+
 def write_table(path: Path, table: pa.Table) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(table, path)
