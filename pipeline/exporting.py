@@ -239,7 +239,8 @@ def _known_record(one: Wanted) -> dict[str, Any] | None:
 def _own_files(one: Wanted) -> set[str]:
     """Names in the folder of an earlier export that this may replace or remove."""
     found = (_known_record(one) or {}).get("files", _FILES_BEFORE_RECORDS)
-    return {name for name in found if isinstance(name, str) and Path(name).name == name}
+    names = {name for name in found if isinstance(name, str) and Path(name).name == name}
+    return {name for name in names if not (one.path / name).is_dir()}
 
 
 def _refuse_to_replace(one: Wanted) -> None:

@@ -24,7 +24,7 @@ def plan_text(plan: Plan) -> str:
     ]
     rows.append(["all that is to be done", "", *total, f"{plan.threads} threads, planned in {plan.planned_s:.0f} s"])
     caches = {**plan.stage_caches, "": plan.cache}
-    warnings = [f"warning: {stage.step}: {refused}" for stage in plan.stages if (refused := stage.refused_exports)]
+    warnings = [f"warning: {stage.step}: {refused}" for stage in left if (refused := stage.refused_exports)]
     tables = [text_table(rows), *(_cache_text(name, cache) for name, cache in caches.items())]
     return "\n\n".join([*tables, *warnings])
 

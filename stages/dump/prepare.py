@@ -162,8 +162,8 @@ def calibration_sample(
             size, precision = config.batch_windows, config.precision
             return sample_positions(model, windows, "train", rows, size, precision, beside, progress.advance)
 
-        near = positions_of(student, measured, ALONE)
         fit, measure = positions_of(teacher, fitted, ensemble), positions_of(teacher, measured, ensemble)
+        near = positions_of(student, measured, ALONE)  # after them: where the teacher overflows it is named, not this
     return Sample(
         fit=fit,
         measure=measure,

@@ -27,9 +27,12 @@ def early_refusals(model: LanguageModel, tokenizer_json: Path) -> str | None:
     formats: dict[str, list[str]] = {}
     for export_format in get_args(ExportFormat):
         if reasons := list(_reasons(model, tokenizer_json, export_format, is_trained=False)):
-            formats.setdefault("; ".join(reasons), []).append(export_format)
-    told = [f"`--format {' or '.join(names)}` will refuse it: {reason}" for reason, names in formats.items()]
-    return f"tristill export {'. '.join(told)}" if told else None
+            reason = "; ".join(reasons).replace(str(tokenizer_json), tokenizer_json.name)
+            formats.setdefault(reason, []).append(export_format)
+    told = [
+        f"`tristill export --format {' or '.join(names)}` will refuse it: {reason}" for reason, names in formats.items()
+    ]
+    return ". ".join(told) or None
 
 
 def _reasons(

@@ -67,7 +67,8 @@ def test_what_was_planned_before_anything_was_there_is_what_happens(planned: Pat
     refused = {stage.step: stage.refused_exports for stage in predicted.stages if stage.refused_exports}
     assert list(refused) == ["distill --name student", "distill --name no-teacher"]
     assert (
-        "`--format gguf` will refuse it: a GGUF file of ternary blocks cannot hold" in refused["distill --name student"]
+        "export --format gguf` will refuse it: a GGUF file of ternary blocks cannot hold"
+        in refused["distill --name student"]
     )
     assert f"warning: distill --name student: {refused['distill --name student']}" in plan_text(predicted)
     memory = [row for row in rows if row.unit == "MiB"]

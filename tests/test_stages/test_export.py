@@ -233,9 +233,10 @@ def test_what_will_refuse_a_student_is_known_before_its_training(tmp_path: Path)
         student.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(1e9)  # training may change it
     found = early_refusals(student, tokenizer)
     assert found is not None
-    assert "`--format bitnet` will refuse it: the packed layout of transformers cannot hold" in found
+    assert "`tristill export --format bitnet` will refuse it: the packed layout of transformers cannot hold" in found
     assert (
-        "`--format gguf` will refuse it: a GGUF file of ternary blocks cannot hold this student: model.layers" in found
+        "`tristill export --format gguf` will refuse it: a GGUF file of ternary blocks cannot hold this student: mod"
+        in found
     )
     assert "o_proj" not in found
     for export_format in ("bitnet", "gguf"):
@@ -245,7 +246,7 @@ def test_what_will_refuse_a_student_is_known_before_its_training(tmp_path: Path)
     other = tokenizer_file(tmp_path, normalizer={"type": "NFC"})
     both = early_refusals(make_model({"mlp_width": 320}, 300), other)
     assert both is not None
-    assert re.search("found rows of 320 .*; .*normalizer: found NFC", both)
+    assert re.search(r"found rows of 320 .*; tokenizer\.json: .*normalizer: found NFC", both)
 
 
 # Tokenizers
