@@ -102,9 +102,17 @@ class Store:
         if own is not None and own.num_bytes:
             return {self._system()[0].unstrip_protocol(place): own}
         method = "glob" if any(sign in path for sign in "*?[") else "find"
-        found = self._tried("searched", path, lambda: self._call(method, place, detail=True))
+        found = self._tried("searched", path, lambda: self._listed(method, place))
         system, _ = self._system()
         return {system.unstrip_protocol(name): _stored(one) for name, one in found.items() if one.get("type") == "file"}
+
+    def _listed(self, method: str, place: str) -> dict[str, Any]:
+        """All that `find` or `glob` lists. Folders that cannot be listed are an error, which fsspec leaves out else."""
+        try:
+            found = self._call(method, place, detail=True, on_error="raise")
+        except TypeError:  # a file system that lists a whole tree in one request, which raises by itself
+            found = self._call(method, place, detail=True)
+        return dict(found)
 
     def read(self, name: str, largest_bytes: int) -> bytes | None:
         """A whole file, None if it is not there. Raises CacheCorruptError if it is larger."""
