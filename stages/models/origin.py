@@ -115,7 +115,8 @@ def model_files(folder: Path) -> tuple[OriginFile, ...]:
         missing = "*.safetensors" if (folder / CONFIG_NAME).is_file() else CONFIG_NAME
         raise CheckpointError(
             f"{folder}: found no {missing}; expected a folder of transformers: config.json, tokenizer.json and weights "
-            "in safetensors (pickled ones are not loaded)"
+            "in safetensors (pickled ones are not loaded; of a folder that has such, transformers writes one with "
+            "safetensors by AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW))"
         )
     code = sorted(folder.glob("*.py")) if "auto_map" in read_config(folder / CONFIG_NAME) else []
     parts = sorted(folder.glob("*.safetensors.index.json"))
