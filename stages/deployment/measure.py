@@ -10,7 +10,7 @@ import torch
 
 from stages.deployment.contenders import Contender, InLlamaCpp, InTorch
 from stages.deployment.report import Deployment, Form, Speed, Spread
-from stages.deployment.sizes import fp16_bytes, weights_bytes
+from stages.deployment.sizes import bytes_of, weights_bytes
 from stages.errors import CheckpointError, ExportError
 from stages.export.formats import TernaryType
 from stages.export.gguf import write_gguf
@@ -87,6 +87,7 @@ def _teacher_entries(folder: Path) -> Iterator[_Entry]:
     own = _FORM_OF_DTYPE.get(model.head_weight.dtype, "FP32")
     entry = _Entry("teacher", own, weights_bytes(folder))
     if isinstance(model, HuggingFaceModel):
+        entry.disk_bytes = bytes_of(model)  # its files may have another type than it is run in
         positions = getattr(model.inner.config.get_text_config(), "max_position_embeddings", None)
         entry.context_length = positions if isinstance(positions, int) else entry.context_length
     else:
@@ -97,19 +98,19 @@ def _teacher_entries(folder: Path) -> Iterator[_Entry]:
         entry.why_not = str(exc)
     yield entry
     if own != "fp16":
-        yield _Entry("teacher", "fp16", fp16_bytes(model))
+        yield _Entry("teacher", "fp16", bytes_of(model, torch.float16))
 
 
 def _packed_entries(name: str, student: Student) -> Iterator[_Entry]:
     yield _Entry(name, "FP32", weights_bytes(student.folder))
-    yield _Entry(name, "fp16", fp16_bytes(student.loaded))
+    yield _Entry(name, "fp16", bytes_of(student.loaded, torch.float16))
     if isinstance(student.loaded, HuggingFaceModel):
         why_not = f"packed weights are for our own transformer, and this is {student.loaded.shape.kind} of transformers"
         yield _Entry(name, "packed", None, why_not=why_not)
         return
     packed = pack_model(student.model)
     if memory_use(packed).packed_weights:
-        yield _Entry(name, "packed", fp16_bytes(packed), "PyTorch", InTorch(packed, student.folder))
+        yield _Entry(name, "packed", bytes_of(packed, torch.float16), "PyTorch", InTorch(packed, student.folder))
     else:
         yield _Entry(name, "packed", None, why_not="found no ternary weights, and others are not packed")
 

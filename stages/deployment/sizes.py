@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from stages.models.folder import saved_tensors
 from stages.models.language_model import LanguageModel
@@ -16,13 +17,13 @@ def weights_bytes(folder: Path) -> int:
     return sum(file.num_bytes for file in files if file.name.endswith(".safetensors"))
 
 
-def fp16_bytes(model: LanguageModel) -> int:
-    """Of a safetensors file of the model, whole numbers as they are and all others in fp16.
+def bytes_of(model: LanguageModel, dtype: torch.dtype | None = None) -> int:
+    """Of a safetensors file of the model, whole numbers as they are and all others in a type; None: as they are too.
 
-    Of a packed model that is 2 bits a ternary weight and 16 bits of everything else.
+    Of a packed model in fp16 that is 2 bits a ternary weight and 16 bits of everything else.
     """
     tensors = {
-        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        name: tensor.to(dtype).contiguous() if dtype is not None and tensor.is_floating_point() else tensor
         for name, tensor in saved_tensors(model).items()
     }
     return len(safetensors.torch.save(tensors))
