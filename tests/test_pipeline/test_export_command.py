@@ -124,6 +124,9 @@ def test_files_of_the_user_beside_and_inside_an_export_stay(own_run: Path, tmp_p
     for path in mine:
         path.write_text("mine")
     (exports / "hf" / "config.json").write_text("{}")
+    (exports / "hf" / "folder").mkdir()
+    record = json.loads((exports / "hf.json").read_text())
+    (exports / "hf.json").write_text(json.dumps({**record, "files": [*record["files"], "folder", "../notes.txt"]}))
     assert on(own_run, "--format", "hf").code == 0
     assert [path.read_text() for path in mine] == ["mine"] * 4
     assert json.loads((exports / "hf" / "config.json").read_text())["model_type"] == "llama"
