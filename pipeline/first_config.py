@@ -9,6 +9,7 @@ import tomli_w
 from cache.atomic import write_atomically
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from stages.visible import visible
 
 _TEXT = """# Run it:             tristill run --config {shell_path}
 # What it will take:  tristill plan --config {shell_path}
@@ -59,7 +60,7 @@ def write_first_config(path: Path, texts: tuple[str, ...], teacher: str | None) 
     if path.exists() or path.is_symlink():
         raise ConfigError(f"{path}: is there already, and is not replaced; give another path")
     text = _TEXT.format(
-        shell_path=shlex.quote(str(path)),
+        shell_path=visible(shlex.quote(str(path))),
         source=f'{{ kind = "text", paths = {_toml(list(texts))} }}' if texts else '{ kind = "python-stdlib" }',
         tokenizer=f'{{ kind = "file", path = {_toml(teacher)} }}' if teacher else '{ kind = "bpe", vocab_size = 2048 }',
         teacher=_GIVEN.format(path=_toml(teacher)) if teacher else _TRAINED,

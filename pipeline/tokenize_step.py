@@ -1,6 +1,6 @@
 """The step `tokenize`."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from cache.layout import COMPANION_NAMES
 from pipeline.reading import Input
 from pipeline.step import Step, known
 from stages.data.config import SyntheticText
+from stages.errors import CheckpointError
+from stages.models.hub import find_model
 
 
 class Tokenize(Step):
@@ -68,7 +70,19 @@ class Tokenize(Step):
         from stages.data.files import refuse_changed_corpus
         from stages.data.tokenize import tokenize_corpus
 
+        self._refuse_other_tokenizer()
         with ExitStack() as stack:
             for source in (self.config.data.source, *self.config.data.held_out.values()):
                 stack.enter_context(refuse_changed_corpus(source))
             return tokenize_corpus(self.config.data, self.folder).fingerprint
+
+    def _refuse_other_tokenizer(self) -> None:
+        """Refuses what the step `teacher` would, as far as the tokenizer of a given teacher is here to be seen."""
+        from stages.data.tokenizer_gate import refuse_other_tokenizer
+
+        teacher, model = self.config.teacher, None
+        if teacher.path is not None and not self.workspace.outside("teacher"):
+            with suppress(CheckpointError):  # told by that step
+                model = find_model(teacher.path, teacher.revision, download=True, weights=False)
+        if teacher.path is not None and model is not None:
+            refuse_other_tokenizer(self.config.data.tokenizer, model, teacher.path)

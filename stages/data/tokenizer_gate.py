@@ -7,8 +7,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from cache.hashing import canonical_json
-from stages.data.tokenizer import load_tokenizer
+from stages.data.config import ExistingTokenizer, TrainedTokenizer
+from stages.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_file
 from stages.errors import TokenizerError
+from stages.models.companions import SpecialIds
+from stages.models.description import TOKENIZER_NAME
 
 _SHOWN = 5
 _PARTS = ("normalizer", "pre_tokenizer")
@@ -43,6 +46,33 @@ def require_same_tokenizer(found: Path, expected: Path, what: str, advice: str) 
     difference = tokenizer_difference(found, expected)
     if difference is not None:
         raise TokenizerError(f"{found}: the tokenizer of {what} is not that of {expected}: {difference}; {advice}")
+
+
+def refuse_other_tokenizer(config: TrainedTokenizer | ExistingTokenizer, model: Path, named: Path) -> None:
+    """Raise TokenizerError if the tokenizer of a config is known not to be that of a given teacher, before it is made.
+
+    A trained one has at most as many ids as are wanted, the end of text first. named: the model as the user names it.
+    """
+    own, advice = model / TOKENIZER_NAME, f"set data.tokenizer to {own_tokenizer(model, named)}"
+    if isinstance(config, ExistingTokenizer):
+        require_same_tokenizer(own, tokenizer_file(config), "the teacher", advice)
+    elif own.is_file():
+        ids = _texts_by_id(load_tokenizer(own))
+        if len(ids) > config.vocab_size or ids.get(0) != END_OF_TEXT:
+            raise TokenizerError(
+                f"data.tokenizer: found a BPE to be trained here, of {config.vocab_size:,} ids, but the teacher "
+                f"{named} knows the {len(ids):,} ids of its own tokenizer; {advice}"
+            )
+
+
+def own_tokenizer(model: Path, named: Path) -> str:
+    """The value of data.tokenizer that takes a model's own, with its end of text where it has not the usual one."""
+    end = ""
+    if (model / TOKENIZER_NAME).is_file():
+        tokenizer, eos = load_tokenizer(model / TOKENIZER_NAME), SpecialIds.of(model).eos
+        if tokenizer.token_to_id(END_OF_TEXT) is None and eos is not None:
+            end = f", end_of_text = '{tokenizer.id_to_token(eos)}'"
+    return f"{{ kind = 'file', path = '{named}'{end} }}"
 
 
 def _texts_by_id(tokenizer: Tokenizer) -> dict[int, str]:

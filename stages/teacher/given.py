@@ -8,7 +8,7 @@ from cache.atomic import atomic_file
 from cache.regular_file import open_regular
 from stages.data.tokenized import TokenizedCorpus, corpus_of_model, load_corpus
 from stages.data.tokenizer import beginning_token, load_tokenizer
-from stages.data.tokenizer_gate import require_same_tokenizer
+from stages.data.tokenizer_gate import own_tokenizer, require_same_tokenizer
 from stages.errors import CheckpointError
 from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.evaluate import basis, evaluate, evaluate_test
@@ -46,7 +46,7 @@ def take_teacher(
         given / TOKENIZER_NAME,
         data_folder / TOKENIZER_NAME,
         "the teacher",
-        f"set data.tokenizer to {{ kind = 'file', path = '{given}' }} and run `tristill tokenize --force`",
+        f"set data.tokenizer to {own_tokenizer(given, given)} and run `tristill tokenize --force`",
     )
     before = beginning_token(given, load_tokenizer(given / TOKENIZER_NAME))
     if before is not None and corpus.bos_id is None:

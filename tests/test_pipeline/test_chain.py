@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from small_run import small_config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from cache import open_cache
 from conftest import ROOT, Outcome, tristill
@@ -149,6 +151,22 @@ def test_a_given_teacher_of_another_tokenizer_is_refused_with_the_way_out(
     way_out = ("--set", f"data.tokenizer={{ kind = 'file', path = '{tmp_path / 'given' / 'tokenizer.json'}' }}")
     assert on(run_dir, "tokenize", *way_out, "--force", config=given).code == 0
     assert on(run_dir, "teacher", *way_out, config=given).code == 0
+
+
+def test_a_tokenizer_that_cannot_be_the_given_teachers_is_refused_before_it_is_made(
+    given: tuple[str, ...], tmp_path: Path
+) -> None:
+    outcome = on(tmp_path / "fresh", "run", "--set", "data.tokenizer.vocab_size=511", config=given)
+    own = f"{{ kind = 'file', path = '{tmp_path / 'given'}' }}"
+    assert outcome.code == 1
+    assert f"the 512 ids of its own tokenizer; set data.tokenizer to {own}" in outcome.stderr
+    assert not (tmp_path / "fresh").exists()
+    (tmp_path / "other.json").write_text(Tokenizer(BPE({"<|endoftext|>": 0, "a": 1}, [])).to_str())
+    other = ("--set", f"data.tokenizer={{ kind = 'file', path = '{tmp_path / 'other.json'}' }}")
+    outcome = on(tmp_path / "fresh", "tokenize", *other, config=given)
+    assert outcome.code == 1
+    assert f"the tokenizer of the teacher is not that of {tmp_path / 'other.json'}: 511 of 512 ids" in outcome.stderr
+    assert f"set data.tokenizer to {own}" in outcome.stderr
 
 
 @pytest.mark.parametrize(

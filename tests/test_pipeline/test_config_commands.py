@@ -89,7 +89,7 @@ def test_the_schema_knows_every_table_and_refuses_unknown_keys() -> None:
     ],
 )
 def test_a_first_config_loads_and_is_what_was_asked_for(tmp_path: Path, options: list[str]) -> None:
-    path = tmp_path / "new" / "my config.toml"
+    path = tmp_path / "new" / "my\x1b[2J\nconfig.toml"  # a name that no comment of TOML holds
     result = CliRunner().invoke(cli, ["init", str(path), *options])
     assert result.exit_code == 0, result.exception
     config = load_config(path)
