@@ -310,7 +310,9 @@ def test_peek_refuses_what_is_not_there(lone_cache: Path) -> None:
     outcome = tristill("cache", "peek", str(lone_cache), "--window", "124")
     assert outcome.code == 1
     assert "window 124: the split validation has 124 windows" in outcome.stderr
-    assert tristill("cache", "peek", str(lone_cache), "--split", "test").code == 2
+    outcome = tristill("cache", "peek", str(lone_cache), "--split", "test")
+    assert outcome.code == 1
+    assert "has no split test, found ['train', 'validation']" in outcome.stderr
     (lone_cache / "cache.json").unlink()
     assert "or `tristill cache repair` if only cache.json was lost" in tristill("cache", "peek", str(lone_cache)).stderr
 

@@ -36,7 +36,9 @@ def test_a_training_in_a_pipe_is_plain_lines(copied_run: Path) -> None:
     assert outcome.code == 0, outcome.stderr
     assert all(character == "\n" or character.isprintable() for character in outcome.stderr)
     assert re.search(LAST_LINE, outcome.stderr)
-    assert outcome.stderr.splitlines()[-1].startswith("evaluate student: 3,968 of 3,968 (100%) positions, ")
+    *_, evaluated, said = outcome.stderr.splitlines()
+    assert evaluated.startswith("evaluate student: 3,968 of 3,968 (100%) positions, ")
+    assert said.startswith("student: perplexity ")
 
 
 SLOW_WORK = """
