@@ -26,7 +26,7 @@ _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _FENCE = re.compile(r"^```console(?P<kind>| text)\n(?P<body>.*?)^```$", re.DOTALL | re.MULTILINE)
 _COMMAND = re.compile(r"^\$ (?P<line>.*(?:\n> .*)*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.MULTILINE)
 _PROGRESS = re.compile(r"^(?P<label>[\w. -]+): [\d,]+ (?:of [\d,]+ \(\d+%\) )?\w+, [\d,]+ \w+/s")
-_WAIT = re.compile(r"^[\w. -]+: [\d,]+ s(?:, done)?$")
+_WAIT = re.compile(r"^[\w. :-]+: [\d,]+ s(?:, done)?$")
 
 
 @dataclass(frozen=True)

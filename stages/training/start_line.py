@@ -18,6 +18,11 @@ def say_start(label: str, model: str, device: torch.device, precision: str, rank
     threads = num_threads()
     many = f", {ranks.world_size} ranks" if ranks.are_many else ""
     say(f"{label}: {model}; on {name} in {precision}, {threads} thread{'s' * (threads != 1)}{many}")
+    if device.type == "cpu" and precision == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say(
+            f"warning: {label}: this processor has no instructions for bfloat16, whose products take tens of times as "
+            "long as those of float32; set precision (of a given teacher, dtype) to float32"
+        )
 
 
 def say_length(label: str, config: TrainingConfig, source: TargetSource) -> None:
