@@ -5,7 +5,9 @@ exports/NAME/bitnet/    bitnet.json    it is from its student. What has no recor
 exports/NAME/NAME.gguf  NAME.gguf.json
 """
 
+import glob
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +147,8 @@ def _row(name: str, parity: Parity) -> list[str]:
 def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], None]) -> None:
     """Write in a temporary folder, check, say what was found, and move it to its place."""
     parent = one.path.parent
+    for left in parent.glob(f".{glob.escape(one.path.name)}.*.partial"):  # by a kill: this process holds the folder
+        shutil.rmtree(left)
     with TemporaryDirectory(prefix=f".{one.path.name}.", suffix=".partial", dir=parent) as scratch:
         partial = Path(scratch) / one.path.name
         with waiting(f"export {one.path.name}"):

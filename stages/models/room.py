@@ -9,7 +9,7 @@ import torch
 
 from cache.regular_file import require_regular
 from stages.errors import CheckpointError
-from stages.models.description import CONFIG_NAME
+from stages.models.description import CONFIG_NAME, WEIGHTS_NAME
 
 _COUNTS = ("layer", "depth", "block", "expert")
 """Words in the names of numbers of parts, of which each has tensors."""
@@ -24,7 +24,7 @@ def require_room(folder: Path, parameters: int, *, per_byte: int = 1) -> None:
     if parameters > num_bytes * per_byte:
         raise CheckpointError(
             f"{folder}: found {num_bytes} bytes of weights, but {folder / CONFIG_NAME} describes {parameters} "
-            "parameters; put the file of weights there that belongs to it"
+            f"parameters; put the file of weights there that belongs to it ({WEIGHTS_NAME})"
         )
 
 

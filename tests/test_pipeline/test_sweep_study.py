@@ -1,6 +1,5 @@
 """Studies that cannot be read, and what --force may forget."""
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -94,7 +93,6 @@ def test_a_study_stays_in_its_folder_whatever_the_name_of_that(tmp_path: Path) -
         "a&mode=memory",
         ":memory:",
         "file:x",
-        os.fsdecode(b"\xff"),
     )
     for name in names:
         base = Base(found, CONFIG, (), tmp_path / name)
