@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import unicodedata
+from html import escape
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,14 @@ def visible(text: str) -> str:
 def visible_lines(text: str) -> str:
     """As `visible`, with the ends of lines and tabs as they are."""
     return "".join(part if i % 2 else visible(part) for i, part in enumerate(_LAYOUT.split(text)))
+
+
+def visible_markup(markup: str) -> str:
+    """As `visible_lines`, in HTML or XML: the forms of characters are text there, and no tags."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else escape(_visible_character(character))
+        for character in markup
+    )
 
 
 class Painted(str):

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.report.section import Entry
 from pipeline.units import scale_of, tick_text
-from stages.visible import visible, visible_lines
+from stages.visible import visible, visible_lines, visible_markup
 
 Axes = Any
 """matplotlib's, which is imported only when something is drawn."""
@@ -96,7 +96,7 @@ def drawn(plot: Callable[[Axes], object], key: str, height: int = 250, width: in
                 text.set_text(shown.encode("ascii", "backslashreplace").decode())
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inlined(visible_lines(file.getvalue()), key)  # XML has no control characters at all
+    return _inlined(visible_markup(file.getvalue()), key)  # XML has no control characters at all
 
 
 def lines(

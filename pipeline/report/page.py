@@ -21,7 +21,7 @@ from pipeline.report.summary import about, provenance, tiles
 from pipeline.report.sweeps import sweeps_section
 from pipeline.report.teacher import teacher_section
 from pipeline.workspace import Workspace
-from stages.visible import visible_lines
+from stages.visible import visible_markup
 
 REPORT_NAME = "report.html"
 
@@ -42,7 +42,7 @@ def write_report(workspace: Workspace, *, has_samples: bool = True) -> Path:
     run = read_run(workspace)
     name = workspace.run_dir.resolve().name
     sections = list(_sections(run, has_samples=has_samples))
-    html = visible_lines(render(name, tiles(run), sections, provenance(run), about(run)))
+    html = visible_markup(render(name, tiles(run), sections, provenance(run), about(run)))
     path = workspace.run_dir / REPORT_NAME
     write_atomically(path, html.encode("utf-8"))
     return path

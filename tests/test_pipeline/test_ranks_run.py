@@ -192,7 +192,7 @@ def test_a_whole_run_on_two_ranks_ends_as_one_does(finished_run: Path, tmp_path:
 def test_no_ranks_are_refused(tmp_path: Path) -> None:
     refused = tristill("run", "--ranks", "0", *of_run(tmp_path))
     assert refused.code == 2
-    assert "0 is not in the range x>=1" in refused.stderr
+    assert "0 is not in the range 1<=x<=4096" in refused.stderr
 
 
 def test_a_folder_is_held_until_its_last_rank_has_ended(tmp_path: Path) -> None:

@@ -379,5 +379,5 @@ def test_a_file_is_checked_on_what_it_was_made_of(trained: Callable[[str], Given
     path = write_file(student, tmp_path)
     found = check_gguf(path, student.model, student.tokenizer_json, context_length=CONTEXT, end_of_text_id=0)
     assert found.ternary == {f"{name}.weight" for name in student.model.quantized_linears()}
-    with pytest.raises(ExportError, match="context length: found another than was written; end of text: found"):
+    with pytest.raises(ExportError, match="context length: found another than was written; tokenizer: found"):
         check_gguf(path, student.model, student.tokenizer_json, context_length=65, end_of_text_id=1)
