@@ -148,7 +148,8 @@ def _export(student: Student, one: Wanted, text: HeldOut, echo: Callable[[str], 
     """Write in a temporary folder, check, say what was found, and move it to its place."""
     parent = one.path.parent
     for left in parent.glob(f".{glob.escape(one.path.name)}.*.partial"):  # by a kill: this process holds the folder
-        shutil.rmtree(left)
+        if left.is_dir() and not left.is_symlink():  # a file of that form is a record's, which its next writer removes
+            shutil.rmtree(left)
     with TemporaryDirectory(prefix=f".{one.path.name}.", suffix=".partial", dir=parent) as scratch:
         partial = Path(scratch) / one.path.name
         with waiting(f"export {one.path.name}"):
