@@ -44,7 +44,9 @@ test-slow: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	mkdir -p $(VENV)/tree/tristill
+	for folder in cache stages pipeline configs; do ln -sfn ../../../$$folder $(VENV)/tree/tristill/$$folder; done
+	MYPYPATH=$(VENV)/tree $(BIN)/mypy
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
@@ -52,7 +54,7 @@ format: $(VENV)/.installed-dev
 
 # Writes docs/cli.md, docs/config.md and the tables of README.md anew.
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m pipeline.reference
+	$(BIN)/python -m tristill.pipeline.reference
 
 # Some eight hours on two cores; cache_fidelity and hidden_fidelity want the runs of the demo and of benchmarks/second.toml.
 bench: $(VENV)/.installed-dev

@@ -22,26 +22,26 @@ import torch
 
 from benchmarks.environment import environment
 from benchmarks.peers import polynomial, random_sampling, renormalised
-from cache.manifest import load_manifest
-from cache.parts import Part, PartCoder
-from cache.profiles.heads import HeadSize
-from cache.profiles.profile import Need
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from pipeline.config import load_config
-from pipeline.results import text_table
-from stages.data.tokenized import split_windows
-from stages.data.tokens import TokenWindows
-from stages.dump.calibrate import Fitter, Sample, as_given, knobs
-from stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
-from stages.dump.extract import TeacherPositions, target_arrays
-from stages.dump.forward import sample_positions
-from stages.dump.prepare import calibration_sample
-from stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
-from stages.losses.target import ComputedTargets, Targets
-from stages.models.folder import load_model
-from stages.models.transformer import Transformer
-from stages.targets.stored import make_targets
+from tristill.cache.manifest import load_manifest
+from tristill.cache.parts import Part, PartCoder
+from tristill.cache.profiles.heads import HeadSize
+from tristill.cache.profiles.profile import Need
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.pipeline.config import load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.data.tokenized import split_windows
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.dump.calibrate import Fitter, Sample, as_given, knobs
+from tristill.stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
+from tristill.stages.dump.extract import TeacherPositions, target_arrays
+from tristill.stages.dump.forward import sample_positions
+from tristill.stages.dump.prepare import calibration_sample
+from tristill.stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
+from tristill.stages.losses.target import ComputedTargets, Targets
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.stored import make_targets
 
 RESULTS = Path(__file__).parent / "results" / "cache_fidelity.json"
 PLOT = Path(__file__).parent.parent / "docs" / "cache_fidelity.svg"

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from cache import open_cache
-from pipeline.cache_info import cache_info
-from pipeline.config import load_config
-from pipeline.results import text_table
-from stages.distill.distill import distill
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.evaluate.evaluate import evaluate
-from stages.models.folder import load_model
-from stages.targets.cached import CachedSource
-from stages.targets.online import OnlineSource
+from tristill.cache import open_cache
+from tristill.pipeline.cache_info import cache_info
+from tristill.pipeline.config import load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.distill.distill import distill
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.evaluate.evaluate import evaluate
+from tristill.stages.models.folder import load_model
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.online import OnlineSource
 
 RESULTS = Path(__file__).parent / "results" / "cache_students.json"
 PROFILES: dict[str, dict[str, Any]] = {

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from pipeline.cache_info import cache_info
-from pipeline.config import DEFAULT_STUDENT, load_config
-from pipeline.results import COLUMNS, loss_text, read_summary, text_table
-from pipeline.workspace import Workspace
+from tristill.pipeline.cache_info import cache_info
+from tristill.pipeline.config import DEFAULT_STUDENT, load_config
+from tristill.pipeline.results import COLUMNS, loss_text, read_summary, text_table
+from tristill.pipeline.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 _TRAIN = {"positions_per_s": ("positions/s", "{:,.0f}"), "peak_rss_mib": ("peak RSS, MiB", "{:,.0f}")}
 
 
 def tristill(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pipeline", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "tristill.pipeline", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def dotted(changes: dict[str, Any], path: str = "") -> list[str]:

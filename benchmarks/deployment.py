@@ -14,14 +14,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.environment import environment
-from pipeline.deployment import deployment_table
-from stages.data.config import TrainedTokenizer
-from stages.data.tokenizer import train_tokenizer
-from stages.deployment.measure import measure_deployment
-from stages.models.config import ModelConfig
-from stages.models.folder import save_model
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.pipeline.deployment import deployment_table
+from tristill.stages.data.config import TrainedTokenizer
+from tristill.stages.data.tokenizer import train_tokenizer
+from tristill.stages.deployment.measure import measure_deployment
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import save_model
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 RESULT = Path(__file__).parent / "results" / "deployment.json"
 SHAPE = ModelConfig(width=768, layers=8, heads=12, kv_heads=4, mlp_width=2048)

@@ -18,15 +18,15 @@ from torch import nn
 
 from benchmarks.cache_students import PROFILES, slug_of
 from benchmarks.environment import environment
-from cache import open_cache
-from pipeline.config import Config, load_config
-from pipeline.results import text_table
-from stages.distill.objective import Objective
-from stages.models.transformer import Transformer
-from stages.targets.cached import CachedSource
-from stages.targets.source import TargetBatch, endless_batches
-from stages.training.loop import StepInfo
-from stages.training.optimizer import make_optimizer
+from tristill.cache import open_cache
+from tristill.pipeline.config import Config, load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.distill.objective import Objective
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import TargetBatch, endless_batches
+from tristill.stages.training.loop import StepInfo
+from tristill.stages.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "distill_speed.json"
 LABELS = "labels alone"

@@ -19,20 +19,20 @@ import torch
 from pydantic import TypeAdapter
 
 from benchmarks.environment import environment
-from cache import CacheWriter, SplitName
-from pipeline.config import load_config
-from pipeline.results import text_table
-from stages.data.tokenized import load_corpus, split_windows
-from stages.data.tokens import TokenWindows
-from stages.dump.config import DumpConfig, ProfileSettings
-from stages.dump.dump import write_shards
-from stages.dump.prepare import Prepared, prepare
-from stages.losses.chunked_head import chunks
-from stages.models.folder import load_model
-from stages.models.origin import model_fingerprint
-from stages.models.transformer import Transformer
-from stages.progress import Progress
-from stages.threads import torch_threads
+from tristill.cache import CacheWriter, SplitName
+from tristill.pipeline.config import load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.dump.config import DumpConfig, ProfileSettings
+from tristill.stages.dump.dump import write_shards
+from tristill.stages.dump.prepare import Prepared, prepare
+from tristill.stages.losses.chunked_head import chunks
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.progress import Progress
+from tristill.stages.threads import torch_threads
 
 PROFILES = ("sampled", "topk", "transform", "dense", "plain_topk")
 PROFILE_SETTINGS: TypeAdapter[Any] = TypeAdapter(ProfileSettings)

@@ -5,7 +5,7 @@ import subprocess
 from importlib.metadata import version
 from typing import Any
 
-from stages.resources import machine
+from tristill.stages.resources import machine
 
 
 def environment() -> dict[str, Any]:

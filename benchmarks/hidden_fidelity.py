@@ -22,24 +22,24 @@ import torch
 import zstandard
 
 from benchmarks.environment import environment
-from cache.hidden import Float16Hidden, HiddenSpec, Int8Hidden, Reduction
-from cache.layout import default_windows_per_chunk
-from cache.manifest import load_manifest
-from cache.parts import Part, PartCoder
-from cache.profiles.profile import Place
-from pipeline.config import load_config
-from pipeline.results import text_table
-from stages.data.tokenized import split_windows
-from stages.dump.calibrate import as_stored
-from stages.dump.forward import sample_hidden
-from stages.dump.hidden import hidden_arrays
-from stages.dump.hidden_calibrate import hidden_sample
-from stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
-from stages.dump.hidden_fit import FittedHidden, HiddenSample, fit_hidden, measure_hidden
-from stages.dump.prepare import calibration_sample
-from stages.fidelity.measure import near_student
-from stages.models.folder import load_model
-from stages.targets.hidden import HiddenStates, HiddenTransforms
+from tristill.cache.hidden import Float16Hidden, HiddenSpec, Int8Hidden, Reduction
+from tristill.cache.layout import default_windows_per_chunk
+from tristill.cache.manifest import load_manifest
+from tristill.cache.parts import Part, PartCoder
+from tristill.cache.profiles.profile import Place
+from tristill.pipeline.config import load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.data.tokenized import split_windows
+from tristill.stages.dump.calibrate import as_stored
+from tristill.stages.dump.forward import sample_hidden
+from tristill.stages.dump.hidden import hidden_arrays
+from tristill.stages.dump.hidden_calibrate import hidden_sample
+from tristill.stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
+from tristill.stages.dump.hidden_fit import FittedHidden, HiddenSample, fit_hidden, measure_hidden
+from tristill.stages.dump.prepare import calibration_sample
+from tristill.stages.fidelity.measure import near_student
+from tristill.stages.models.folder import load_model
+from tristill.stages.targets.hidden import HiddenStates, HiddenTransforms
 
 RESULTS = Path(__file__).parent / "results" / "hidden_fidelity.json"
 ROUNDS = 3

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.environment import environment
-from pipeline.results import text_table
-from stages.losses import chunked_head
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.target import ComputedTargets, HeadTarget, Rows, Targets
-from stages.losses.term import WeightedTerm
-from stages.resources import peak_rss_mib
+from tristill.pipeline.results import text_table
+from tristill.stages.losses import chunked_head
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.target import ComputedTargets, HeadTarget, Rows, Targets
+from tristill.stages.losses.term import WeightedTerm
+from tristill.stages.resources import peak_rss_mib
 
 # N positions, V vocabulary, D width, K kept head entries
 
@@ -196,7 +196,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # read when the server that forks the processes starts
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.losses.chunked_head"])
+    context.set_forkserver_preload(["tristill.stages.losses.chunked_head"])
     rows = []
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for row in pool.map(measure, points()):

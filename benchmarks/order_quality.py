@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.environment import environment
-from cache.order import Deal, WindowOrder
-from pipeline.results import text_table
+from tristill.cache.order import Deal, WindowOrder
+from tristill.pipeline.results import text_table
 
 RESULTS = Path(__file__).parent / "results" / "order_quality.json"
 PER_BLOCK, PER_SHARD = 32, 512

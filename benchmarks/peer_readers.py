@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cache import Cache, WindowBatch
+from tristill.cache import Cache, WindowBatch
 
 Window = dict[str, np.ndarray]
 _LEVEL = 3

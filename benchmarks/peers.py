@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.losses.target import LogitsTarget
+from tristill.stages.losses.target import LogitsTarget
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from pipeline.config import load_config
-from pipeline.plan.compare import Comparison, compare
-from pipeline.plan.prediction import Plan, load_plan
-from pipeline.plan.text import comparison_table
-from pipeline.results import text_table
-from pipeline.runner import plan as steps_to_run
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.plan.compare import Comparison, compare
+from tristill.pipeline.plan.prediction import Plan, load_plan
+from tristill.pipeline.plan.text import comparison_table
+from tristill.pipeline.results import text_table
+from tristill.pipeline.runner import plan as steps_to_run
+from tristill.pipeline.workspace import Workspace
 
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy.json"
 
 
 def tristill(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pipeline", *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "tristill.pipeline", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:

@@ -25,15 +25,15 @@ import torch
 from benchmarks.distill_speed import Runner
 from benchmarks.environment import environment
 from benchmarks.peer_readers import Litdata, Mosaic, PeerReader, window_batch, windows_of
-from cache import Cache, open_cache
-from pipeline.config import load_config
-from pipeline.results import text_table
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.models.language_model import State
-from stages.resources import keep_freed_memory
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals
+from tristill.cache import Cache, open_cache
+from tristill.pipeline.config import load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.models.language_model import State
+from tristill.stages.resources import keep_freed_memory
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals
 
 RESULTS = Path(__file__).parent / "results" / "reader_speed.json"
 BATCH_WINDOWS = 8

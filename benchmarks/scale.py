@@ -2,7 +2,7 @@
 
     python -m benchmarks.scale [--run-dir runs/demo]        (some two minutes)
     python -m benchmarks.scale --tables                     (from what was measured before)
-    python -m pipeline.reference                            (puts the tables into the page)
+    python -m tristill.pipeline.reference                            (puts the tables into the page)
 
 Needs a finished run: its data, teacher and cache. The run's own cache is measured as it is; of the other profiles a
 sample of windows is dumped. Seconds are of the processor, one thread, so that other work on the machine hardly counts.
@@ -22,20 +22,20 @@ import numpy as np
 
 from benchmarks import scale_model, scale_reader
 from benchmarks.environment import environment
-from cache import CacheWriter, open_cache
-from cache.layout import TABLES_NAME
-from cache.manifest import load_manifest
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.reader import Cache
-from cache.verify import checked_shards
-from pipeline.cache_info import cache_info
-from pipeline.config import load_config
-from pipeline.provenance import read_provenance
-from stages.data.tokenized import load_corpus
-from stages.dump.config import DenseSettings, ProfileSettings
-from stages.dump.dump import dump_logits
-from stages.threads import torch_threads
+from tristill.cache import CacheWriter, open_cache
+from tristill.cache.layout import TABLES_NAME
+from tristill.cache.manifest import load_manifest
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.reader import Cache
+from tristill.cache.verify import checked_shards
+from tristill.pipeline.cache_info import cache_info
+from tristill.pipeline.config import load_config
+from tristill.pipeline.provenance import read_provenance
+from tristill.stages.data.tokenized import load_corpus
+from tristill.stages.dump.config import DenseSettings, ProfileSettings
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.threads import torch_threads
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 SAMPLED_PROFILES: tuple[ProfileSettings, ...] = (SampledProfile(draws=12), TopKProfile(), DenseSettings())

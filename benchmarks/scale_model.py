@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.results import text_table
+from tristill.pipeline.results import text_table
 
 VOCAB_SIZE = 131_072
 CONTEXT_LENGTH = 4096

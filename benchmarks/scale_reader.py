@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from cache import open_cache
-from cache.errors import CacheCorruptError
-from cache.hashing import canonical_json
-from cache.layout import (
+from tristill.cache import open_cache
+from tristill.cache.errors import CacheCorruptError
+from tristill.cache.hashing import canonical_json
+from tristill.cache.layout import (
     MANIFEST_NAME,
     TABLES_NAME,
     TOKENIZER_NAME,
@@ -30,9 +30,9 @@ from cache.layout import (
     shard_ranges,
     windows_per_shard,
 )
-from cache.manifest import Manifest, load_manifest
-from cache.order import SHARDS_PER_RUN, Deal, WindowOrder
-from cache.spec import CacheSpec
+from tristill.cache.manifest import Manifest, load_manifest
+from tristill.cache.order import SHARDS_PER_RUN, Deal, WindowOrder
+from tristill.cache.spec import CacheSpec
 
 # M batches, R ranks, S windows of a rank's share of a batch
 

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment
-from cache import Cache, CacheSpec, CacheWriter, SplitSpec, open_cache
-from cache.calibration import Calibration, FidelityPoint
-from cache.coding.streams import Histograms
-from cache.layout import DEFAULT_SHARD_POSITIONS, default_windows_per_chunk, windows_per_shard
-from cache.order import Deal
-from cache.profiles.profile import Place
-from cache.profiles.sampled import SampledProfile
-from cache.tables import tables_image
-from pipeline.results import text_table
-from stages.resources import keep_freed_memory
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals
+from tristill.cache import Cache, CacheSpec, CacheWriter, SplitSpec, open_cache
+from tristill.cache.calibration import Calibration, FidelityPoint
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.layout import DEFAULT_SHARD_POSITIONS, default_windows_per_chunk, windows_per_shard
+from tristill.cache.order import Deal
+from tristill.cache.profiles.profile import Place
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.tables import tables_image
+from tristill.pipeline.results import text_table
+from tristill.stages.resources import keep_freed_memory
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 VOCAB_SIZE, CONTEXT_LENGTH, BATCH_WINDOWS = 2048, 256, 8

@@ -20,22 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import environment
-from pipeline.config import load_config
-from pipeline.results import text_table
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.term import WeightedTerm
-from stages.models.compiled import compile_model
-from stages.models.config import ModelConfig
-from stages.models.linear import QuantizedLinear
-from stages.models.transformer import Transformer
-from stages.quantize.absmax import absmax_quantize
-from stages.quantize.absmean import absmean_ternary
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.straight_through import straight_through
-from stages.resources import keep_freed_memory
-from stages.training.config import TrainingConfig
-from stages.training.optimizer import make_optimizer
+from tristill.pipeline.config import load_config
+from tristill.pipeline.results import text_table
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.term import WeightedTerm
+from tristill.stages.models.compiled import compile_model
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.absmax import absmax_quantize
+from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.straight_through import straight_through
+from tristill.stages.resources import keep_freed_memory
+from tristill.stages.training.config import TrainingConfig
+from tristill.stages.training.optimizer import make_optimizer
 
 RESULTS = Path(__file__).parent / "results" / "step_speed.json"
 POSITIONS = 256

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from pipeline.config import Config, load_config
-from pipeline.results import text_table
+from tristill.pipeline.config import Config, load_config
+from tristill.pipeline.results import text_table
 
 METRICS = {
     "perplexity": ("perplexity", 1, 2),
@@ -113,7 +113,7 @@ def slug_of(row: str) -> str:
 
 def _dump(table: StudentTable, arguments: argparse.Namespace, row: str) -> None:
     """The cache of a row, unless it is there."""
-    from stages.dump.dump import dump_logits
+    from tristill.stages.dump.dump import dump_logits
 
     folder = table.cache_of(arguments.run_dir, row, arguments.budget)
     if (folder / "cache.json").is_file():
@@ -128,12 +128,12 @@ def train(table: StudentTable, arguments: argparse.Namespace, row: str, seed: in
     """One student, and its metrics against the exact teacher."""
     import torch
 
-    from cache import open_cache
-    from stages.distill.distill import distill
-    from stages.evaluate.evaluate import evaluate
-    from stages.models.folder import load_model
-    from stages.targets.cached import CachedSource
-    from stages.targets.online import OnlineSource
+    from tristill.cache import open_cache
+    from tristill.stages.distill.distill import distill
+    from tristill.stages.evaluate.evaluate import evaluate
+    from tristill.stages.models.folder import load_model
+    from tristill.stages.targets.cached import CachedSource
+    from tristill.stages.targets.online import OnlineSource
 
     config, device = config_of(table, arguments, row, seed), torch.device("cpu")
     folder, teacher = student_folder(table, arguments, row, seed), arguments.run_dir / "teacher"

@@ -4,7 +4,7 @@ The format is docs/format.md. All that stage two needs is here. The dump and the
 and `spec`, and the small tools `atomic`, `hashing`, `arrays` and `order`; `shard` is private.
 """
 
-from cache.errors import (
+from tristill.cache.errors import (
     CacheCorruptError,
     CacheError,
     CacheMismatchError,
@@ -13,17 +13,25 @@ from cache.errors import (
     CacheStoreError,
     CacheWriteError,
 )
-from cache.hidden import CodedLayer, Float16Hidden, Float32Hidden, HiddenSpec, Int8Hidden, Reduction, TransformHidden
-from cache.profiles.dense import DenseProfile
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import Need
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import TransformProfile
-from cache.reader import Cache, WindowBatch, open_cache
-from cache.spec import CacheSpec, SplitName, SplitSpec
-from cache.verify import verify_cache
-from cache.writer import CacheWriter
+from tristill.cache.hidden import (
+    CodedLayer,
+    Float16Hidden,
+    Float32Hidden,
+    HiddenSpec,
+    Int8Hidden,
+    Reduction,
+    TransformHidden,
+)
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.profile import Need
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.profiles.transform import TransformProfile
+from tristill.cache.reader import Cache, WindowBatch, open_cache
+from tristill.cache.spec import CacheSpec, SplitName, SplitSpec
+from tristill.cache.verify import verify_cache
+from tristill.cache.writer import CacheWriter
 
 __all__ = [
     "Cache",

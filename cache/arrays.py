@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import zstandard
 
-from cache.errors import CacheRequestError
+from tristill.cache.errors import CacheRequestError
 
 LARGEST_VOCAB_SIZE = 2**32
 

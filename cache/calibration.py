@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from cache.hashing import canonical_json
+from tristill.cache.hashing import canonical_json
 
 _TEMPERATURE = re.compile(r"[0-9]{1,4}(\.[0-9]{1,12})?")
 

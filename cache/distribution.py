@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.profiles.dense import DenseProfile
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
-from cache.spec import AnyProfile
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
+from tristill.cache.spec import AnyProfile
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from cache.atomic import atomic_file
-from cache.errors import CacheError, CacheRequestError, CacheStoreError, CacheWriteError
-from cache.hashing import sha256_of_file
-from cache.locks import lock
-from cache.manifest import ShardRecord
-from cache.room import ROOM_LOCK, free_room
-from cache.store import Store
+from tristill.cache.atomic import atomic_file
+from tristill.cache.errors import CacheError, CacheRequestError, CacheStoreError, CacheWriteError
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.locks import lock
+from tristill.cache.manifest import ShardRecord
+from tristill.cache.room import ROOM_LOCK, free_room
+from tristill.cache.store import Store
 
 _THREADS = 4
 _SHARDS_AT_ONCE = 2

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cache.regular_file import open_regular
+from tristill.cache.regular_file import open_regular
 
 
 def canonical_json(value: Any) -> str:

@@ -16,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
-from cache.arrays import ArraySpec
-from cache.hidden_coder import HiddenCoder, coefficient_models
-from cache.parts import Part
+from tristill.cache.arrays import ArraySpec
+from tristill.cache.hidden_coder import HiddenCoder, coefficient_models
+from tristill.cache.parts import Part
 
 TABLE_UNITS_PER_STEP = 8
 BASIS_UNIT = 2.0**-15

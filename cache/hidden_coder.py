@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cache.coding.integers import columns, num_tokens, unzigzag, zigzag
-from cache.coding.streams import Reading, Request, Sink
-from cache.errors import CacheCorruptError, CacheRequestError
-from cache.profiles.profile import Place
+from tristill.cache.coding.integers import columns, num_tokens, unzigzag, zigzag
+from tristill.cache.coding.streams import Reading, Request, Sink
+from tristill.cache.errors import CacheCorruptError, CacheRequestError
+from tristill.cache.profiles.profile import Place
 
 LARGEST_COEFFICIENT = 2047
 

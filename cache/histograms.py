@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.distribution import Head
-from cache.reader import Cache
-from cache.spec import SplitName
+from tristill.cache.distribution import Head
+from tristill.cache.reader import Cache
+from tristill.cache.spec import SplitName
 
 MAX_CHUNKS = 64
 _MASS_BINS = 10

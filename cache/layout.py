@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cache.spec import CacheSpec, SplitName
+from tristill.cache.spec import CacheSpec, SplitName
 
 MANIFEST_NAME = "cache.json"
 TOKENIZER_NAME = "tokenizer.json"

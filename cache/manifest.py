@@ -14,14 +14,22 @@ from pydantic import (
     model_validator,
 )
 
-from cache.atomic import write_atomically
-from cache.calibration import Calibration
-from cache.copies import copy_in
-from cache.errors import CacheCorruptError, CacheMissingError, CacheRequestError
-from cache.hashing import canonical_json, fingerprint_of
-from cache.layout import MANIFEST_NAME, SHARD_NAME, TOKENIZER_NAME, CompanionName, ShardRange, num_shards, shard_ranges
-from cache.regular_file import IrregularFileError, read_regular
-from cache.spec import CacheSpec, Fingerprint, SplitName, describe
+from tristill.cache.atomic import write_atomically
+from tristill.cache.calibration import Calibration
+from tristill.cache.copies import copy_in
+from tristill.cache.errors import CacheCorruptError, CacheMissingError, CacheRequestError
+from tristill.cache.hashing import canonical_json, fingerprint_of
+from tristill.cache.layout import (
+    MANIFEST_NAME,
+    SHARD_NAME,
+    TOKENIZER_NAME,
+    CompanionName,
+    ShardRange,
+    num_shards,
+    shard_ranges,
+)
+from tristill.cache.regular_file import IrregularFileError, read_regular
+from tristill.cache.spec import CacheSpec, Fingerprint, SplitName, describe
 
 LARGEST_MANIFEST_BYTES = 256 * 2**20
 

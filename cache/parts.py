@@ -16,10 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
-from cache.arrays import ArraySpec, Dataset
-from cache.coding.frequencies import Model
-from cache.coding.rans import Decoder, Encoder, read_in_step
-from cache.profiles.profile import NUM_LANES, Coder, Place
+from tristill.cache.arrays import ArraySpec, Dataset
+from tristill.cache.coding.frequencies import Model
+from tristill.cache.coding.rans import Decoder, Encoder, read_in_step
+from tristill.cache.profiles.profile import NUM_LANES, Coder, Place
 
 SIGNAL_STEP_NATS = 1 / 8
 MASK_NAME = "mask"

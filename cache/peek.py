@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.distribution import largest_probabilities
-from cache.reader import Cache, WindowBatch
-from cache.spec import SplitName
+from tristill.cache.distribution import largest_probabilities
+from tristill.cache.reader import Cache, WindowBatch
+from tristill.cache.spec import SplitName
 
 
 @dataclass(frozen=True, slots=True)

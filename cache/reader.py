@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, CacheRequestError
-from cache.layout import TOKENIZER_NAME, ShardRange
-from cache.manifest import Manifest, load_manifest
-from cache.order import BLOCKS_PER_GROUP, Deal, Pacing, WindowOrder
-from cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
-from cache.profiles.profile import Place
-from cache.regular_file import IrregularFileError, sha256_of_regular_file
-from cache.remote import copied_from, remote_copy
-from cache.shard import OpenShard, corrupt
-from cache.shard_files import LocalShardFiles, ShardFiles
-from cache.spec import CacheSpec, SplitName
-from cache.tables import load_tables
-from cache.verify import copied_file_problem, verify_cache
+from tristill.cache.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, CacheRequestError
+from tristill.cache.layout import TOKENIZER_NAME, ShardRange
+from tristill.cache.manifest import Manifest, load_manifest
+from tristill.cache.order import BLOCKS_PER_GROUP, Deal, Pacing, WindowOrder
+from tristill.cache.parts import MASK_NAME, SIGNAL_STEP_NATS, Part, part_coders
+from tristill.cache.profiles.profile import Place
+from tristill.cache.regular_file import IrregularFileError, sha256_of_regular_file
+from tristill.cache.remote import copied_from, remote_copy
+from tristill.cache.shard import OpenShard, corrupt
+from tristill.cache.shard_files import LocalShardFiles, ShardFiles
+from tristill.cache.spec import CacheSpec, SplitName
+from tristill.cache.tables import load_tables
+from tristill.cache.verify import copied_file_problem, verify_cache
 
 _MAX_OPEN_SHARDS = 64
 _MAX_GROUPS_AHEAD = 64

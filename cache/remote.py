@@ -10,18 +10,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cache.atomic import atomic_file, write_atomically
-from cache.copies import copy_in, set_copy
-from cache.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
-from cache.fetched_files import FetchedShardFiles
-from cache.hashing import sha256_of_file
-from cache.layout import LARGEST_COMPANION_BYTES, MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
-from cache.locks import lock
-from cache.manifest import LARGEST_MANIFEST_BYTES, Manifest
-from cache.regular_file import parsed_json, read_file
-from cache.spec import CacheSpec, describe
-from cache.store import Patience, Store
-from cache.uploads import RECORDS_FOLDER, Uploads
+from tristill.cache.atomic import atomic_file, write_atomically
+from tristill.cache.copies import copy_in, set_copy
+from tristill.cache.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
+from tristill.cache.fetched_files import FetchedShardFiles
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.layout import LARGEST_COMPANION_BYTES, MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
+from tristill.cache.locks import lock
+from tristill.cache.manifest import LARGEST_MANIFEST_BYTES, Manifest
+from tristill.cache.regular_file import parsed_json, read_file
+from tristill.cache.spec import CacheSpec, describe
+from tristill.cache.store import Patience, Store
+from tristill.cache.uploads import RECORDS_FOLDER, Uploads
 
 COPY_NAME = "copy.json"
 _COPY_LOCK = "copy"

@@ -11,15 +11,15 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
-from cache.atomic import sync_folder, write_atomically
-from cache.errors import CacheCorruptError, CacheError, CacheMissingError
-from cache.layout import COMPANION_NAMES, SHARD_NAME, TABLES_NAME, ShardRange, shard_ranges
-from cache.manifest import Manifest, ShardRecord
-from cache.regular_file import IrregularFileError, sha256_of_regular_file
-from cache.shard import spec_of_shard
-from cache.spec import CacheSpec
-from cache.tables import stored_calibration
-from cache.verify import OnShard, checked_shards, tables_damage
+from tristill.cache.atomic import sync_folder, write_atomically
+from tristill.cache.errors import CacheCorruptError, CacheError, CacheMissingError
+from tristill.cache.layout import COMPANION_NAMES, SHARD_NAME, TABLES_NAME, ShardRange, shard_ranges
+from tristill.cache.manifest import Manifest, ShardRecord
+from tristill.cache.regular_file import IrregularFileError, sha256_of_regular_file
+from tristill.cache.shard import spec_of_shard
+from tristill.cache.spec import CacheSpec
+from tristill.cache.tables import stored_calibration
+from tristill.cache.verify import OnShard, checked_shards, tables_damage
 
 SCRATCH_NAME = ".repair.partial"
 _NAMES_SHOWN = 5

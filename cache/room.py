@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cache.layout import SHARD_NAME
-from cache.locks import lock
+from tristill.cache.layout import SHARD_NAME
+from tristill.cache.locks import lock
 
 ROOM_LOCK = "room"
 Order = Callable[[str], int | None]

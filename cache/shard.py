@@ -14,14 +14,14 @@ import h5py
 import numpy as np
 import zstandard
 
-from cache.arrays import Dataset
-from cache.errors import CacheCorruptError, CacheMismatchError
-from cache.hashing import canonical_json
-from cache.hdf5 import Hdf5Error, Hdf5File, StoredChunk
-from cache.layout import ShardRange
-from cache.parts import MASK_NAME
-from cache.regular_file import IrregularFileError, open_regular
-from cache.spec import CacheSpec, differences
+from tristill.cache.arrays import Dataset
+from tristill.cache.errors import CacheCorruptError, CacheMismatchError
+from tristill.cache.hashing import canonical_json
+from tristill.cache.hdf5 import Hdf5Error, Hdf5File, StoredChunk
+from tristill.cache.layout import ShardRange
+from tristill.cache.parts import MASK_NAME
+from tristill.cache.regular_file import IrregularFileError, open_regular
+from tristill.cache.spec import CacheSpec, differences
 
 ZSTANDARD_FILTER = 32015
 SPEC_ATTRIBUTE = "tristill_spec"

@@ -15,17 +15,17 @@ from pydantic import (
     model_validator,
 )
 
-from cache.arrays import LARGEST_VOCAB_SIZE, ArraySpec, Dataset, ids_dtype
-from cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
-from cache.hashing import canonical_json
-from cache.hidden import HiddenOutput, HiddenSpec
-from cache.parts import MASK_NAME, Part
-from cache.profiles.dense import DenseProfile
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import Need
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import TransformProfile
+from tristill.cache.arrays import LARGEST_VOCAB_SIZE, ArraySpec, Dataset, ids_dtype
+from tristill.cache.errors import CacheCorruptError, CacheMismatchError, CacheRequestError
+from tristill.cache.hashing import canonical_json
+from tristill.cache.hidden import HiddenOutput, HiddenSpec
+from tristill.cache.parts import MASK_NAME, Part
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.profile import Need
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.profiles.transform import TransformProfile
 
 FORMAT_VERSION = 2
 MASKED_VERSION = 3

@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-from cache.errors import CacheCorruptError, CacheRequestError, CacheStoreError
-from cache.secrets import NO_CREDENTIALS, masked
+from tristill.cache.errors import CacheCorruptError, CacheRequestError, CacheStoreError
+from tristill.cache.secrets import NO_CREDENTIALS, masked
 
 _BLOCK_BYTES = 8 * 2**20
 """Of one request: what is read again after a failure, and what a reader holds in memory."""

@@ -12,13 +12,13 @@ import h5py
 import numpy as np
 import zstandard
 
-from cache.arrays import ArraySpec
-from cache.calibration import Calibration
-from cache.errors import CacheCorruptError, CacheMissingError
-from cache.hdf5 import Hdf5Error, Hdf5File
-from cache.layout import TABLES_NAME
-from cache.regular_file import IrregularFileError, read_regular
-from cache.spec import CacheSpec
+from tristill.cache.arrays import ArraySpec
+from tristill.cache.calibration import Calibration
+from tristill.cache.errors import CacheCorruptError, CacheMissingError
+from tristill.cache.hdf5 import Hdf5Error, Hdf5File
+from tristill.cache.layout import TABLES_NAME
+from tristill.cache.regular_file import IrregularFileError, read_regular
+from tristill.cache.spec import CacheSpec
 
 _CALIBRATION = "tristill_calibration"
 _LARGEST_CALIBRATION_BYTES = 2**24

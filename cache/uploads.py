@@ -13,14 +13,14 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cache.errors import CacheError, CacheMismatchError, CacheRequestError, CacheStoreError
-from cache.hashing import canonical_json, fingerprint_of
-from cache.layout import MANIFEST_NAME, shard_ranges
-from cache.locks import lock
-from cache.manifest import Manifest, ShardRecord
-from cache.room import ROOM_LOCK, free_room
-from cache.spec import CacheSpec, Fingerprint, differences
-from cache.store import Store, StoredFile
+from tristill.cache.errors import CacheError, CacheMismatchError, CacheRequestError, CacheStoreError
+from tristill.cache.hashing import canonical_json, fingerprint_of
+from tristill.cache.layout import MANIFEST_NAME, shard_ranges
+from tristill.cache.locks import lock
+from tristill.cache.manifest import Manifest, ShardRecord
+from tristill.cache.room import ROOM_LOCK, free_room
+from tristill.cache.spec import CacheSpec, Fingerprint, differences
+from tristill.cache.store import Store, StoredFile
 
 RECORDS_FOLDER = "records"
 _THREADS = 2

@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError
-from cache.layout import MANIFEST_NAME, TABLES_NAME, ShardRange, shard_ranges
-from cache.manifest import Manifest, ShardRecord, load_manifest
-from cache.regular_file import IrregularFileError, sha256_of_regular_file
-from cache.remote import copied_from, remote_copy
-from cache.shard_files import LocalShardFiles, ShardFiles
-from cache.spec import CacheSpec
-from cache.tables import stored_calibration
-from cache.writer import verified_record
+from tristill.cache.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError
+from tristill.cache.layout import MANIFEST_NAME, TABLES_NAME, ShardRange, shard_ranges
+from tristill.cache.manifest import Manifest, ShardRecord, load_manifest
+from tristill.cache.regular_file import IrregularFileError, sha256_of_regular_file
+from tristill.cache.remote import copied_from, remote_copy
+from tristill.cache.shard_files import LocalShardFiles, ShardFiles
+from tristill.cache.spec import CacheSpec
+from tristill.cache.tables import stored_calibration
+from tristill.cache.writer import verified_record
 
 OnShard = Callable[[int], object]
 

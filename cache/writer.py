@@ -10,17 +10,17 @@ from types import MappingProxyType
 import numpy as np
 import zstandard
 
-from cache.atomic import write_atomically
-from cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, CompanionName, ShardRange, shard_ranges
-from cache.locks import lock
-from cache.manifest import Manifest, ShardRecord, refuse_too_many_shards, save_manifest
-from cache.parts import MASK_NAME, PartCoder, part_coders
-from cache.profiles.profile import Place
-from cache.remote import remote_copy
-from cache.shard import OpenShard, shard_image
-from cache.spec import CacheSpec
-from cache.tables import load_tables, stored_calibration
+from tristill.cache.atomic import write_atomically
+from tristill.cache.errors import CacheCorruptError, CacheRequestError, CacheWriteError
+from tristill.cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME, CompanionName, ShardRange, shard_ranges
+from tristill.cache.locks import lock
+from tristill.cache.manifest import Manifest, ShardRecord, refuse_too_many_shards, save_manifest
+from tristill.cache.parts import MASK_NAME, PartCoder, part_coders
+from tristill.cache.profiles.profile import Place
+from tristill.cache.remote import remote_copy
+from tristill.cache.shard import OpenShard, shard_image
+from tristill.cache.spec import CacheSpec
+from tristill.cache.tables import load_tables, stored_calibration
 
 _OF_ALL_POSITIONS = {"windows", MASK_NAME}
 

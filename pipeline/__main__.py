@@ -1,4 +1,4 @@
-"""Entry point of `tristill` and `python -m pipeline`: turns every error into one message and an exit code."""
+"""Entry point of `tristill` and `python -m tristill.pipeline`: turns every error into one message and an exit code."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.rank_failure import another_has_told, raise_once, tell, was_ended
-from stages.errors import RanksError
-from stages.interrupt import ending_signals
-from stages.ranks import ALONE, Ranks, announced_ranks, exit_code_of
-from stages.visible import Painted, guard_output, open_closed_descriptors
+from tristill.pipeline.rank_failure import another_has_told, raise_once, tell, was_ended
+from tristill.stages.errors import RanksError
+from tristill.stages.interrupt import ending_signals
+from tristill.stages.ranks import ALONE, Ranks, announced_ranks, exit_code_of
+from tristill.stages.visible import Painted, guard_output, open_closed_descriptors
 
 _INTERRUPTED = 130
 _DEBUG_VARIABLE = "TRISTILL_DEBUG"
@@ -129,11 +129,11 @@ def _run(interrupts: _Interrupts) -> int:
     # Imported here, so that an interrupt while Python loads is handled too.
     import click
 
-    from cache import CacheError
-    from pipeline.cli import cli
-    from pipeline.errors import PipelineError
-    from stages.errors import LostRankError, OtherRankError, StageError
-    from stages.progress import say
+    from tristill.cache import CacheError
+    from tristill.pipeline.cli import cli
+    from tristill.pipeline.errors import PipelineError
+    from tristill.stages.errors import LostRankError, OtherRankError, StageError
+    from tristill.stages.progress import say
 
     interrupts.are_loading = False
     are_many = _ranks().are_many

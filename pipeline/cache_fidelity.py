@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from cache.calibration import Calibration
-from pipeline.results import text_table
+from tristill.cache.calibration import Calibration
+from tristill.pipeline.results import text_table
 
 if TYPE_CHECKING:
-    from stages.fidelity.cache import CacheFidelity
+    from tristill.stages.fidelity.cache import CacheFidelity
 
 
 def fidelity_table(rows: "list[CacheFidelity]") -> str:

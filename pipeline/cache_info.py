@@ -5,13 +5,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, open_cache
-from cache.histograms import sample
-from cache.layout import TABLES_NAME
-from cache.manifest import load_manifest
-from cache.remote import named_place
-from pipeline.errors import StaleError
-from pipeline.provenance import PROVENANCE_NAME, read_provenance
+from tristill.cache import CacheError, open_cache
+from tristill.cache.histograms import sample
+from tristill.cache.layout import TABLES_NAME
+from tristill.cache.manifest import load_manifest
+from tristill.cache.remote import named_place
+from tristill.pipeline.errors import StaleError
+from tristill.pipeline.provenance import PROVENANCE_NAME, read_provenance
 
 
 def cache_info(folder: Path) -> dict[str, Any]:

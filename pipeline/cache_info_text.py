@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from cache.calibration import Calibration, FidelityPoint
-from pipeline.results import text_table
+from tristill.cache.calibration import Calibration, FidelityPoint
+from tristill.pipeline.results import text_table
 
 _BAR_WIDTH = 40
 INFINITE_KL = (

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cache import Cache, CacheSpec, SplitName, open_cache
-from cache.peek import PeekedPosition, PeekedWindow, peek
-from cache.profiles.sampled import SampledProfile
-from pipeline.results import text_table
-from pipeline.terminal import Colour, Span, cells, painted, wrapped
-from stages.visible import visible
+from tristill.cache import Cache, CacheSpec, SplitName, open_cache
+from tristill.cache.peek import PeekedPosition, PeekedWindow, peek
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.pipeline.results import text_table
+from tristill.pipeline.terminal import Colour, Span, cells, painted, wrapped
+from tristill.stages.visible import visible
 
 _HEADER = ("position", "input", "label", "entropy, nats", "p(label)")
 _NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
@@ -62,7 +62,7 @@ def coloured_text(tokenizer_json: Path, window: PeekedWindow) -> Iterator[Span]:
     A character of several tokens has the product of theirs, which is its own (the chain rule), and no colour where one
     of them is not known, as that of the first token of a window never is.
     """
-    from stages.data.token_text import text_pieces
+    from tristill.stages.data.token_text import text_pieces
 
     probabilities = [None, *window.label_probabilities]
     first = 0
@@ -93,7 +93,7 @@ def _window_text(cache: Cache, split: SplitName, number: int, window: PeekedWind
 
 def _table(cache: Cache, positions: Sequence[PeekedPosition], columns: int | None) -> str:
     """One row a position; if a terminal has so many columns, with no more entries than its rows have room for."""
-    from stages.data.token_text import token_texts
+    from tristill.stages.data.token_text import token_texts
 
     ids = {token_id for seen in positions for token_id in (seen.input_id, seen.label_id, *(i for i, _ in seen.top))}
     texts = {token_id: _in_a_cell(text) for token_id, text in token_texts(cache.tokenizer_path, ids).items()}

@@ -3,20 +3,20 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, CacheSpec
-from cache.layout import MANIFEST_NAME, SHARD_NAME, TABLES_NAME
-from cache.manifest import Manifest, load_manifest, save_manifest
-from cache.remote import remote_copy
-from cache.repair import lend_good_files, manifest_of_shards, restore_copy, take_back
-from cache.spec import FORMAT_VERSION, MASKED_VERSION
-from cache.tables import stored_calibration
-from cache.verify import Damage, find_damage, tokenizer_damage
-from pipeline.errors import RepairError, StaleError
-from pipeline.provenance import Provenance, differences, locked, new_provenance, read_provenance
-from pipeline.reading import reading
-from pipeline.steps import DumpLogits
-from pipeline.workspace import Workspace
-from stages.progress import Progress
+from tristill.cache import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, CacheSpec
+from tristill.cache.layout import MANIFEST_NAME, SHARD_NAME, TABLES_NAME
+from tristill.cache.manifest import Manifest, load_manifest, save_manifest
+from tristill.cache.remote import remote_copy
+from tristill.cache.repair import lend_good_files, manifest_of_shards, restore_copy, take_back
+from tristill.cache.spec import FORMAT_VERSION, MASKED_VERSION
+from tristill.cache.tables import stored_calibration
+from tristill.cache.verify import Damage, find_damage, tokenizer_damage
+from tristill.pipeline.errors import RepairError, StaleError
+from tristill.pipeline.provenance import Provenance, differences, locked, new_provenance, read_provenance
+from tristill.pipeline.reading import reading
+from tristill.pipeline.steps import DumpLogits
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.progress import Progress
 
 Report = Callable[[str, str], None]
 RunOf = Callable[[], Workspace]
@@ -149,9 +149,9 @@ def _listed(names: list[str]) -> str:
 
 def _other_origin(workspace: Workspace, spec: CacheSpec, recorded: Provenance | None) -> Iterator[str]:
     """What of the run is not what the cache was made from, one line each."""
-    from stages.data.tokenized import load_corpus
-    from stages.errors import CorpusError
-    from stages.models.origin import known_fingerprint
+    from tristill.stages.data.tokenized import load_corpus
+    from tristill.stages.errors import CorpusError
+    from tristill.stages.models.origin import known_fingerprint
 
     if spec.format_version not in (FORMAT_VERSION, MASKED_VERSION):
         yield f"the program that wrote format version {spec.format_version}; this one writes version {FORMAT_VERSION}"

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from cache.remote import keep_copy
-from cache.store import check_url
-from stages.progress import say
+from tristill.cache.remote import keep_copy
+from tristill.cache.store import check_url
+from tristill.stages.progress import say
 
 _LOCAL_BYTES = 2**32
 """Of shards kept at once: a command reads a cache once, or a few of its chunks."""

@@ -11,29 +11,29 @@ from typing import Any, TypeVar
 
 import click
 
-from cache import SplitName
-from cache.manifest import cache_fingerprint, load_manifest
-from cache.remote import named_place
-from pipeline.cache_url import CacheFolder
-from pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
-from pipeline.config_command import config_group, init
-from pipeline.evaluate_command import evaluate, print_evaluation
-from pipeline.export_command import export
-from pipeline.generate_command import generate
-from pipeline.options import MOST_THREADS, Number, arguments_of, run_options, workspace_of
-from pipeline.plan.command import plan
-from pipeline.report_command import report
-from pipeline.runner import execute, run_steps
-from pipeline.runner import plan as steps_to_run
-from pipeline.step import COMMANDS_ON_RANKS, Step
-from pipeline.steps import Distill, DumpLogits, Teacher
-from pipeline.sweep_command import sweep
-from pipeline.tables import echo_tables
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import Workspace
-from stages.progress import Progress, say
-from stages.ranks import announced_ranks
-from stages.visible import Painted, visible
+from tristill.cache import SplitName
+from tristill.cache.manifest import cache_fingerprint, load_manifest
+from tristill.cache.remote import named_place
+from tristill.pipeline.cache_url import CacheFolder
+from tristill.pipeline.config import DEFAULT_STUDENT, check_link_name, check_student_name
+from tristill.pipeline.config_command import config_group, init
+from tristill.pipeline.evaluate_command import evaluate, print_evaluation
+from tristill.pipeline.export_command import export
+from tristill.pipeline.generate_command import generate
+from tristill.pipeline.options import MOST_THREADS, Number, arguments_of, run_options, workspace_of
+from tristill.pipeline.plan.command import plan
+from tristill.pipeline.report_command import report
+from tristill.pipeline.runner import execute, run_steps
+from tristill.pipeline.runner import plan as steps_to_run
+from tristill.pipeline.step import COMMANDS_ON_RANKS, Step
+from tristill.pipeline.steps import Distill, DumpLogits, Teacher
+from tristill.pipeline.sweep_command import sweep
+from tristill.pipeline.tables import echo_tables
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.progress import Progress, say
+from tristill.stages.ranks import announced_ranks
+from tristill.stages.visible import Painted, visible
 
 _STEPS = ("tokenize", "teacher", "dump-logits", "distill", "evaluate")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -212,8 +212,8 @@ def info(
     Example:
         tristill cache info runs/demo/cache
     """
-    from pipeline.cache_info import cache_details, cache_info
-    from pipeline.cache_info_text import cache_info_text
+    from tristill.pipeline.cache_info import cache_details, cache_info
+    from tristill.pipeline.cache_info_text import cache_info_text
 
     folder = folder or workspace_of(config_path, assignments, run_dir).named_cache
     found = {**cache_info(folder), **cache_details(folder)}
@@ -262,8 +262,8 @@ def peek(
         tristill cache peek runs/demo/cache --split train --window 3 --positions 16
         tristill cache peek --windows 20 --positions 0 --color | less -R
     """
-    from pipeline.cache_peek import peek_text
-    from pipeline.terminal import wants_colour
+    from tristill.pipeline.cache_peek import peek_text
+    from tristill.pipeline.terminal import wants_colour
 
     folder = folder or workspace_of(config_path, assignments, run_dir).named_cache
     is_coloured = wants_colour(color)
@@ -304,8 +304,8 @@ def fidelity(
     Example:
         tristill cache fidelity --student no-teacher --temperature 1 --temperature 2
     """
-    from pipeline.cache_fidelity import calibration_table, fidelity_table
-    from stages.fidelity.cache import cache_fidelity
+    from tristill.pipeline.cache_fidelity import calibration_table, fidelity_table
+    from tristill.stages.fidelity.cache import cache_fidelity
 
     workspace = workspace_of(config_path, assignments, run_dir, folder)
     folder = folder or workspace.named_cache
@@ -330,7 +330,7 @@ def verify(folder: Path | None, config_path: Path | None, assignments: tuple[str
     Example:
         tristill cache verify runs/demo/cache
     """
-    from cache import verify_cache
+    from tristill.cache import verify_cache
 
     folder = folder or workspace_of(config_path, assignments, run_dir).named_cache
     total = sum(shard.file_bytes for shard in load_manifest(folder).shards)
@@ -357,7 +357,7 @@ def repair(folder: Path | None, config_path: Path | None, assignments: tuple[str
     Example:
         tristill cache repair runs/demo/cache
     """
-    from pipeline.cache_repair import repair_cache
+    from tristill.pipeline.cache_repair import repair_cache
 
     place = folder or workspace_of(config_path, assignments, run_dir).named_cache
 
@@ -375,8 +375,8 @@ def _run_step(step: Step, force: bool) -> None:
 
 
 def _print_results(workspace: Workspace) -> None:
-    from pipeline.cache_info import cache_info
-    from pipeline.results import run_table
+    from tristill.pipeline.cache_info import cache_info
+    from tristill.pipeline.results import run_table
 
     echo_tables(run_table(workspace))
     for name in workspace.config.link_names:

@@ -6,24 +6,25 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from cache.atomic import write_atomically
-from cache.regular_file import read_file
-from cache.secrets import NO_CREDENTIALS, credentials_in, masked
-from pipeline.errors import ConfigError
-from stages.data.config import DataConfig
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.dump.config import DumpConfig
-from stages.evaluate.config import EvaluateConfig
-from stages.losses.schedule import NUMBER
-from stages.models.hugging_face_shape import Shape
-from stages.settings import Section
-from stages.teacher.config import TeacherConfig
+from tristill.cache.atomic import write_atomically
+from tristill.cache.regular_file import read_file
+from tristill.cache.secrets import NO_CREDENTIALS, credentials_in, masked
+from tristill.pipeline.errors import ConfigError
+from tristill.stages.data.config import DataConfig
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.losses.schedule import NUMBER
+from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.settings import Section
+from tristill.stages.teacher.config import TeacherConfig
 
 DEFAULT_STUDENT = "student"
 _SAYS_THE_SAME = {
@@ -130,11 +131,11 @@ def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
 def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a TOML file says after `dotted.key=value` assignments, unchecked."""
     try:
-        plain = tomllib.loads(read_file(path).decode("utf-8-sig"))
+        plain = tomllib.loads(read_file(_shipped(path) if not path.exists() else path).decode("utf-8-sig"))
     except FileNotFoundError as exc:
         folder = "configs/sweeps" if path.parent.name == "sweeps" else "configs"
-        shipped = ", ".join(sorted(str(p) for p in Path(folder).glob("*.toml"))) or "none here"
-        raise ConfigError(f"{path}: found no config there; configs in this checkout: {shipped}") from exc
+        names = ", ".join(sorted(f"{folder}/{found.name}" for found in _shipped(Path(folder)).glob("*.toml")))
+        raise ConfigError(f"{path}: found no config there; configs that ship with tristill: {names}") from exc
     except RecursionError as exc:
         raise ConfigError(f"{path}: cannot be read as TOML: lists or tables are nested too deeply") from exc
     except (OSError, ValueError) as exc:
@@ -146,6 +147,11 @@ def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
             plain, key, value, given, f"--set {masked(key)}"
         )  # fields of a shape last: it may be that of a teacher that is set too
     return plain
+
+
+def _shipped(path: Path) -> Path:
+    """Path of a config in the installed package, for names such as `configs/demo.toml`; other paths as they are."""
+    return Path(str(files("tristill.configs"))).joinpath(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
 
 
 def refuse(path: Path, problems: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import run_options, workspace_of
+from tristill.pipeline.options import run_options, workspace_of
 
 
 @click.group("config")
@@ -22,7 +22,7 @@ def show(config_path: Path | None, assignments: tuple[str, ...], run_dir: Path |
     Example:
         tristill config show --set distill.alpha=0.3
     """
-    from pipeline.config_fields import config_text
+    from tristill.pipeline.config_fields import config_text
 
     click.echo(config_text(workspace_of(config_path, assignments, run_dir).config), nl=False)
 
@@ -36,7 +36,7 @@ def explain(key: str) -> None:
     Example:
         tristill config explain distill.alpha
     """
-    from pipeline.config_fields import explanation
+    from tristill.pipeline.config_fields import explanation
 
     click.echo(explanation(key))
 
@@ -49,7 +49,7 @@ def schema() -> None:
     Example:
         tristill config schema > tristill.schema.json
     """
-    from pipeline.config import Config
+    from tristill.pipeline.config import Config
 
     click.echo(json.dumps(Config.model_json_schema(), indent=2))
 
@@ -66,7 +66,7 @@ def init(path: Path, texts: tuple[str, ...], teacher: str | None) -> None:
         tristill init configs/mine.toml
         tristill init configs/books.toml --text 'books/*.txt' --teacher HuggingFaceTB/SmolLM2-135M
     """
-    from pipeline.first_config import write_first_config
+    from tristill.pipeline.first_config import write_first_config
 
     write_first_config(path, texts, teacher)
     click.echo(str(path))

@@ -14,10 +14,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cache.secrets import masked
-from pipeline.config import Config, displaced, kind_of, section_types
-from pipeline.errors import ConfigError
-from stages.settings import affects_numbers
+from tristill.cache.secrets import masked
+from tristill.pipeline.config import Config, displaced, kind_of, section_types
+from tristill.pipeline.errors import ConfigError
+from tristill.stages.settings import affects_numbers
 
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 

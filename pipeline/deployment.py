@@ -1,11 +1,11 @@
 """Evaluates students as they are deployed: sizes and speeds, as a table and in deployment.json."""
 
-from cache.atomic import write_atomically
-from pipeline.config import DEFAULT_STUDENT
-from pipeline.results import text_table
-from pipeline.workspace import Workspace
-from stages.deployment.measure import measure_deployment
-from stages.deployment.report import Deployment, Form, Speed, Spread
+from tristill.cache.atomic import write_atomically
+from tristill.pipeline.config import DEFAULT_STUDENT
+from tristill.pipeline.results import text_table
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.deployment.measure import measure_deployment
+from tristill.stages.deployment.report import Deployment, Form, Speed, Spread
 
 HEADER = (
     "model", "form", "bytes on disk", "of FP32", "of fp16", "run by",

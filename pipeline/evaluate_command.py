@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from cache import SplitName
-from pipeline.options import MOST_THREADS, run_options, workspace_of
-from pipeline.tables import echo_tables
-from pipeline.workspace import Workspace
+from tristill.cache import SplitName
+from tristill.pipeline.options import MOST_THREADS, run_options, workspace_of
+from tristill.pipeline.tables import echo_tables
+from tristill.pipeline.workspace import Workspace
 
 
 @click.command()
@@ -75,8 +75,8 @@ def print_evaluation(
     split: SplitName = "validation",
 ) -> None:
     """Held-out metrics of models."""
-    from pipeline.evaluation import evaluate_models
-    from pipeline.results import metrics_table
+    from tristill.pipeline.evaluation import evaluate_models
+    from tristill.pipeline.results import metrics_table
 
     metrics = evaluate_models(workspace, names, force=force, split=split)
     click.echo(json.dumps(metrics, indent=2)) if as_json else echo_tables(metrics_table(metrics))
@@ -84,7 +84,7 @@ def print_evaluation(
 
 def print_deployment(workspace: Workspace, names: tuple[str, ...], threads: int | None, *, as_json: bool) -> None:
     """Sizes and speeds of students as they are deployed."""
-    from pipeline.deployment import deployment_table, evaluate_deployment
+    from tristill.pipeline.deployment import deployment_table, evaluate_deployment
 
     found = evaluate_deployment(workspace, names, threads)
     click.echo(found.model_dump_json(indent=2)) if as_json else echo_tables(deployment_table(found))

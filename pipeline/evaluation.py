@@ -4,28 +4,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cache import open_cache
-from cache.atomic import write_atomically
-from cache.layout import MANIFEST_NAME, TOKENIZER_NAME
-from cache.manifest import cache_fingerprint
-from cache.regular_file import read_json_object
-from cache.spec import SplitName
-from pipeline.errors import MissingInputError
-from pipeline.reading import cache_input, reading, strict_inputs
-from pipeline.results import run_rows
-from pipeline.workspace import Workspace
-from stages.data.tokenizer_gate import require_same_tokenizer
-from stages.distill.caches import open_caches
-from stages.distill.config import DistillConfig
-from stages.distill.distill import CO_TEACHER
-from stages.errors import CheckpointError
-from stages.evaluate.evaluate import basis, evaluate
-from stages.evaluate.metrics import ValidationMetrics
-from stages.models.folder import CONFIG_NAME, load_model, pick_device
-from stages.models.origin import content_fingerprint, refuse_untrusted_record
-from stages.progress import say
-from stages.targets.online import OnlineSource
-from stages.targets.source import TargetSource
+from tristill.cache import open_cache
+from tristill.cache.atomic import write_atomically
+from tristill.cache.layout import MANIFEST_NAME, TOKENIZER_NAME
+from tristill.cache.manifest import cache_fingerprint
+from tristill.cache.regular_file import read_json_object
+from tristill.cache.spec import SplitName
+from tristill.pipeline.errors import MissingInputError
+from tristill.pipeline.reading import cache_input, reading, strict_inputs
+from tristill.pipeline.results import run_rows
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.data.tokenizer_gate import require_same_tokenizer
+from tristill.stages.distill.caches import open_caches
+from tristill.stages.distill.config import DistillConfig
+from tristill.stages.distill.distill import CO_TEACHER
+from tristill.stages.errors import CheckpointError
+from tristill.stages.evaluate.evaluate import basis, evaluate
+from tristill.stages.evaluate.metrics import ValidationMetrics
+from tristill.stages.models.folder import CONFIG_NAME, load_model, pick_device
+from tristill.stages.models.origin import content_fingerprint, refuse_untrusted_record
+from tristill.stages.progress import say
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import TargetSource
 
 EVALUATION_NAME = "evaluation.json"
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import DEFAULT_STUDENT
-from pipeline.options import run_options, workspace_of
-from pipeline.tables import echo_tables
-from stages.export.formats import ExportFormat, ternary_types
+from tristill.pipeline.config import DEFAULT_STUDENT
+from tristill.pipeline.options import run_options, workspace_of
+from tristill.pipeline.tables import echo_tables
+from tristill.stages.export.formats import ExportFormat, ternary_types
 
 
 @click.command()
@@ -51,7 +51,7 @@ def export(
     """
     if export_format == "gguf" and ternary_type == "both" and out is not None:
         raise click.UsageError("--type both writes two files, and --out names one; leave one of them out")
-    from pipeline.exporting import export_model
+    from tristill.pipeline.exporting import export_model
 
     types = ternary_types(ternary_type) if export_format == "gguf" else ()
     export_model(workspace_of(config_path, assignments, run_dir), name, export_format, types, out, echo_tables)

@@ -14,32 +14,32 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from cache import open_cache
-from cache.atomic import sync_folder, write_atomically
-from cache.hashing import sha256_of_file
-from cache.layout import COMPANION_NAMES, MANIFEST_NAME, TOKENIZER_NAME
-from cache.regular_file import read_json_object
-from pipeline.errors import MissingInputError, StaleError
-from pipeline.provenance import locked, new_provenance
-from pipeline.reading import reading, strict_inputs
-from pipeline.results import text_table
-from pipeline.workspace import Workspace
-from stages.distill.caches import open_caches
-from stages.errors import CheckpointError, ExportError
-from stages.export.bitnet import write_bitnet
-from stages.export.check import NUM_WINDOWS, Verdict, check_file, check_folder
-from stages.export.formats import ExportFormat, TernaryType
-from stages.export.gguf import write_gguf
-from stages.export.hugging_face import write_hugging_face
-from stages.export.packages import import_gguf
-from stages.export.parity import Bounds, HeldOut, Parity
-from stages.export.refusal import refuse
-from stages.export.student import Student, load_student
-from stages.models.folder import pick_device
-from stages.models.origin import model_fingerprint
-from stages.progress import waiting
-from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, TargetSource
+from tristill.cache import open_cache
+from tristill.cache.atomic import sync_folder, write_atomically
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.layout import COMPANION_NAMES, MANIFEST_NAME, TOKENIZER_NAME
+from tristill.cache.regular_file import read_json_object
+from tristill.pipeline.errors import MissingInputError, StaleError
+from tristill.pipeline.provenance import locked, new_provenance
+from tristill.pipeline.reading import reading, strict_inputs
+from tristill.pipeline.results import text_table
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.distill.caches import open_caches
+from tristill.stages.errors import CheckpointError, ExportError
+from tristill.stages.export.bitnet import write_bitnet
+from tristill.stages.export.check import NUM_WINDOWS, Verdict, check_file, check_folder
+from tristill.stages.export.formats import ExportFormat, TernaryType
+from tristill.stages.export.gguf import write_gguf
+from tristill.stages.export.hugging_face import write_hugging_face
+from tristill.stages.export.packages import import_gguf
+from tristill.stages.export.parity import Bounds, HeldOut, Parity
+from tristill.stages.export.refusal import refuse
+from tristill.stages.export.student import Student, load_student
+from tristill.stages.models.folder import pick_device
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.progress import waiting
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Epoch, Signals, TargetSource
 
 _RECORD_STEP = "export"
 _FILES_BEFORE_RECORDS = ("config.json", "model.safetensors", TOKENIZER_NAME, *COMPANION_NAMES)

@@ -6,10 +6,10 @@ from typing import Any
 
 import tomli_w
 
-from cache.atomic import write_atomically
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from stages.visible import visible
+from tristill.cache.atomic import write_atomically
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import ConfigError
+from tristill.stages.visible import visible
 
 _TEXT = """# Run it:             tristill run --config {shell_path}
 # What it will take:  tristill plan --config {shell_path}

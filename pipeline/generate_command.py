@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from pipeline.config import DEFAULT_STUDENT
-from pipeline.options import run_options, workspace_of
-from stages.progress import say
-from stages.visible import visible_lines
+from tristill.pipeline.config import DEFAULT_STUDENT
+from tristill.pipeline.options import run_options, workspace_of
+from tristill.stages.progress import say
+from tristill.stages.visible import visible_lines
 
 _SMALLEST_TEMPERATURE = 1e-3
 _MOST_TOKENS = 1_000_000
@@ -86,7 +86,7 @@ def generate(
     Example:
         tristill generate --prompt 'def main(' --temperature 0 --max-tokens 40
     """
-    from stages.generate.text import generate_text
+    from tristill.stages.generate.text import generate_text
 
     folder = workspace_of(config_path, assignments, run_dir).model_folder(name)
 

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.config import load_config, parse_assignment
-from pipeline.errors import ConfigError
-from pipeline.received import refuse_links
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.models.trust import trust_records_of
+from tristill.pipeline.config import load_config, parse_assignment
+from tristill.pipeline.errors import ConfigError
+from tristill.pipeline.received import refuse_links
+from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from tristill.stages.models.trust import trust_records_of
 
 DEFAULT_CONFIG = Path("configs/demo.toml")
 MOST_THREADS = 4096

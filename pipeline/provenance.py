@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from cache.atomic import write_atomically
-from cache.layout import DEFAULT_SHARD_POSITIONS
-from cache.regular_file import read_file
-from cache.secrets import credentials_in, masked
-from pipeline.errors import BusyError, StaleError
-from stages.resources import machine
+from tristill.cache.atomic import write_atomically
+from tristill.cache.layout import DEFAULT_SHARD_POSITIONS
+from tristill.cache.regular_file import read_file
+from tristill.cache.secrets import credentials_in, masked
+from tristill.pipeline.errors import BusyError, StaleError
+from tristill.stages.resources import machine
 
 PROVENANCE_NAME = "provenance.json"
 _PACKAGES = ("tristill", "torch", "numpy", "h5py", "zstandard", "tokenizers", "datasets")

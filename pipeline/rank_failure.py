@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from stages.errors import LostRankError, RanksError
-from stages.ranks import LOST, announced_ranks, has_joined, is_loss_of_ranks, joined_ranks
+from tristill.stages.errors import LostRankError, RanksError
+from tristill.stages.ranks import LOST, announced_ranks, has_joined, is_loss_of_ranks, joined_ranks
 
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """Where torchrun looks for the reason of a failure: pytorch.org/docs/stable/elastic/errors.html."""
@@ -35,7 +35,7 @@ def tell(text: str) -> None:
     """Says what is wrong, unless another rank of this machine has done so; also for torchrun's report."""
     if another_has_told():
         return
-    from cache.secrets import masked  # with numpy, after signals are handled
+    from tristill.cache.secrets import masked  # with numpy, after signals are handled
 
     text = masked(text)
     sys.stderr.write(text + "\n")

@@ -11,15 +11,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache import CacheError
-from cache.hashing import sha256_of_file
-from cache.manifest import load_manifest
-from cache.remote import remote_copy
-from pipeline.errors import MovedError, StaleError
-from pipeline.provenance import PROVENANCE_NAME, held_to_read
-from stages.errors import StageError
-from stages.models.origin import Dtype, content_fingerprint, load_origin
-from stages.progress import waiting
+from tristill.cache import CacheError
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.manifest import load_manifest
+from tristill.cache.remote import remote_copy
+from tristill.pipeline.errors import MovedError, StaleError
+from tristill.pipeline.provenance import PROVENANCE_NAME, held_to_read
+from tristill.stages.errors import StageError
+from tristill.stages.models.origin import Dtype, content_fingerprint, load_origin
+from tristill.stages.progress import waiting
 
 _NAMES_SHOWN = 6
 _State = dict[Path, tuple[int, int, int, int]]
@@ -42,7 +42,7 @@ def tokens_input(folder: Path) -> Input:
     """A tokenized corpus."""
 
     def content(_: Sequence[Path]) -> str | None:
-        from stages.data.tokenized import content_fingerprint as fingerprint_of_tokens
+        from tristill.stages.data.tokenized import content_fingerprint as fingerprint_of_tokens
 
         return fingerprint_of_tokens(folder)
 

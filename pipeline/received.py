@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cache.secrets import masked
-from pipeline.errors import OutsideError
-from stages.settings import Outside
+from tristill.cache.secrets import masked
+from tristill.pipeline.errors import OutsideError
+from tristill.stages.settings import Outside
 
 _SHOWN_CHARACTERS = 100
 _SHOWN_LINKS = 5

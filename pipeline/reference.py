@@ -1,6 +1,6 @@
 """Writes the documents that are made from the program itself: docs/cli.md, docs/config.md and the marked tables of all.
 
-    python -m pipeline.reference            (`make docs`)
+    python -m tristill.pipeline.reference            (`make docs`)
 
 A test fails when what is on disk is not what this would write.
 """
@@ -13,12 +13,12 @@ from pathlib import Path
 import click
 from pydantic import BaseModel
 
-from cache.atomic import write_atomically
-from pipeline.cli import cli
-from pipeline.config import Config, kind_of, section_types
-from pipeline.config_fields import default_text, type_name
-from pipeline.sweep.config import Range, SweepConfig
-from stages.settings import affects_numbers
+from tristill.cache.atomic import write_atomically
+from tristill.pipeline.cli import cli
+from tristill.pipeline.config import Config, kind_of, section_types
+from tristill.pipeline.config_fields import default_text, type_name
+from tristill.pipeline.sweep.config import Range, SweepConfig
+from tristill.stages.settings import affects_numbers
 
 _CONFIG_INTRODUCTION = """# Config
 

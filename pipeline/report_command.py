@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import run_options, workspace_of
+from tristill.pipeline.options import run_options, workspace_of
 
 
 @click.command()
@@ -21,7 +21,7 @@ def report(no_samples: bool, config_path: Path | None, assignments: tuple[str, .
         tristill report
         tristill report --run-dir runs/demo --no-samples
     """
-    from pipeline.report.page import write_report
+    from tristill.pipeline.report.page import write_report
 
     workspace = workspace_of(config_path, assignments, run_dir)
     for name in workspace.config.link_names:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.regular_file import read_json_object
-from pipeline.errors import MissingInputError
-from pipeline.provenance import read_provenance
-from pipeline.terminal import cells
-from pipeline.workspace import Workspace
-from stages.losses.config import DEFAULT_ALPHA
-from stages.visible import visible
+from tristill.cache.regular_file import read_json_object
+from tristill.pipeline.errors import MissingInputError
+from tristill.pipeline.provenance import read_provenance
+from tristill.pipeline.terminal import cells
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.losses.config import DEFAULT_ALPHA
+from tristill.stages.visible import visible
 
 COLUMNS = {
     "perplexity": ("perplexity", "{:.2f}"),

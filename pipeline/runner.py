@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cache.atomic import write_atomically
-from pipeline.errors import BusyError, ChildError, MissingInputError, MovedError, StaleError
-from pipeline.provenance import (
+from tristill.cache.atomic import write_atomically
+from tristill.pipeline.errors import BusyError, ChildError, MissingInputError, MovedError, StaleError
+from tristill.pipeline.provenance import (
     PROVENANCE_NAME,
     Provenance,
     differences,
@@ -27,13 +27,13 @@ from pipeline.provenance import (
     new_provenance,
     write_provenance,
 )
-from pipeline.reading import Reading, reading
-from pipeline.step import COMMANDS_ON_RANKS, NOT_HERE, Step
-from pipeline.steps import all_steps
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.progress import say
-from stages.ranks import Ranks, joined_ranks
-from stages.resources import machine, peak_rss_mib
+from tristill.pipeline.reading import Reading, reading
+from tristill.pipeline.step import COMMANDS_ON_RANKS, NOT_HERE, Step
+from tristill.pipeline.steps import all_steps
+from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from tristill.stages.progress import say
+from tristill.stages.ranks import Ranks, joined_ranks
+from tristill.stages.resources import machine, peak_rss_mib
 
 _INTERRUPTED = 130
 
@@ -304,7 +304,7 @@ def run_steps(steps: Sequence[Step], arguments: Sequence[str], ranks: int = 1) -
         command = [*step.label.split(), *arguments]
         say(f"$ tristill {' '.join(command)}")
         are_many = ranks > 1 and step.command in COMMANDS_ON_RANKS
-        program = [*(["stages.launcher", str(ranks)] if are_many else []), "pipeline"]
+        program = [*(["tristill.stages.launcher", str(ranks)] if are_many else []), "tristill.pipeline"]
         # What a step prints is news here; the result of a run is printed by its caller. A launcher of ranks has a group
         # of its own, so that it sees one signal, from here, where a terminal sends one too.
         child = subprocess.Popen(  # noqa: S603 - ours

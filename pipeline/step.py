@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cache.layout import TOKENIZER_NAME
-from cache.regular_file import read_json_object
-from pipeline.config import save_config
-from pipeline.provenance import Provenance, read_provenance
-from pipeline.reading import Input
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.models.origin import refuse_untrusted_record
+from tristill.cache.layout import TOKENIZER_NAME
+from tristill.cache.regular_file import read_json_object
+from tristill.pipeline.config import save_config
+from tristill.pipeline.provenance import Provenance, read_provenance
+from tristill.pipeline.reading import Input
+from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from tristill.stages.models.origin import refuse_untrusted_record
 
 COMMANDS_ON_RANKS = ("teacher", "dump-logits", "distill")
 """Commands of the heavy steps, which many processes can work on together."""

@@ -9,22 +9,22 @@ imported when a step builds, so that the command line answers without loading to
 from pathlib import Path
 from typing import Any
 
-from cache import CacheCorruptError, CacheError, CacheMissingError, CacheStoreError, open_cache
-from cache.layout import COMPANION_NAMES
-from cache.manifest import cache_fingerprint, load_manifest
-from cache.remote import remote_copy
-from pipeline.config import DEFAULT_STUDENT
-from pipeline.errors import StaleError
-from pipeline.reading import Input, cache_input, model_input, tokens_input
-from pipeline.step import NOT_HERE, Step, fingerprints, known
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
-from stages.models.hub import find_model, is_hub_name
-from stages.models.hugging_face_shape import Shape
-from stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
-from stages.ranks import current_ranks
-from stages.training.watch import Watch
+from tristill.cache import CacheCorruptError, CacheError, CacheMissingError, CacheStoreError, open_cache
+from tristill.cache.layout import COMPANION_NAMES
+from tristill.cache.manifest import cache_fingerprint, load_manifest
+from tristill.cache.remote import remote_copy
+from tristill.pipeline.config import DEFAULT_STUDENT
+from tristill.pipeline.errors import StaleError
+from tristill.pipeline.reading import Input, cache_input, model_input, tokens_input
+from tristill.pipeline.step import NOT_HERE, Step, fingerprints, known
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
+from tristill.stages.models.hub import find_model, is_hub_name
+from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
+from tristill.stages.ranks import current_ranks
+from tristill.stages.training.watch import Watch
 
 
 class Teacher(Step):
@@ -95,9 +95,9 @@ class Teacher(Step):
 
     def build(self) -> str:
         """Train it, or copy the one that is given."""
-        from stages.teacher.given import take_teacher
-        from stages.teacher.train import train_teacher
-        from stages.training.checkpoint import threads_of_checkpoint
+        from tristill.stages.teacher.given import take_teacher
+        from tristill.stages.teacher.train import train_teacher
+        from tristill.stages.training.checkpoint import threads_of_checkpoint
 
         config, data, evaluate = self.config.teacher, self.workspace.data, self.config.evaluate
         if config.path is None:
@@ -204,7 +204,7 @@ class DumpLogits(Step):
 
     def dump_into(self, folder: Path) -> str:
         """Write the cache, or what is missing of it, into any folder; its fingerprint."""
-        from stages.dump.dump import dump_logits
+        from tristill.stages.dump.dump import dump_logits
 
         return dump_logits(self.config.cache, self.workspace.data, self.workspace.teacher, folder)
 
@@ -334,10 +334,10 @@ class Distill(Step):
 
     def build(self) -> str:
         """Train, evaluate and save the student."""
-        from stages.distill.choose import Places, choose_source
-        from stages.distill.distill import distill
-        from stages.models.folder import pick_device
-        from stages.training.checkpoint import threads_of_checkpoint
+        from tristill.stages.distill.choose import Places, choose_source
+        from tristill.stages.distill.distill import distill
+        from tristill.stages.models.folder import pick_device
+        from tristill.stages.training.checkpoint import threads_of_checkpoint
 
         tokens, teacher = Tokenize(self.workspace), teacher_step(self.workspace)
         places = Places(

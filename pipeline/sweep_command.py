@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from pipeline.errors import MissingPackageError
-from pipeline.runner import plan, run_steps
-from pipeline.sweep.check import check_settings
-from pipeline.sweep.config import load_sweep
-from pipeline.sweep.student import DEFAULT_SWEEP, Base
-from pipeline.tables import echo_tables
+from tristill.pipeline.errors import MissingPackageError
+from tristill.pipeline.runner import plan, run_steps
+from tristill.pipeline.sweep.check import check_settings
+from tristill.pipeline.sweep.config import load_sweep
+from tristill.pipeline.sweep.student import DEFAULT_SWEEP, Base
+from tristill.pipeline.tables import echo_tables
 
 
 @click.command()
@@ -64,9 +64,9 @@ def sweep(
     if make_cache:
         check_settings(found, base)
         run_steps(plan(base.workspace, "dump-logits"), base.arguments)
-    from pipeline.sweep.ledger import ledger_text
-    from pipeline.sweep.records import results_text
-    from pipeline.sweep.run import run_sweep
+    from tristill.pipeline.sweep.ledger import ledger_text
+    from tristill.pipeline.sweep.records import results_text
+    from tristill.pipeline.sweep.run import run_sweep
 
     results = run_sweep(found, base, force=force, take_over=take_over)
     if as_json:

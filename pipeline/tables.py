@@ -12,7 +12,7 @@ from itertools import groupby
 
 import click
 
-from pipeline.terminal import cells
+from tristill.pipeline.terminal import cells
 
 _BETWEEN_CELLS = re.compile(r" (?<!\\)\| ")
 _SENTENCE = 28

@@ -4,13 +4,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from cache.hashing import sha256_of_file
-from cache.layout import COMPANION_NAMES
-from pipeline.reading import Input
-from pipeline.step import Step, known
-from stages.data.config import SyntheticText
-from stages.errors import CheckpointError
-from stages.models.hub import find_model
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.layout import COMPANION_NAMES
+from tristill.pipeline.reading import Input
+from tristill.pipeline.step import Step, known
+from tristill.stages.data.config import SyntheticText
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.hub import find_model
 
 
 class Tokenize(Step):
@@ -42,7 +42,7 @@ class Tokenize(Step):
 
         Of chats, also of the tokenizer and its chat template.
         """
-        from stages.data.files import corpus_signature, template_signature
+        from tristill.stages.data.files import corpus_signature, template_signature
 
         data = self.config.data
         held_out = {f"{split} corpus": corpus_signature(source) for split, source in data.held_out.items()}
@@ -51,7 +51,7 @@ class Tokenize(Step):
 
     def reads(self) -> dict[str, Input]:
         """Folders of models that it opens; all files of the corpus are compared while they are read."""
-        from stages.data.files import template_folder, template_signature
+        from tristill.stages.data.files import template_folder, template_signature
 
         data, found = self.config.data, {}
         if isinstance(data.source, SyntheticText):
@@ -67,8 +67,8 @@ class Tokenize(Step):
 
     def build(self) -> str:
         """Write token files and tokenizer."""
-        from stages.data.files import refuse_changed_corpus
-        from stages.data.tokenize import tokenize_corpus
+        from tristill.stages.data.files import refuse_changed_corpus
+        from tristill.stages.data.tokenize import tokenize_corpus
 
         self._refuse_other_tokenizer()
         with ExitStack() as stack:
@@ -78,7 +78,7 @@ class Tokenize(Step):
 
     def _refuse_other_tokenizer(self) -> None:
         """Refuses what the step `teacher` would, as far as the tokenizer of a given teacher is here to be seen."""
-        from stages.data.tokenizer_gate import refuse_other_tokenizer
+        from tristill.stages.data.tokenizer_gate import refuse_other_tokenizer
 
         teacher, model = self.config.teacher, None
         if teacher.path is not None and not self.workspace.outside("teacher"):

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.remote import keep_copy
-from pipeline.config import DEFAULT_STUDENT, Config
-from pipeline.errors import ConfigError, MissingInputError
-from pipeline.received import left_out_text, named_outside, refuse_outside
-from stages.data.config import SyntheticText
-from stages.models.description import CONFIG_NAME
-from stages.models.hub import find_model
-from stages.models.trust import trust_code_of, trust_records_of
-from stages.progress import say
+from tristill.cache.remote import keep_copy
+from tristill.pipeline.config import DEFAULT_STUDENT, Config
+from tristill.pipeline.errors import ConfigError, MissingInputError
+from tristill.pipeline.received import left_out_text, named_outside, refuse_outside
+from tristill.stages.data.config import SyntheticText
+from tristill.stages.models.description import CONFIG_NAME
+from tristill.stages.models.hub import find_model
+from tristill.stages.models.trust import trust_code_of, trust_records_of
+from tristill.stages.progress import say
 
 RUN_CONFIG_NAME = "config.toml"
 _PLACE_OF_CACHE = ("cache.dir", "cache.url")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.ranks import Ranks
+from tristill.stages.ranks import Ranks
 
 
 def summed(values: Tensor, ranks: Ranks) -> Tensor:

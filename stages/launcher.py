@@ -1,4 +1,4 @@
-"""Starts a module on several processes of this machine: `python -m stages.launcher NUMBER MODULE ARGUMENT ...`.
+"""Starts a module on several processes: `python -m tristill.stages.launcher NUMBER MODULE ARGUMENT ...`.
 
 It is `torchrun --standalone` without its own report of a failure, since the ranks say themselves what is wrong; it ends
 with the exit code of the rank that did.
@@ -10,9 +10,9 @@ import signal
 import socket
 import sys
 
-from stages.interrupt import ending_signals
-from stages.progress import say
-from stages.visible import guard_output
+from tristill.stages.interrupt import ending_signals
+from tristill.stages.progress import say
+from tristill.stages.visible import guard_output
 
 _ADDRESS = "127.0.0.1"
 _INTERRUPTED = 130

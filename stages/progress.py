@@ -10,8 +10,8 @@ from typing import Self
 
 from tqdm import tqdm
 
-from stages.ranks import current_ranks
-from stages.visible import visible_lines
+from tristill.stages.ranks import current_ranks
+from tristill.stages.visible import visible_lines
 
 _PLAIN_LINE_EVERY_S = 5.0
 _TICK_S = 0.5

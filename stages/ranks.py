@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from stages.errors import LostRankError, OtherRankError, RanksError
-from stages.interrupt import ending_signals
+from tristill.stages.errors import LostRankError, OtherRankError, RanksError
+from tristill.stages.interrupt import ending_signals
 
 _Item = TypeVar("_Item")
 LOST = "another rank has ended; run the same command again to go on"

@@ -13,8 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cache.regular_file import parsed_json, read_file
-from stages.errors import TokenizerError
+from tristill.cache.regular_file import parsed_json, read_file
+from tristill.stages.errors import TokenizerError
 
 LARGEST_TOKENIZER_BYTES = 2**28
 LARGEST_GROWTH = 1000.0

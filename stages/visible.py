@@ -100,7 +100,7 @@ class _VisibleStream:
             return visible_lines(text)
         if _MOVES.fullmatch(text):
             return text
-        from cache.secrets import masked  # with numpy, after signals are handled
+        from tristill.cache.secrets import masked  # with numpy, after signals are handled
 
         text = masked(text)
         start = "\r" * text.startswith("\r")  # of a progress bar

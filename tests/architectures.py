@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import distill
-from stages.errors import StageError
-from stages.evaluate.config import EvaluateConfig
-from stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
-from stages.models.origin import Origin
-from stages.quantize.config import QuantizeConfig
-from stages.targets.online import OnlineSource
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import distill
+from tristill.stages.errors import StageError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
+from tristill.stages.models.origin import Origin
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.targets.online import OnlineSource
 
 VOCAB, LAYERS = 300, 4
 _SMALL: dict[str, Any] = {

@@ -5,15 +5,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from cache import CacheSpec, SampledProfile, TopKProfile, TransformProfile
-from cache.arrays import ids_dtype
-from cache.calibration import Calibration
-from cache.coding.streams import Histograms
-from cache.profiles.heads import GAP_GROWTH, GAP_STEP, TAIL_STEP, HeadSize, gap_grid
-from cache.profiles.profile import Place
-from cache.spec import AnyProfile
-from cache.tables import tables_image
 from conftest import make_spec
+from tristill.cache import CacheSpec, SampledProfile, TopKProfile, TransformProfile
+from tristill.cache.arrays import ids_dtype
+from tristill.cache.calibration import Calibration
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.profiles.heads import GAP_GROWTH, GAP_STEP, TAIL_STEP, HeadSize, gap_grid
+from tristill.cache.profiles.profile import Place
+from tristill.cache.spec import AnyProfile
+from tristill.cache.tables import tables_image
 
 VOCAB = 300
 TRANSFORM = TransformProfile(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from forked_commands import Commands
 
-from cache import Cache, CacheSpec, CacheWriter, HiddenSpec, PlainTopKProfile, SplitSpec, open_cache
+from tristill.cache import Cache, CacheSpec, CacheWriter, HiddenSpec, PlainTopKProfile, SplitSpec, open_cache
 
 if TYPE_CHECKING:
     from survival import Runs

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, open_cache
-from cache.manifest import load_manifest
-from cache.verify import verify_cache
+from tristill.cache import CacheError, open_cache
+from tristill.cache.manifest import load_manifest
+from tristill.cache.verify import verify_cache
 
 EXTRA_BYTES = 2**28
 _CASES_BETWEEN_COLLECTIONS = 20

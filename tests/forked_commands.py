@@ -26,10 +26,25 @@ _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.sym
 _LOADED = (
     *("datasets", "gguf", "h5py", "optuna", "torch._dynamo", "accelerate", "xllamacpp"),
     *("transformers.models.llama.modeling_llama", "transformers.models.bitnet.modeling_bitnet"),
-    *("transformers.integrations.bitnet", "pipeline.cli", "pipeline.exporting", "pipeline.sweep.run"),
-    *("stages.data.tokenize", "stages.dump.dump", "stages.distill.choose", "stages.distill.distill"),
-    *("stages.teacher.given", "stages.teacher.train", "pipeline.sweep_command", "pipeline.sweep.records"),
-    *("pipeline.sweep.ledger", "sqlalchemy.dialects.sqlite", "optuna.storages._rdb.storage"),
+    *(
+        "transformers.integrations.bitnet",
+        "tristill.pipeline.cli",
+        "tristill.pipeline.exporting",
+        "tristill.pipeline.sweep.run",
+    ),
+    *(
+        "tristill.stages.data.tokenize",
+        "tristill.stages.dump.dump",
+        "tristill.stages.distill.choose",
+        "tristill.stages.distill.distill",
+    ),
+    *(
+        "tristill.stages.teacher.given",
+        "tristill.stages.teacher.train",
+        "tristill.pipeline.sweep_command",
+        "tristill.pipeline.sweep.records",
+    ),
+    *("tristill.pipeline.sweep.ledger", "sqlalchemy.dialects.sqlite", "optuna.storages._rdb.storage"),
 )
 _FAILED = 99
 
@@ -154,7 +169,7 @@ def _be_the_command(request: Request, counter: mmap.mmap) -> None:
         os.chdir(request.cwd)
         if request.changes_in is not None:
             _count_changes(request.changes_in, request, counter)
-        from pipeline.__main__ import main
+        from tristill.pipeline.__main__ import main
 
         main()
     except SystemExit as exc:

@@ -3,7 +3,7 @@
 import random
 import re
 
-from cache.hdf5.blocks import checksum
+from tristill.cache.hdf5.blocks import checksum
 
 _LARGEST = 4096
 

@@ -15,7 +15,7 @@ def tristill_on_a_terminal(
     *arguments: str, columns: int = 100, environment: dict[str, str] | None = None
 ) -> tuple[int, str]:
     """See on_a_terminal."""
-    return on_a_terminal([sys.executable, "-m", "pipeline", *arguments], columns, environment)
+    return on_a_terminal([sys.executable, "-m", "tristill.pipeline", *arguments], columns, environment)
 
 
 def on_a_terminal(command: list[str], columns: int = 100, environment: dict[str, str] | None = None) -> tuple[int, str]:

@@ -14,18 +14,18 @@ import torch
 from small_training import CPU, SHAPE, dump_config, places
 from torch import nn
 
-from cache import SplitName
 from conftest import ENVIRONMENT, ROOT
-from stages.distill.choose import choose_source
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import distill
-from stages.errors import StageError
-from stages.evaluate.config import EvaluateConfig
-from stages.ranks import current_ranks, joined_ranks
-from stages.targets.source import Epoch, Signals, TargetBatch, TargetSource
-from stages.teacher.config import TeacherConfig
-from stages.teacher.train import train_teacher
-from stages.training.parallel import require_alike
+from tristill.cache import SplitName
+from tristill.stages.distill.choose import choose_source
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import distill
+from tristill.stages.errors import StageError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.ranks import current_ranks, joined_ranks
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch, TargetSource
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.train import train_teacher
+from tristill.stages.training.parallel import require_alike
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import split_windows
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import distill
-from stages.evaluate.config import EvaluateConfig
-from stages.export.parity import HeldOut
-from stages.models.config import ModelConfig
-from stages.quantize.config import QuantizeConfig
-from stages.targets.online import OnlineSource
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import split_windows
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import distill
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.export.parity import HeldOut
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.targets.online import OnlineSource
 
 CONTEXT = 64
 LONG_CONTEXT = 72

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pipeline.sweep.results import Ledger, SeedGroup, SweepResults, Trial
+from tristill.pipeline.sweep.results import Ledger, SeedGroup, SweepResults, Trial
 
 LEDGER = Ledger(
     teacher_s=160.0,

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.distill.choose import Places, choose_source
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import StudentSummary, distill
-from stages.dump.config import DumpConfig
-from stages.evaluate.config import EvaluateConfig
-from stages.models.config import ModelConfig
-from stages.targets.source import TargetSource
-from stages.teacher.config import TeacherConfig
-from stages.teacher.train import train_teacher
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.distill.choose import Places, choose_source
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import StudentSummary, distill
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.targets.source import TargetSource
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.train import train_teacher
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(width=16, layers=2, heads=2, mlp_width=24)

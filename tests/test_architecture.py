@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 
 def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("tristill", *path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -45,8 +46,12 @@ def imported_modules(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downwards_and_name_only_declared_libraries(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
-    allowed = {package} | MAY_IMPORT[package] | THIRD_PARTY[package] | set(sys.stdlib_module_names)
-    assert {name.split(".")[0] for name in imported_modules(path)} <= allowed
+    ours = {f"tristill.{name}" for name in {package} | MAY_IMPORT[package]}
+    allowed = ours | THIRD_PARTY[package] | set(sys.stdlib_module_names)
+    imported = {
+        ".".join(name.split(".")[: 2 if name.startswith("tristill.") else 1]) for name in imported_modules(path)
+    }
+    assert imported <= allowed
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
@@ -55,13 +60,20 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_every_package_is_installed_under_the_one_name() -> None:
+    folders = {path.parent for path in FILES if path.name == "__init__.py"} | {ROOT / "configs"}
+    names = {f"tristill.{'.'.join(folder.relative_to(ROOT).parts)}" for folder in folders}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert set(settings["packages"]) == names
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import cache", ("torch", "datasets", "pydantic_settings", "stages", "pipeline")),
-        ("import pipeline.cli", ("torch", "datasets", "tokenizers", "matplotlib", "jinja2")),
-        ("import pipeline.report.page", ("torch", "datasets", "matplotlib", "jinja2")),
-        ("import stages.distill.config, stages.teacher.config, stages.dump.config", ("torch", "datasets")),
+        ("import tristill.cache", ("torch", "datasets", "pydantic_settings", "tristill.stages", "tristill.pipeline")),
+        ("import tristill.pipeline.cli", ("torch", "datasets", "tokenizers", "matplotlib", "jinja2")),
+        ("import tristill.pipeline.report.page", ("torch", "datasets", "matplotlib", "jinja2")),
+        ("import tristill.stages.distill.config, stages.teacher.config, stages.dump.config", ("torch", "datasets")),
     ],
 )
 def test_light_imports_load_no_heavy_library(statement: str, absent: tuple[str, ...]) -> None:

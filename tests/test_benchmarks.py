@@ -9,7 +9,7 @@ import pytest
 from benchmarks import methods, recipe
 from benchmarks.students import StudentTable, collect, config_of, slug_of, student_folder
 from conftest import ROOT
-from pipeline.config import load_config
+from tristill.pipeline.config import load_config
 
 TABLES = [methods.TABLE, recipe.TABLE]
 DEMO = ROOT / "configs" / "demo.toml"

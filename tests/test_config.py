@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cache.secrets import masked
 from conftest import ROOT
-from pipeline.config import Config, check_student_name, load_config, save_config
-from pipeline.errors import ConfigError
-from pipeline.provenance import Provenance, new_provenance
-from pipeline.runner import plan
-from pipeline.workspace import Workspace
+from tristill.cache.secrets import masked
+from tristill.pipeline.config import Config, check_student_name, load_config, save_config
+from tristill.pipeline.errors import ConfigError
+from tristill.pipeline.provenance import Provenance, new_provenance
+from tristill.pipeline.runner import plan
+from tristill.pipeline.workspace import Workspace
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 MINIMAL = """
@@ -134,7 +134,10 @@ def test_one_bad_setting_is_refused_by_its_path(tmp_path: Path, assignment: str,
         load_config(write(tmp_path, MINIMAL), (assignment,))
 
 
-@pytest.mark.parametrize(("text", "message"), [("a = ", "cannot be read as TOML"), (None, "configs in this checkout")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a = ", "cannot be read as TOML"), (None, "configs that ship with tristill: .*configs/demo.toml")],
+)
 def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = write(tmp_path, text) if text else tmp_path / "missing.toml"
     with pytest.raises(ConfigError, match=message):

@@ -8,9 +8,9 @@ import click
 import pytest
 
 from conftest import ROOT
-from pipeline.cli import cli
-from pipeline.config import load_config
-from pipeline.reference import documents, with_tables
+from tristill.pipeline.cli import cli
+from tristill.pipeline.config import load_config
+from tristill.pipeline.reference import documents, with_tables
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import scale, scale_model, scale_reader
-from cache import Cache, CacheRequestError, CacheWriter, open_cache
-from cache.manifest import load_manifest, refuse_too_many_shards
-from cache.order import Deal
 from conftest import ROOT, TOKENIZER_JSON, make_spec
+from tristill.cache import Cache, CacheRequestError, CacheWriter, open_cache
+from tristill.cache.manifest import load_manifest, refuse_too_many_shards
+from tristill.cache.order import Deal
 
 
 def test_the_tables_of_the_page_are_those_of_what_was_measured() -> None:

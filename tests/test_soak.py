@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import EpochSeen, streamed, synthetic_cache
-from stages.resources import keep_freed_memory
+from tristill.stages.resources import keep_freed_memory
 
 
 def check(epochs: list[EpochSeen]) -> None:

@@ -17,7 +17,7 @@ import tomli_w
 
 from benchmarks.tutorial import PAGE, Example, environment, examples, run, shortened, with_outputs
 from conftest import ROOT
-from pipeline.cli import cli
+from tristill.pipeline.cli import cli
 
 PAGE_TEXT = PAGE.read_text(encoding="utf-8")
 EXAMPLES = examples(PAGE_TEXT)

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from tiny_caches import write_tiny_cache
 
-from cache import CacheCorruptError, CacheError, open_cache, verify_cache
-from cache.atomic import write_atomically
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
-from cache.manifest import load_manifest
-from cache.repair import SCRATCH_NAME, take_back
 from conftest import ENVIRONMENT, ROOT
-from stages.errors import CheckpointError
-from stages.models.origin import model_files
+from tristill.cache import CacheCorruptError, CacheError, open_cache, verify_cache
+from tristill.cache.atomic import write_atomically
+from tristill.cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
+from tristill.cache.manifest import load_manifest
+from tristill.cache.repair import SCRATCH_NAME, take_back
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.origin import model_files
 
 SOURCES = sorted(path for package in ("cache", "stages", "pipeline") for path in (ROOT / package).rglob("*.py"))
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "jsonpickle"}
@@ -86,7 +86,7 @@ def test_the_walk_of_the_sources_sees_what_it_looks_for(tmp_path: Path, text: st
     assert len(list(dangers(source))) == 1
 
 
-# Tells every class that an unpickler looks up, with the file that asked for it, and goes on as `python -m pipeline`.
+# Tells every class that an unpickler looks up, with the file that asked for it, and goes on as `python -m tristill.pipeline`.
 HOOK = """
 import sys
 def hook(event, arguments):
@@ -99,7 +99,7 @@ def hook(event, arguments):
             log.write(repr((arguments, files)) + "\\n")
 LOG = sys.argv.pop(1)
 sys.addaudithook(hook)
-from pipeline.__main__ import main
+from tristill.pipeline.__main__ import main
 main()
 """
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from coded_profiles import PROFILES, TRANSFORM, fitted_tables, given_arrays, spec_with_tables
 
-from cache import CacheSpec, CacheWriter, SplitSpec
-from cache.profiles.profile import Place
 from conftest import TOKENIZER_JSON, make_spec, window_arrays
+from tristill.cache import CacheSpec, CacheWriter, SplitSpec
+from tristill.cache.profiles.profile import Place
 
 WINDOWS, T = 3, 6
 KINDS = ("coded", "masked", "hidden")

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ENVIRONMENT, ROOT, Outcome
 
 
-def command(ranks: int, *arguments: str, program: tuple[str, ...] = ("-m", "pipeline")) -> list[str]:
+def command(ranks: int, *arguments: str, program: tuple[str, ...] = ("-m", "tristill.pipeline")) -> list[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [*launch, *program, *arguments]
 

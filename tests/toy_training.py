@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stages.evaluate.metrics import ValidationMetrics
-from stages.losses.term import LossValues
-from stages.training.config import TrainingConfig
-from stages.training.loop import StepInfo, Training
+from tristill.stages.evaluate.metrics import ValidationMetrics
+from tristill.stages.losses.term import LossValues
+from tristill.stages.training.config import TrainingConfig
+from tristill.stages.training.loop import StepInfo, Training
 
 
 def config(**changes: object) -> TrainingConfig:

@@ -5,7 +5,7 @@ Shapes: C contexts, S tokens.
 
 import numpy as np
 
-from cache.errors import CacheCorruptError
+from tristill.cache.errors import CacheCorruptError
 
 PROBABILITY_BITS = 12
 TOTAL = 1 << PROBABILITY_BITS

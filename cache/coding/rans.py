@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from cache.coding.frequencies import PROBABILITY_BITS, TOTAL, Model
-from cache.coding.integers import (
+from tristill.cache.coding.frequencies import PROBABILITY_BITS, TOTAL, Model
+from tristill.cache.coding.integers import (
     NUM_DIRECT,
     pack_bits,
     raw_bit_counts,
@@ -22,8 +22,8 @@ from cache.coding.integers import (
     values_of,
     words_at_bytes,
 )
-from cache.coding.streams import Reading, Request
-from cache.errors import CacheCorruptError
+from tristill.cache.coding.streams import Reading, Request
+from tristill.cache.errors import CacheCorruptError
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from cache.coding.frequencies import frequencies_from_counts
-from cache.coding.integers import tokens_of
+from tristill.cache.coding.frequencies import frequencies_from_counts
+from tristill.cache.coding.integers import tokens_of
 
 T = TypeVar("T")
 

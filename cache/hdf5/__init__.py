@@ -6,8 +6,8 @@ before it is taken apart, and whatever this format does not use is refused. Numb
 "HDF5 File Format Specification", version 4.0.
 """
 
-from cache.hdf5.blocks import Hdf5Error
-from cache.hdf5.datasets import StoredChunk, StoredDataset
-from cache.hdf5.file import Hdf5File
+from tristill.cache.hdf5.blocks import Hdf5Error
+from tristill.cache.hdf5.datasets import StoredChunk, StoredDataset
+from tristill.cache.hdf5.file import Hdf5File
 
 __all__ = ["Hdf5Error", "Hdf5File", "StoredChunk", "StoredDataset"]

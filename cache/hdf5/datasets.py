@@ -3,7 +3,16 @@
 import math
 from dataclasses import dataclass
 
-from cache.hdf5.blocks import CHECKSUM_BYTES, UNDEFINED, Blocks, Cursor, Hdf5Error, MessageType, messages_at, the_only
+from tristill.cache.hdf5.blocks import (
+    CHECKSUM_BYTES,
+    UNDEFINED,
+    Blocks,
+    Cursor,
+    Hdf5Error,
+    MessageType,
+    messages_at,
+    the_only,
+)
 
 _CHUNKED, _CONTIGUOUS = 2, 1
 _SINGLE_CHUNK, _FIXED_ARRAY = 1, 3

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from cache.hdf5.blocks import (
+from tristill.cache.hdf5.blocks import (
     CHECKSUM_BYTES,
     UNDEFINED,
     Blocks,
@@ -15,7 +15,7 @@ from cache.hdf5.blocks import (
     messages_at,
     the_only,
 )
-from cache.hdf5.datasets import StoredDataset, dataset_at, shape_of
+from tristill.cache.hdf5.datasets import StoredDataset, dataset_at, shape_of
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _STRING = 3

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cache.arrays import ArraySpec
-from cache.profiles.head_needs import whole_distribution
-from cache.profiles.profile import Need, Profile
+from tristill.cache.arrays import ArraySpec
+from tristill.cache.profiles.head_needs import whole_distribution
+from tristill.cache.profiles.profile import Need, Profile
 
 
 class DenseProfile(Profile):

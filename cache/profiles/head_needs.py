@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from cache.profiles.profile import Need, TailTreatment
+from tristill.cache.profiles.profile import Need, TailTreatment
 
 MINING = "mining by divergence"
 """What picking positions by their forward KL is called."""

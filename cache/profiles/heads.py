@@ -10,10 +10,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cache.arrays import ArraySpec, ids_dtype
-from cache.coding.integers import num_tokens, unzigzag, zigzag
-from cache.coding.streams import Reading, Request, Sink
-from cache.errors import CacheCorruptError
+from tristill.cache.arrays import ArraySpec, ids_dtype
+from tristill.cache.coding.integers import num_tokens, unzigzag, zigzag
+from tristill.cache.coding.streams import Reading, Request, Sink
+from tristill.cache.errors import CacheCorruptError
 
 GAP_STEP = 0.1
 """Nats between neighbouring values of the grid of gaps, at a gap of zero."""

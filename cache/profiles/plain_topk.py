@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cache.arrays import ArraySpec, ids_dtype
-from cache.profiles.head_needs import unserved_by_head
-from cache.profiles.profile import Need, Profile
+from tristill.cache.arrays import ArraySpec, ids_dtype
+from tristill.cache.profiles.head_needs import unserved_by_head
+from tristill.cache.profiles.profile import Need, Profile
 
 
 class PlainTopKProfile(Profile):

@@ -11,8 +11,8 @@ from typing import ClassVar, Literal, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cache.arrays import ArraySpec
-from cache.coding.streams import Reading, Sink
+from tristill.cache.arrays import ArraySpec
+from tristill.cache.coding.streams import Reading, Sink
 
 NUM_LANES = 1024
 """Lanes of the entropy coder; their states take 4 bytes each in every chunk."""

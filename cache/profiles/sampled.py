@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from cache.arrays import ArraySpec, ids_dtype
-from cache.coding.integers import num_tokens
-from cache.coding.streams import Reading, Request, Sink
-from cache.errors import CacheCorruptError
-from cache.profiles.heads import IdRanks, RaggedIds, padded, places_of
-from cache.profiles.profile import Coder, Need, Place, Profile
+from tristill.cache.arrays import ArraySpec, ids_dtype
+from tristill.cache.coding.integers import num_tokens
+from tristill.cache.coding.streams import Reading, Request, Sink
+from tristill.cache.errors import CacheCorruptError
+from tristill.cache.profiles.heads import IdRanks, RaggedIds, padded, places_of
+from tristill.cache.profiles.profile import Coder, Need, Place, Profile
 
 LARGEST_DRAWS = 255
 _CONTEXTS = 16

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from cache.arrays import ArraySpec
-from cache.coding.streams import Reading, Sink
-from cache.profiles.head_needs import unserved_by_head
-from cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
-from cache.profiles.profile import Coder, Need, Place, Profile, TailTreatment
+from tristill.cache.arrays import ArraySpec
+from tristill.cache.coding.streams import Reading, Sink
+from tristill.cache.profiles.head_needs import unserved_by_head
+from tristill.cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
+from tristill.cache.profiles.profile import Coder, Need, Place, Profile, TailTreatment
 
 
 def temperatures_in_order(temperatures: tuple[float, ...]) -> tuple[float, ...]:

@@ -15,15 +15,15 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from cache.arrays import ArraySpec
-from cache.coding.integers import columns, num_tokens, unzigzag, zigzag
-from cache.coding.streams import Reading, Request, Sink
-from cache.errors import CacheCorruptError
-from cache.profiles.dither import LEVELS, dither_bytes, dither_of, undithered
-from cache.profiles.head_needs import unserved_by_head
-from cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
-from cache.profiles.profile import Coder, Need, Place, Profile
-from cache.profiles.topk import Temperatures
+from tristill.cache.arrays import ArraySpec
+from tristill.cache.coding.integers import columns, num_tokens, unzigzag, zigzag
+from tristill.cache.coding.streams import Reading, Request, Sink
+from tristill.cache.errors import CacheCorruptError
+from tristill.cache.profiles.dither import LEVELS, dither_bytes, dither_of, undithered
+from tristill.cache.profiles.head_needs import unserved_by_head
+from tristill.cache.profiles.heads import HeadCoder, HeadSize, head_arrays, head_models, head_tables
+from tristill.cache.profiles.profile import Coder, Need, Place, Profile
+from tristill.cache.profiles.topk import Temperatures
 
 LARGEST_COEFFICIENT = 2047
 TABLE_UNITS_PER_STEP = 16

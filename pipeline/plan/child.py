@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.plan.errors import PlanError
-from pipeline.plan.rehearsal import Rehearsed, Request
+from tristill.pipeline.plan.errors import PlanError
+from tristill.pipeline.plan.rehearsal import Rehearsed, Request
 
 
 def rehearsed(request: Request, scratch: Path) -> Rehearsed:
@@ -15,7 +15,7 @@ def rehearsed(request: Request, scratch: Path) -> Rehearsed:
     asked.write_text(request.model_dump_json(), encoding="utf-8")
     answer.unlink(missing_ok=True)
     with log.open("wb") as lines:
-        command = [sys.executable, "-m", "pipeline.plan.rehearsal", str(asked), str(answer)]
+        command = [sys.executable, "-m", "tristill.pipeline.plan.rehearsal", str(asked), str(answer)]
         child = subprocess.Popen(command, stdout=lines, stderr=lines)  # noqa: S603 - ours
         try:
             code = child.wait()

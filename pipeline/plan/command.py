@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from pipeline.options import Number, run_options, workspace_of
-from pipeline.tables import echo_tables
+from tristill.pipeline.options import Number, run_options, workspace_of
+from tristill.pipeline.tables import echo_tables
 
 
 @click.command()
@@ -42,10 +42,10 @@ def plan(
     Example:
         tristill plan --config configs/demo.toml
     """
-    from pipeline.plan.compare import compare
-    from pipeline.plan.disk import needed_and_free
-    from pipeline.plan.planning import Budget, plan_of
-    from pipeline.plan.text import comparison_table, disk_lines, plan_text
+    from tristill.pipeline.plan.compare import compare
+    from tristill.pipeline.plan.disk import needed_and_free
+    from tristill.pipeline.plan.planning import Budget, plan_of
+    from tristill.pipeline.plan.text import comparison_table, disk_lines, plan_text
 
     workspace = workspace_of(config_path, assignments, run_dir)
     found = plan_of(workspace, Budget(seconds, teacher_seconds))

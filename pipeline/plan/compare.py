@@ -3,17 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cache import CacheError
-from pipeline.errors import StaleError
-from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, StagePrediction, load_plan
-from pipeline.plan.settings import settings_fingerprint
-from pipeline.plan.sizes import cache_sizes
-from pipeline.results import read_summary
-from pipeline.step import Step
-from pipeline.steps import DumpLogits, all_steps
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import Workspace
-from stages.data.tokenized import load_corpus
+from tristill.cache import CacheError
+from tristill.pipeline.errors import StaleError
+from tristill.pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, StagePrediction, load_plan
+from tristill.pipeline.plan.settings import settings_fingerprint
+from tristill.pipeline.plan.sizes import cache_sizes
+from tristill.pipeline.results import read_summary
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import DumpLogits, all_steps
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.data.tokenized import load_corpus
 
 
 @dataclass(frozen=True)

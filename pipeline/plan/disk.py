@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from pipeline.plan.prediction import Plan
-from pipeline.steps import DumpLogits, all_steps
-from pipeline.workspace import Workspace
+from tristill.pipeline.plan.prediction import Plan
+from tristill.pipeline.steps import DumpLogits, all_steps
+from tristill.pipeline.workspace import Workspace
 
 
 def needed_and_free(plan: Plan, workspace: Workspace) -> tuple[dict[str, float], dict[str, float]]:

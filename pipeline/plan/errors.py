@@ -1,6 +1,6 @@
 """What can go wrong while a plan is made."""
 
-from pipeline.errors import PipelineError
+from tristill.pipeline.errors import PipelineError
 
 
 class PlanError(PipelineError):

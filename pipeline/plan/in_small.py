@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.step import Step
-from pipeline.steps import Distill, Teacher
-from stages.training.config import TrainingConfig
+from tristill.pipeline.config import Config
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill, Teacher
+from tristill.stages.training.config import TrainingConfig
 
 _ONCE = ("steps", "warmup_steps", "second_phase", "log_every", "checkpoint_every")
 

@@ -7,27 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.spec import SplitName
-from pipeline.config import DEFAULT_STUDENT, Config, save_config
-from pipeline.plan.bounds import affordable_positions, measured_on
-from pipeline.plan.child import rehearsed
-from pipeline.plan.in_small import in_small, training_of
-from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, StagePrediction, load_plan
-from pipeline.plan.rehearsal import Rehearsed, Request, link_all_but
-from pipeline.plan.settings import settings_fingerprint
-from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
-from pipeline.reading import reading, strict_inputs
-from pipeline.runner import plan as steps_to_run
-from pipeline.step import Step
-from pipeline.steps import DumpLogits, Teacher, all_steps
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.data.tokenized import load_corpus
-from stages.dump.config import MEASURED_POSITIONS
-from stages.plan.corpus import CorpusInSmall, expected_tokens
-from stages.plan.corpus import in_small as corpus_in_small
-from stages.plan.sample import sample_corpus
-from stages.progress import say, waiting
+from tristill.cache.spec import SplitName
+from tristill.pipeline.config import DEFAULT_STUDENT, Config, save_config
+from tristill.pipeline.plan.bounds import affordable_positions, measured_on
+from tristill.pipeline.plan.child import rehearsed
+from tristill.pipeline.plan.in_small import in_small, training_of
+from tristill.pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, StagePrediction, load_plan
+from tristill.pipeline.plan.rehearsal import Rehearsed, Request, link_all_but
+from tristill.pipeline.plan.settings import settings_fingerprint
+from tristill.pipeline.plan.sizes import cache_sizes, extrapolated, scaled
+from tristill.pipeline.reading import reading, strict_inputs
+from tristill.pipeline.runner import plan as steps_to_run
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import DumpLogits, Teacher, all_steps
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from tristill.stages.data.tokenized import load_corpus
+from tristill.stages.dump.config import MEASURED_POSITIONS
+from tristill.stages.plan.corpus import CorpusInSmall, expected_tokens
+from tristill.stages.plan.corpus import in_small as corpus_in_small
+from tristill.stages.plan.sample import sample_corpus
+from tristill.stages.progress import say, waiting
 
 SAMPLE_POSITIONS = 81_920
 _VALIDATION_POSITIONS = 8_192

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cache.atomic import write_atomically
-from cache.regular_file import read_file
-from pipeline.errors import StaleError
+from tristill.cache.atomic import write_atomically
+from tristill.cache.regular_file import read_file
+from tristill.pipeline.errors import StaleError
 
 PLAN_NAME = "plan.json"
 

@@ -1,6 +1,6 @@
 """A step in small, in a process of its own: what it takes to start, and what every unit of its work takes.
 
-    python -m pipeline.plan.rehearsal REQUEST RESULT
+    python -m tristill.pipeline.plan.rehearsal REQUEST RESULT
 
 Both are JSON files. The step is built by its own code, twice: cold, as a user would start it, and warm, for its speed.
 """
@@ -17,18 +17,18 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cache import CacheError
-from cache.layout import TOKENIZER_NAME
-from pipeline.config import load_config
-from pipeline.errors import PipelineError
-from pipeline.plan.in_small import in_small, training_of
-from pipeline.plan.sizes import windows_positions
-from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, Teacher, all_steps
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import Workspace
-from stages.errors import StageError
-from stages.resources import peak_rss_mib
+from tristill.cache import CacheError
+from tristill.cache.layout import TOKENIZER_NAME
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import PipelineError
+from tristill.pipeline.plan.in_small import in_small, training_of
+from tristill.pipeline.plan.sizes import windows_positions
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill, DumpLogits, Teacher, all_steps
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.errors import StageError
+from tristill.stages.resources import peak_rss_mib
 
 _FEWEST_STEPS = 4
 NEVER = 2**31
@@ -95,15 +95,15 @@ def rehearse(request: Request) -> Rehearsed:
     else:
         measured = _rehearse_training(request, step)
     found: dict[str, float | str | None] = {"peak_rss_mib": peak_rss_mib(), "disk_bytes": folder_bytes(step.folder)}
-    from stages.threads import num_threads  # with torch, which not every step loads
+    from tristill.stages.threads import num_threads  # with torch, which not every step loads
 
     found |= {"threads": num_threads(), "refused_exports": _refused_exports(step)}
     return measured.model_copy(update=found)
 
 
 def _refused_exports(step: Step) -> str | None:
-    from stages.export.refusal import early_refusals
-    from stages.models.folder import load_model
+    from tristill.stages.export.refusal import early_refusals
+    from tristill.stages.models.folder import load_model
 
     if not isinstance(step, Distill) or not step.config.student.quantize.packed_bits:
         return None
@@ -210,10 +210,10 @@ def link_all_but(own: Collection[Path], run_dir: Path, twin: Path) -> None:
 
 def _evaluation(step: Step) -> tuple[float, int]:
     """(seconds per position of the evaluation at the end of a training, positions of the rehearsal)."""
-    from pipeline.evaluation import evaluate_models
-    from stages.evaluate.evaluate import evaluate
-    from stages.models.folder import load_model, pick_device
-    from stages.targets.online import OnlineSource
+    from tristill.pipeline.evaluation import evaluate_models
+    from tristill.stages.evaluate.evaluate import evaluate
+    from tristill.stages.models.folder import load_model, pick_device
+    from tristill.stages.targets.online import OnlineSource
 
     workspace = step.workspace
     if isinstance(step, Teacher):
@@ -240,8 +240,8 @@ def _evaluation(step: Step) -> tuple[float, int]:
 
 def _validation_positions(workspace: Workspace) -> int:
     """Positions that a student is evaluated on: those of the cache, if there is one."""
-    from cache.manifest import cache_fingerprint, load_manifest
-    from stages.data.tokenized import split_windows
+    from tristill.cache.manifest import cache_fingerprint, load_manifest
+    from tristill.stages.data.tokenized import split_windows
 
     if cache_fingerprint(workspace.cache) is not None:
         return windows_positions(load_manifest(workspace.cache).spec)["validation"]
@@ -251,7 +251,7 @@ def _validation_positions(workspace: Workspace) -> int:
 
 def _rehearse_dump(step: DumpLogits) -> Rehearsed:
     """The whole of a small cache, with its calibration; then its shards again, with the tables that are there."""
-    from cache.manifest import load_manifest
+    from tristill.cache.manifest import load_manifest
 
     whole_s = _build(step)
     manifest = load_manifest(step.folder)

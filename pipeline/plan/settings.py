@@ -1,7 +1,7 @@
 """Which config a plan belongs to."""
 
-from cache.hashing import fingerprint_of
-from pipeline.config import Config
+from tristill.cache.hashing import fingerprint_of
+from tristill.pipeline.config import Config
 
 
 def settings_fingerprint(config: Config) -> str:

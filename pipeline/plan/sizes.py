@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
-from cache.manifest import Manifest, load_manifest
-from cache.spec import CacheSpec
-from pipeline.plan.prediction import CachePrediction
+from tristill.cache.layout import MANIFEST_NAME, TABLES_NAME, TOKENIZER_NAME
+from tristill.cache.manifest import Manifest, load_manifest
+from tristill.cache.spec import CacheSpec
+from tristill.pipeline.plan.prediction import CachePrediction
 
 LARGEST_DOUBLINGS = 2.0
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from pipeline.plan.compare import Comparison
-from pipeline.plan.prediction import CachePrediction, Plan
-from pipeline.results import text_table
-from pipeline.units import bytes_text, seconds_text
+from tristill.pipeline.plan.compare import Comparison
+from tristill.pipeline.plan.prediction import CachePrediction, Plan
+from tristill.pipeline.results import text_table
+from tristill.pipeline.units import bytes_text, seconds_text
 
 
 def plan_text(plan: Plan) -> str:

@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cache import CacheError, CacheSpec, open_cache
-from cache.layout import MANIFEST_NAME
-from pipeline.cache_info import cache_details, cache_info
-from pipeline.cache_info_text import INFINITE_KL
-from pipeline.report.drawing import Line, bars, histogram, lines
-from pipeline.report.run import Run, mapping
-from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
-from pipeline.units import bytes_text, count_text
+from tristill.cache import CacheError, CacheSpec, open_cache
+from tristill.cache.layout import MANIFEST_NAME
+from tristill.pipeline.cache_info import cache_details, cache_info
+from tristill.pipeline.cache_info_text import INFINITE_KL
+from tristill.pipeline.report.drawing import Line, bars, histogram, lines
+from tristill.pipeline.report.run import Run, mapping
+from tristill.pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
+from tristill.pipeline.units import bytes_text, count_text
 
 TEMPERATURES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 _MOST_BARS = 12
@@ -138,7 +138,7 @@ def _histogram(sample: Mapping[str, Any] | None, key: str, prefix: str) -> Figur
 
 
 def _partition(folder: Path, prefix: str) -> list[Block]:
-    from stages.fidelity.partition import log_partition
+    from tristill.stages.fidelity.partition import log_partition
 
     try:
         cache = open_cache(folder)

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from pipeline.errors import StaleError
-from pipeline.report.drawing import Line, bars, lines
-from pipeline.report.run import Run
-from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
-from pipeline.report.sweeps import read_sweeps
-from pipeline.step import Step
-from pipeline.steps import Distill, all_steps
-from pipeline.sweep.results import Ledger, SweepResults
-from pipeline.units import bytes_text, cell, seconds_text
+from tristill.pipeline.errors import StaleError
+from tristill.pipeline.report.drawing import Line, bars, lines
+from tristill.pipeline.report.run import Run
+from tristill.pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
+from tristill.pipeline.report.sweeps import read_sweeps
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill, all_steps
+from tristill.pipeline.sweep.results import Ledger, SweepResults
+from tristill.pipeline.units import bytes_text, cell, seconds_text
 
 _MOST_BARS = 12
 

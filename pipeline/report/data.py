@@ -2,12 +2,12 @@
 
 from itertools import accumulate
 
-from pipeline.report.drawing import Line, lines
-from pipeline.report.run import Run
-from pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
-from pipeline.units import bytes_text, count_text
-from stages.data.tokenized import TokenizedCorpus
-from stages.errors import CorpusError
+from tristill.pipeline.report.drawing import Line, lines
+from tristill.pipeline.report.run import Run
+from tristill.pipeline.report.section import Block, Entry, Figure, Missing, Section, Table, Text
+from tristill.pipeline.units import bytes_text, count_text
+from tristill.stages.data.tokenized import TokenizedCorpus
+from tristill.stages.errors import CorpusError
 
 _SOURCES = {
     "python-stdlib": "the Python standard library's sources",
@@ -24,8 +24,8 @@ def data_section(run: Run) -> Section:
     if not (folder / "data.json").is_file():
         text = "The run has no tokens of its own; run tristill tokenize. A cache holds the windows that students read."
         return Section("data", "Data", [Missing(text)])
-    from stages.data.frequencies import token_counts
-    from stages.data.tokenized import load_corpus
+    from tristill.stages.data.frequencies import token_counts
+    from tristill.stages.data.tokenized import load_corpus
 
     try:
         corpus, counts = load_corpus(folder), token_counts(folder)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from pipeline.report.section import Entry
-from pipeline.units import scale_of, tick_text
-from stages.visible import visible, visible_lines, visible_markup
+from tristill.pipeline.report.section import Entry
+from tristill.pipeline.units import scale_of, tick_text
+from tristill.stages.visible import visible, visible_lines, visible_markup
 
 Axes = Any
 """matplotlib's, which is imported only when something is drawn."""

@@ -5,12 +5,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cache.regular_file import read_file, read_json_object
-from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
-from pipeline.report.run import Model, Run, mapping
-from pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
-from pipeline.results import COLUMNS
-from pipeline.units import bytes_text, cell, number
+from tristill.cache.regular_file import read_file, read_json_object
+from tristill.pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes, shares_on
+from tristill.pipeline.report.run import Model, Run, mapping
+from tristill.pipeline.report.section import Block, Figure, Heading, Missing, Section, Table
+from tristill.pipeline.results import COLUMNS
+from tristill.pipeline.units import bytes_text, cell, number
 
 _PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
@@ -142,8 +142,8 @@ def _calibration(run: Run) -> Block:
 
 def _deployment(run: Run) -> list[Block]:
     """Sizes and speeds, if they were measured."""
-    from pipeline.deployment import HEADER, deployment_rows
-    from stages.deployment.report import Deployment
+    from tristill.pipeline.deployment import HEADER, deployment_rows
+    from tristill.stages.deployment.report import Deployment
 
     try:
         found = Deployment.model_validate_json(read_file(run.workspace.run_dir / "deployment.json"))

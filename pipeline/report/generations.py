@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache import CacheError, open_cache
-from cache.layout import TOKENIZER_NAME
-from cache.manifest import cache_fingerprint
-from pipeline.report.run import Model, Run
-from pipeline.report.section import Block, Continuation, Missing, Prompt, Section, Text
-from stages.errors import StageError
-from stages.progress import waiting
+from tristill.cache import CacheError, open_cache
+from tristill.cache.layout import TOKENIZER_NAME
+from tristill.cache.manifest import cache_fingerprint
+from tristill.pipeline.report.run import Model, Run
+from tristill.pipeline.report.section import Block, Continuation, Missing, Prompt, Section, Text
+from tristill.stages.errors import StageError
+from tristill.stages.progress import waiting
 
 NUM_PROMPTS = 3
 _PROMPT_TOKENS = 40
@@ -64,7 +64,7 @@ def generations_section(run: Run) -> Section:
 
 
 def _continued(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-    from stages.generate.continuations import continuations
+    from tristill.stages.generate.continuations import continuations
 
     return continuations(
         model.folder, prompts, max_tokens=max_tokens, temperature=_TEMPERATURE, top_p=_TOP_P, seed=_SEED
@@ -72,7 +72,7 @@ def _continued(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) 
 
 
 def _texts(tokenizer: Path, prompts: Sequence[Sequence[int]]) -> list[str]:
-    from stages.data.tokenizer import load_tokenizer
+    from tristill.stages.data.tokenizer import load_tokenizer
 
     found = load_tokenizer(tokenizer)
     return [found.decode(list(prompt)) for prompt in prompts]
@@ -81,7 +81,7 @@ def _texts(tokenizer: Path, prompts: Sequence[Sequence[int]]) -> list[str]:
 def _held_out(run: Run) -> tuple[list[list[int]], Path]:
     """Windows of the validation split, of the tokens or of the cache, and their tokenizer; none if neither is there."""
     if (run.workspace.data / "validation.npy").is_file():
-        from stages.data.tokenized import load_corpus, split_windows
+        from tristill.stages.data.tokenized import load_corpus, split_windows
 
         windows = split_windows(run.workspace.data, "validation")
         end_of_text_id = load_corpus(run.workspace.data).end_of_text_id

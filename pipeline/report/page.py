@@ -5,23 +5,23 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
-from cache.atomic import write_atomically
-from pipeline.errors import MissingInputError, PipelineError
-from pipeline.report.cache import cache_section
-from pipeline.report.costs import costs_section
-from pipeline.report.data import data_section
-from pipeline.report.evaluation import evaluation_section
-from pipeline.report.generations import generations_section
-from pipeline.report.plan import plan_section
-from pipeline.report.quantizer import quantizer_section
-from pipeline.report.run import Run, read_run
-from pipeline.report.section import Block, Figure, Section, Table, Tile
-from pipeline.report.students import students_section
-from pipeline.report.summary import about, provenance, tiles
-from pipeline.report.sweeps import sweeps_section
-from pipeline.report.teacher import teacher_section
-from pipeline.workspace import Workspace
-from stages.visible import visible_markup
+from tristill.cache.atomic import write_atomically
+from tristill.pipeline.errors import MissingInputError, PipelineError
+from tristill.pipeline.report.cache import cache_section
+from tristill.pipeline.report.costs import costs_section
+from tristill.pipeline.report.data import data_section
+from tristill.pipeline.report.evaluation import evaluation_section
+from tristill.pipeline.report.generations import generations_section
+from tristill.pipeline.report.plan import plan_section
+from tristill.pipeline.report.quantizer import quantizer_section
+from tristill.pipeline.report.run import Run, read_run
+from tristill.pipeline.report.section import Block, Figure, Section, Table, Tile
+from tristill.pipeline.report.students import students_section
+from tristill.pipeline.report.summary import about, provenance, tiles
+from tristill.pipeline.report.sweeps import sweeps_section
+from tristill.pipeline.report.teacher import teacher_section
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.visible import visible_markup
 
 REPORT_NAME = "report.html"
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from cache import CacheError
-from pipeline.errors import PipelineError
-from pipeline.plan.compare import Comparison, compare
-from pipeline.plan.prediction import PLAN_NAME
-from pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes
-from pipeline.report.run import Run
-from pipeline.report.section import Block, Figure, Missing, Section, Table, Text
-from pipeline.units import bytes_text, seconds_text, tick_text
-from stages.errors import StageError
+from tristill.cache import CacheError
+from tristill.pipeline.errors import PipelineError
+from tristill.pipeline.plan.compare import Comparison, compare
+from tristill.pipeline.plan.prediction import PLAN_NAME
+from tristill.pipeline.report.drawing import COLORS, Axes, drawn, plain, scale_axes
+from tristill.pipeline.report.run import Run
+from tristill.pipeline.report.section import Block, Figure, Missing, Section, Table, Text
+from tristill.pipeline.units import bytes_text, seconds_text, tick_text
+from tristill.stages.errors import StageError
 
 _WITHIN = {"bytes": 0.1, "s": 0.25}
 _MOST_DOTS = 24

@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.drawing import Line, entries_of, lines, over_positions, positions_label
-from pipeline.report.run import Model, Run, mapping
-from pipeline.report.section import Block, Figure, Missing, Section, Text
-from pipeline.units import number
+from tristill.pipeline.report.drawing import Line, entries_of, lines, over_positions, positions_label
+from tristill.pipeline.report.run import Model, Run, mapping
+from tristill.pipeline.report.section import Block, Figure, Missing, Section, Text
+from tristill.pipeline.units import number
 
 _BLOCK = re.compile(r"\.(?P<block>\d+)\.(?:.*\.)?(?P<matrix>[^.]+)$")
 _MOST_MATRICES = 8

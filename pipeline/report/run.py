@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.regular_file import parsed_json
-from pipeline.errors import MissingInputError, StaleError
-from pipeline.provenance import Provenance, read_provenance
-from pipeline.report.section import Entry
-from pipeline.results import has_summary, loss_text, read_summary
-from pipeline.units import number
-from pipeline.workspace import Workspace
-from stages.models.description import CONFIG_NAME
-from stages.training.watch import HELD_OUT, PartingNote
+from tristill.cache.regular_file import parsed_json
+from tristill.pipeline.errors import MissingInputError, StaleError
+from tristill.pipeline.provenance import Provenance, read_provenance
+from tristill.pipeline.report.section import Entry
+from tristill.pipeline.results import has_summary, loss_text, read_summary
+from tristill.pipeline.units import number
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.models.description import CONFIG_NAME
+from tristill.stages.training.watch import HELD_OUT, PartingNote
 
 MAX_STUDENTS = 6
 """Students that are drawn over one another; more would not be told apart."""

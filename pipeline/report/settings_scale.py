@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.drawing import plain
-from pipeline.sweep.points import value_text
-from pipeline.units import number, tick_text
+from tristill.pipeline.report.drawing import plain
+from tristill.pipeline.sweep.points import value_text
+from tristill.pipeline.units import number, tick_text
 
 _MOST_TICKS = 6
 _LEAST_RATIO = 4

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from pipeline.provenance import flat
-from pipeline.report.drawing import (
+from tristill.pipeline.provenance import flat
+from tristill.pipeline.report.drawing import (
     COLORS,
     Axes,
     Line,
@@ -16,10 +16,10 @@ from pipeline.report.drawing import (
     shares_on,
     thinned,
 )
-from pipeline.report.run import Model, Run, mapping
-from pipeline.report.section import Block, Figure, Missing, Section, Table, Text
-from pipeline.report.settings_scale import setting_text
-from pipeline.units import cell, number, seconds_text
+from tristill.pipeline.report.run import Model, Run, mapping
+from tristill.pipeline.report.section import Block, Figure, Missing, Section, Table, Text
+from tristill.pipeline.report.settings_scale import setting_text
+from tristill.pipeline.units import cell, number, seconds_text
 
 _MOST_TERMS = 6
 _MOST_SHARES = 4

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 
 import tomli_w
 
-from cache import CacheError
-from pipeline.errors import StaleError
-from pipeline.provenance import Provenance
-from pipeline.report.cache import cache_size
-from pipeline.report.run import Model, Run
-from pipeline.report.section import Block, Listing, Table, Tile
-from pipeline.report.teacher import precision
-from pipeline.step import Step
-from pipeline.steps import DumpLogits, all_steps
-from pipeline.units import bytes_text, count_text, number
-from stages.models.hub import is_hub_name
+from tristill.cache import CacheError
+from tristill.pipeline.errors import StaleError
+from tristill.pipeline.provenance import Provenance
+from tristill.pipeline.report.cache import cache_size
+from tristill.pipeline.report.run import Model, Run
+from tristill.pipeline.report.section import Block, Listing, Table, Tile
+from tristill.pipeline.report.teacher import precision
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import DumpLogits, all_steps
+from tristill.pipeline.units import bytes_text, count_text, number
+from tristill.stages.models.hub import is_hub_name
 
 _BYTES_PER_FP32 = 4
 

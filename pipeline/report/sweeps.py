@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from cache.regular_file import read_file
-from pipeline.report.drawing import COLORS, WIDE, Axes, drawn, numbers_on, plain, scale_axes
-from pipeline.report.run import Run, mapping
-from pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
-from pipeline.report.settings_scale import Scale, setting_text
-from pipeline.sweep.points import in_words, short_keys
-from pipeline.sweep.results import SweepResults, Trial
-from pipeline.units import bytes_text, cell, number
+from tristill.cache.regular_file import read_file
+from tristill.pipeline.report.drawing import COLORS, WIDE, Axes, drawn, numbers_on, plain, scale_axes
+from tristill.pipeline.report.run import Run, mapping
+from tristill.pipeline.report.section import Block, Entry, Figure, Heading, Missing, Section, Table, Text
+from tristill.pipeline.report.settings_scale import Scale, setting_text
+from tristill.pipeline.sweep.points import in_words, short_keys
+from tristill.pipeline.sweep.results import SweepResults, Trial
+from tristill.pipeline.units import bytes_text, cell, number
 
 RESULTS_NAME = "results.json"
 _MOST_AXES = 7

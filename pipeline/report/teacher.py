@@ -1,12 +1,12 @@
 """The model that students learn from."""
 
-from pipeline.report.drawing import Line, lines, over_positions, positions_label
-from pipeline.report.run import Model, Run
-from pipeline.report.section import Block, Entry, Figure, Missing, Section, Text
-from pipeline.units import cell, count_text, number, seconds_text, tick_text
-from stages.errors import CheckpointError
-from stages.models.description import read_description
-from stages.models.origin import load_origin
+from tristill.pipeline.report.drawing import Line, lines, over_positions, positions_label
+from tristill.pipeline.report.run import Model, Run
+from tristill.pipeline.report.section import Block, Entry, Figure, Missing, Section, Text
+from tristill.pipeline.units import cell, count_text, number, seconds_text, tick_text
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.description import read_description
+from tristill.stages.models.origin import load_origin
 
 _LOGGED = (
     (

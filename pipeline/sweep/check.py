@@ -3,17 +3,17 @@
 import shlex
 from collections.abc import Iterator
 
-from cache import CacheSpec
-from cache.manifest import load_manifest
-from pipeline.config import VARIANT_SECTIONS, refuse
-from pipeline.errors import ConfigError, MissingInputError
-from pipeline.runner import refuse_if_stale
-from pipeline.steps import DumpLogits
-from pipeline.sweep.config import SEED, Grid, Range, SweepConfig
-from pipeline.sweep.points import Point, examples, grid, in_words, with_seeds
-from pipeline.sweep.student import Base
-from stages.models.description import CONFIG_NAME
-from stages.models.hugging_face_shape import HuggingFaceShape
+from tristill.cache import CacheSpec
+from tristill.cache.manifest import load_manifest
+from tristill.pipeline.config import VARIANT_SECTIONS, refuse
+from tristill.pipeline.errors import ConfigError, MissingInputError
+from tristill.pipeline.runner import refuse_if_stale
+from tristill.pipeline.steps import DumpLogits
+from tristill.pipeline.sweep.config import SEED, Grid, Range, SweepConfig
+from tristill.pipeline.sweep.points import Point, examples, grid, in_words, with_seeds
+from tristill.pipeline.sweep.student import Base
+from tristill.stages.models.description import CONFIG_NAME
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape
 
 _OF_WHOLE_DISTRIBUTIONS = {"top1_agreement", "acceptance_rate"}
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from cache.secrets import NO_CREDENTIALS, holds_password
-from pipeline.config import parse_assignment, read_toml, refuse, shown
-from pipeline.errors import ConfigError
-from stages.settings import Section
+from tristill.cache.secrets import NO_CREDENTIALS, holds_password
+from tristill.pipeline.config import parse_assignment, read_toml, refuse, shown
+from tristill.pipeline.errors import ConfigError
+from tristill.stages.settings import Section
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _HIGHER_IS_BETTER = {"validation.top1_agreement", "validation.acceptance_rate"}

@@ -4,21 +4,21 @@ import statistics
 from collections.abc import Iterator
 from typing import Literal
 
-from cache import CacheError
-from pipeline.cache_info import cache_info
-from pipeline.errors import MissingInputError
-from pipeline.provenance import read_provenance
-from pipeline.results import read_summary
-from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, teacher_step
-from pipeline.sweep.results import Ledger
-from pipeline.sweep.student import Base
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import Workspace
-from stages.distill.choose import Places, cached_source, online_source
-from stages.distill.probe import probe_steps
-from stages.errors import StageError
-from stages.models.folder import pick_device
+from tristill.cache import CacheError
+from tristill.pipeline.cache_info import cache_info
+from tristill.pipeline.errors import MissingInputError
+from tristill.pipeline.provenance import read_provenance
+from tristill.pipeline.results import read_summary
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill, DumpLogits, teacher_step
+from tristill.pipeline.sweep.results import Ledger
+from tristill.pipeline.sweep.student import Base
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.distill.choose import Places, cached_source, online_source
+from tristill.stages.distill.probe import probe_steps
+from tristill.stages.errors import StageError
+from tristill.stages.models.folder import pick_device
 
 
 def probe(base: Base) -> list[tuple[float, float]] | str:

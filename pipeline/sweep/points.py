@@ -5,8 +5,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cache.hashing import fingerprint_of
-from pipeline.sweep.config import SEED, Range, SweepConfig, Varied
+from tristill.cache.hashing import fingerprint_of
+from tristill.pipeline.sweep.config import SEED, Range, SweepConfig, Varied
 
 Point = dict[str, Any]
 

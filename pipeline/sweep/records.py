@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from cache.atomic import write_atomically
-from pipeline.results import COLUMNS, text_table
-from pipeline.sweep.config import SEED, SweepConfig
-from pipeline.sweep.points import folder_name, in_words, short_keys, value_text, without_seed
-from pipeline.sweep.results import SeedGroup, SweepResults, Trial
+from tristill.cache.atomic import write_atomically
+from tristill.pipeline.results import COLUMNS, text_table
+from tristill.pipeline.sweep.config import SEED, SweepConfig
+from tristill.pipeline.sweep.points import folder_name, in_words, short_keys, value_text, without_seed
+from tristill.pipeline.sweep.results import SeedGroup, SweepResults, Trial
 
 _STATES: dict[TrialState, Literal["complete", "pruned", "failed", "running", "waiting"]] = {
     TrialState.COMPLETE: "complete",

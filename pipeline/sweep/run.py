@@ -15,26 +15,26 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from cache.atomic import partial_of
-from cache.manifest import cache_fingerprint, load_manifest
-from cache.secrets import masked
-from pipeline.errors import BusyError
-from pipeline.provenance import locked, read_provenance
-from pipeline.reading import cache_input, reading
-from pipeline.results import read_summary
-from pipeline.runner import build_held
-from pipeline.sweep.check import check_sweep
-from pipeline.sweep.config import SEED, SweepConfig
-from pipeline.sweep.ledger import ledger, probe
-from pipeline.sweep.points import Point, folder_name, in_words
-from pipeline.sweep.records import results_of, write_results
-from pipeline.sweep.results import Ledger, SweepResults, Trial
-from pipeline.sweep.student import Base
-from pipeline.sweep.study import OPEN, SweepStudy, delete_study, held, open_study
-from stages.errors import DivergedError, TargetsError
-from stages.progress import say, waiting
-from stages.training.checkpoint import clear_checkpoints, seconds_kept
-from stages.training.watch import Watch
+from tristill.cache.atomic import partial_of
+from tristill.cache.manifest import cache_fingerprint, load_manifest
+from tristill.cache.secrets import masked
+from tristill.pipeline.errors import BusyError
+from tristill.pipeline.provenance import locked, read_provenance
+from tristill.pipeline.reading import cache_input, reading
+from tristill.pipeline.results import read_summary
+from tristill.pipeline.runner import build_held
+from tristill.pipeline.sweep.check import check_sweep
+from tristill.pipeline.sweep.config import SEED, SweepConfig
+from tristill.pipeline.sweep.ledger import ledger, probe
+from tristill.pipeline.sweep.points import Point, folder_name, in_words
+from tristill.pipeline.sweep.records import results_of, write_results
+from tristill.pipeline.sweep.results import Ledger, SweepResults, Trial
+from tristill.pipeline.sweep.student import Base
+from tristill.pipeline.sweep.study import OPEN, SweepStudy, delete_study, held, open_study
+from tristill.stages.errors import DivergedError, TargetsError
+from tristill.stages.progress import say, waiting
+from tristill.stages.training.checkpoint import clear_checkpoints, seconds_kept
+from tristill.stages.training.watch import Watch
 
 
 class PrunedError(Exception):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import (
+from tristill.pipeline.config import (
     DEFAULT_STUDENT,
     VARIANT_SECTIONS,
     Config,
@@ -15,13 +15,13 @@ from pipeline.config import (
     read_toml,
     set_key,
 )
-from pipeline.options import arguments_of, workspace_of
-from pipeline.step import Step
-from pipeline.steps import Distill
-from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.points import Point, folder_name
-from pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from stages.models.config import ModelConfig
+from tristill.pipeline.options import arguments_of, workspace_of
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill
+from tristill.pipeline.sweep.config import SweepConfig
+from tristill.pipeline.sweep.points import Point, folder_name
+from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
+from tristill.stages.models.config import ModelConfig
 
 DEFAULT_SWEEP = Path("configs/sweeps/demo.toml")
 

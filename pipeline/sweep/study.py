@@ -28,13 +28,13 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from cache.atomic import write_atomically
-from cache.hashing import fingerprint_of
-from pipeline.errors import BusyError, ConfigError, StaleError, StudyError
-from pipeline.provenance import flat, locked
-from pipeline.sweep.config import Grid, HalvingPruning, MedianPruning, Range, SweepConfig, TpeSearch
-from pipeline.sweep.points import Point, grid, with_seeds, without_seed
-from stages.progress import waiting
+from tristill.cache.atomic import write_atomically
+from tristill.cache.hashing import fingerprint_of
+from tristill.pipeline.errors import BusyError, ConfigError, StaleError, StudyError
+from tristill.pipeline.provenance import flat, locked
+from tristill.pipeline.sweep.config import Grid, HalvingPruning, MedianPruning, Range, SweepConfig, TpeSearch
+from tristill.pipeline.sweep.points import Point, grid, with_seeds, without_seed
+from tristill.stages.progress import waiting
 
 _PLACE_NAME = "place"
 _DATABASE_NAME = "study.db"

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from cache.regular_file import require_regular_files
-from stages.data.chat_forms import Tool, forms, prints_python, with_marks
-from stages.data.conversation import Message
-from stages.errors import CorpusError, TokenizerError
+from tristill.cache.regular_file import require_regular_files
+from tristill.stages.data.chat_forms import Tool, forms, prints_python, with_marks
+from tristill.stages.data.conversation import Message
+from tristill.stages.errors import CorpusError, TokenizerError
 
 Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")

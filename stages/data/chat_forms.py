@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from stages.data.conversation import Message
+from tristill.stages.data.conversation import Message
 
 Tool = dict[str, Any]
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from cache.spec import SplitName
-from cache.store import check_url
-from stages.settings import ALWAYS_OUTSIDE, OUTSIDE, Section, neutral
+from tristill.cache.spec import SplitName
+from tristill.cache.store import check_url
+from tristill.stages.settings import ALWAYS_OUTSIDE, OUTSIDE, Section, neutral
 
 
 def _plain_urls(paths: tuple[str, ...]) -> tuple[str, ...]:

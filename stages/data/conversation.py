@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.errors import CorpusError
+from tristill.stages.errors import CorpusError
 
 Message = dict[str, Any]
 _ROLE_KEYS = ("role", "from")

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import datasets
 
-from stages.data.chat import ChatTemplate, Document
-from stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, RecordFiles, TextFiles
-from stages.data.conversation import BESIDE, conversation
-from stages.data.files import corpus_files
-from stages.data.records import RECORD_SUFFIXES, Row, is_record_file, is_table, record_rows
-from stages.data.remote_files import brought_here
-from stages.data.text_files import opened, text_documents
-from stages.errors import CorpusError
-from stages.models.hub import refuse_unwritable_home
+from tristill.stages.data.chat import ChatTemplate, Document
+from tristill.stages.data.config import DataConfig, HuggingFaceDataset, PythonStdlib, RecordFiles, TextFiles
+from tristill.stages.data.conversation import BESIDE, conversation
+from tristill.stages.data.files import corpus_files
+from tristill.stages.data.records import RECORD_SUFFIXES, Row, is_record_file, is_table, record_rows
+from tristill.stages.data.remote_files import brought_here
+from tristill.stages.data.text_files import opened, text_documents
+from tristill.stages.errors import CorpusError
+from tristill.stages.models.hub import refuse_unwritable_home
 
 _T = TypeVar("_T")
 _BATCH_ROWS = 1024

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from cache.hashing import fingerprint_of, sha256_of_file
-from cache.store import Patience
-from stages.data.config import (
+from tristill.cache.hashing import fingerprint_of, sha256_of_file
+from tristill.cache.store import Patience
+from tristill.stages.data.config import (
     DataConfig,
     ExistingTokenizer,
     HuggingFaceDataset,
@@ -20,9 +20,9 @@ from stages.data.config import (
     SyntheticText,
     TextFiles,
 )
-from stages.data.remote_files import IMPATIENT, RemoteFile, is_url, remote_files
-from stages.errors import CorpusError
-from stages.models.hub import find_model
+from tristill.stages.data.remote_files import IMPATIENT, RemoteFile, is_url, remote_files
+from tristill.stages.errors import CorpusError
+from tristill.stages.models.hub import find_model
 
 _SMALL_CORPUS_BYTES = 64 * 2**20
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}

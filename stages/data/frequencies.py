@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.regular_file import require_regular
-from stages.data.tokenized import load_corpus
-from stages.errors import CorpusError
+from tristill.cache.regular_file import require_regular
+from tristill.stages.data.tokenized import load_corpus
+from tristill.stages.errors import CorpusError
 
 MAX_TOKENS = 4_000_000
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.data.text_files import COMPRESSED_SUFFIXES, opened_text
-from stages.errors import CorpusError
+from tristill.stages.data.text_files import COMPRESSED_SUFFIXES, opened_text
+from tristill.stages.errors import CorpusError
 
 Row = dict[str, Any]
 _BATCH_ROWS = 1024

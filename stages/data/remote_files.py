@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from cache.errors import CacheError
-from cache.store import Patience, Store, StoredFile
-from stages.errors import CorpusError
-from stages.progress import say
+from tristill.cache.errors import CacheError
+from tristill.cache.store import Patience, Store, StoredFile
+from tristill.stages.errors import CorpusError
+from tristill.stages.progress import say
 
 IMPATIENT = Patience(attempts=2, timeout_s=15.0, total_s=20.0)
 """For a look at whether files changed, which goes on without an answer."""

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from cache.atomic import write_atomically
-from cache.hashing import canonical_json, fingerprint_of, sha256_of_file
-from stages.data.config import SyntheticText
-from stages.data.files import model_files
-from stages.data.tokenizer import load_tokenizer
-from stages.errors import CorpusError
-from stages.models.causal import load_causal_model
-from stages.models.folder import TOKENIZER_NAME, pick_device
-from stages.models.generate import CausalModel, Sampling, generate
-from stages.progress import Progress
+from tristill.cache.atomic import write_atomically
+from tristill.cache.hashing import canonical_json, fingerprint_of, sha256_of_file
+from tristill.stages.data.config import SyntheticText
+from tristill.stages.data.files import model_files
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.errors import CorpusError
+from tristill.stages.models.causal import load_causal_model
+from tristill.stages.models.folder import TOKENIZER_NAME, pick_device
+from tristill.stages.models.generate import CausalModel, Sampling, generate
+from tristill.stages.progress import Progress
 
 _RECORD_NAME = "synthetic.json"
 

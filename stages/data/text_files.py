@@ -12,7 +12,7 @@ from typing import IO, Any, Literal, TextIO
 
 import pyarrow as pa
 
-from stages.errors import CorpusError
+from tristill.stages.errors import CorpusError
 
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,

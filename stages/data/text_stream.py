@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from stages.data.chat import special_ids
+from tristill.stages.data.chat import special_ids
 
 _UNDECODABLE = "\ufffd"
 

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from stages.data.text_stream import TextStream, fallback_ids
-from stages.data.tokenizer import load_tokenizer
-from stages.visible import visible
+from tristill.stages.data.text_stream import TextStream, fallback_ids
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.visible import visible
 
 _NOT_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 

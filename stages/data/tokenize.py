@@ -15,13 +15,13 @@ import datasets
 import numpy as np
 from tokenizers import Tokenizer
 
-from cache.arrays import ids_dtype
-from cache.atomic import write_atomically
-from cache.hashing import sha256_of_file
-from cache.regular_file import read_json_object
-from cache.spec import SplitName
-from stages.data.chat import ChatTemplate, Document, assistant_tokens, special_ids
-from stages.data.config import (
+from tristill.cache.arrays import ids_dtype
+from tristill.cache.atomic import write_atomically
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.regular_file import read_json_object
+from tristill.cache.spec import SplitName
+from tristill.stages.data.chat import ChatTemplate, Document, assistant_tokens, special_ids
+from tristill.stages.data.config import (
     AnySource,
     DataConfig,
     ExistingTokenizer,
@@ -31,9 +31,9 @@ from stages.data.config import (
     SyntheticText,
     TrainedTokenizer,
 )
-from stages.data.corpus import OnEmpty, chats, documents, is_validation
-from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
-from stages.data.tokenizer import (
+from tristill.stages.data.corpus import OnEmpty, chats, documents, is_validation
+from tristill.stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, mask_name
+from tristill.stages.data.tokenizer import (
     END_OF_TEXT,
     beginning_token,
     existing_tokenizer,
@@ -42,11 +42,11 @@ from stages.data.tokenizer import (
     tokenizer_place,
     train_tokenizer,
 )
-from stages.data.tokens import TokenFileWriter, TokenWindows, token_file
-from stages.errors import CorpusError, ExportError, TokenizerError
-from stages.export.gguf_tokenizer import refuse_gguf_tokenizer
-from stages.models.companions import SpecialIds, as_json, write_tokenizer
-from stages.progress import Progress, say, waiting
+from tristill.stages.data.tokens import TokenFileWriter, TokenWindows, token_file
+from tristill.stages.errors import CorpusError, ExportError, TokenizerError
+from tristill.stages.export.gguf_tokenizer import refuse_gguf_tokenizer
+from tristill.stages.models.companions import SpecialIds, as_json, write_tokenizer
+from tristill.stages.progress import Progress, say, waiting
 
 _BATCH_CHARACTERS = 2**20
 _HOLDERS = {"tools": "chats"}
@@ -236,7 +236,10 @@ def _reader(config: DataConfig, source: AnySource, folder: Path, on_empty: OnEmp
         return partial(chats, source, ChatTemplate(tokenizer_place(config.tokenizer)), on_empty)
     if not isinstance(source, SyntheticText):
         return lambda: map(Document, documents(source, on_empty))
-    from stages.data.synthetic import write_synthetic, written_documents  # loads torch, which no other source needs
+    from tristill.stages.data.synthetic import (  # loads torch, which no other source needs
+        write_synthetic,
+        written_documents,
+    )
 
     parts = write_synthetic(source, folder / "synthetic")
     return lambda: map(Document, written_documents(parts))

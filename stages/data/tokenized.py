@@ -13,13 +13,13 @@ from pydantic import (
     model_validator,
 )
 
-from cache.hashing import fingerprint_of, sha256_of_file
-from cache.layout import TOKENIZER_NAME
-from cache.regular_file import read_json_object
-from cache.spec import SplitName
-from stages.data.tokenizer import load_tokenizer
-from stages.data.tokens import TokenWindows, largest_id, num_windows_of
-from stages.errors import CorpusError
+from tristill.cache.hashing import fingerprint_of, sha256_of_file
+from tristill.cache.layout import TOKENIZER_NAME
+from tristill.cache.regular_file import read_json_object
+from tristill.cache.spec import SplitName
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.data.tokens import TokenWindows, largest_id, num_windows_of
+from tristill.stages.errors import CorpusError
 
 
 class MaskedTokens(BaseModel):

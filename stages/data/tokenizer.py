@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cache.regular_file import read_json_object
-from stages.data.config import ExistingTokenizer, TrainedTokenizer
-from stages.errors import TokenizerError
-from stages.models.hub import fetch_model, is_hub_name
-from stages.progress import say
-from stages.tokenizer_file import load_tokenizer
+from tristill.cache.regular_file import read_json_object
+from tristill.stages.data.config import ExistingTokenizer, TrainedTokenizer
+from tristill.stages.errors import TokenizerError
+from tristill.stages.models.hub import fetch_model, is_hub_name
+from tristill.stages.progress import say
+from tristill.stages.tokenizer_file import load_tokenizer
 
 __all__ = [
     "END_OF_TEXT",

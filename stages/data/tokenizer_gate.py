@@ -6,12 +6,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cache.hashing import canonical_json
-from stages.data.config import ExistingTokenizer, TrainedTokenizer
-from stages.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_file
-from stages.errors import TokenizerError
-from stages.models.companions import SpecialIds
-from stages.models.description import TOKENIZER_NAME
+from tristill.cache.hashing import canonical_json
+from tristill.stages.data.config import ExistingTokenizer, TrainedTokenizer
+from tristill.stages.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_file
+from tristill.stages.errors import TokenizerError
+from tristill.stages.models.companions import SpecialIds
+from tristill.stages.models.description import TOKENIZER_NAME
 
 _SHOWN = 5
 _PARTS = ("normalizer", "pre_tokenizer")

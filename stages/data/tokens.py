@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cache.atomic import atomic_file
-from cache.regular_file import open_regular
-from stages.errors import CorpusError
+from tristill.cache.atomic import atomic_file
+from tristill.cache.regular_file import open_regular
+from tristill.stages.errors import CorpusError
 
 _BLOCK_TOKENS = 2**22
 

@@ -11,10 +11,10 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from stages.errors import ExportError
-from stages.export.llama_cpp import LlamaCpp, Timings
-from stages.models.causal import rollout_of
-from stages.models.language_model import LanguageModel
+from tristill.stages.errors import ExportError
+from tristill.stages.export.llama_cpp import LlamaCpp, Timings
+from tristill.stages.models.causal import rollout_of
+from tristill.stages.models.language_model import LanguageModel
 
 _Answer = TypeVar("_Answer")
 _loaded: list[LlamaCpp] = []

@@ -8,19 +8,19 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from stages.deployment.contenders import Contender, InLlamaCpp, InTorch
-from stages.deployment.report import Deployment, Form, Speed, Spread
-from stages.deployment.sizes import bytes_of, weights_bytes
-from stages.errors import CheckpointError, ExportError
-from stages.export.formats import TernaryType
-from stages.export.gguf import write_gguf
-from stages.export.llama_cpp import Timings
-from stages.export.student import Student, load_student
-from stages.models.folder import load_model
-from stages.models.hugging_face import HuggingFaceModel
-from stages.packed.model import memory_use, pack_model
-from stages.progress import Progress, waiting
-from stages.threads import torch_threads
+from tristill.stages.deployment.contenders import Contender, InLlamaCpp, InTorch
+from tristill.stages.deployment.report import Deployment, Form, Speed, Spread
+from tristill.stages.deployment.sizes import bytes_of, weights_bytes
+from tristill.stages.errors import CheckpointError, ExportError
+from tristill.stages.export.formats import TernaryType
+from tristill.stages.export.gguf import write_gguf
+from tristill.stages.export.llama_cpp import Timings
+from tristill.stages.export.student import Student, load_student
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.packed.model import memory_use, pack_model
+from tristill.stages.progress import Progress, waiting
+from tristill.stages.threads import torch_threads
 
 _LONGEST_PROMPT, _MOST_NEW = 512, 128
 _ROUNDS = 7

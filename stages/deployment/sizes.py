@@ -5,9 +5,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from stages.models.folder import saved_tensors
-from stages.models.language_model import LanguageModel
-from stages.models.origin import load_origin, model_files
+from tristill.stages.models.folder import saved_tensors
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import load_origin, model_files
 
 
 def weights_bytes(folder: Path) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from stages.losses.selection_config import BalanceConfig
-from stages.progress import say
+from tristill.stages.losses.selection_config import BalanceConfig
+from tristill.stages.progress import say
 
 _FAINT = 1e-3
 

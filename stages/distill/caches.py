@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import torch
 
-from cache import Cache, CacheMismatchError, CacheSpec, Need, open_cache
-from cache.spec import differences
-from stages.distill.config import DistillConfig
-from stages.errors import TargetsError
-from stages.targets.cached import CachedSource
-from stages.targets.mixed import MixedSource, kind_of_targets
+from tristill.cache import Cache, CacheMismatchError, CacheSpec, Need, open_cache
+from tristill.cache.spec import differences
+from tristill.stages.distill.config import DistillConfig
+from tristill.stages.errors import TargetsError
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.mixed import MixedSource, kind_of_targets
 
 _OF_THE_WINDOWS = (
     "vocab_size", "end_of_text_id", "bos_id", "context_length", "splits", "windows_per_chunk", "tokenizer_fingerprint"

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from cache.store import check_url
-from stages.settings import OUTSIDE, Section, neutral
+from tristill.cache.store import check_url
+from tristill.stages.settings import OUTSIDE, Section, neutral
 
 
 class FurtherCache(Section):

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from cache import CacheMismatchError, CacheMissingError, open_cache
-from cache.profiles.head_needs import whole_distribution
-from stages.distill.caches import open_caches
-from stages.distill.config import DistillConfig
-from stages.dump.config import DumpConfig
-from stages.errors import TargetsError
-from stages.models.folder import CONFIG_NAME, load_model
-from stages.progress import say
-from stages.targets.cached import CachedSource
-from stages.targets.online import OnlineSource
-from stages.targets.source import TargetSource
+from tristill.cache import CacheMismatchError, CacheMissingError, open_cache
+from tristill.cache.profiles.head_needs import whole_distribution
+from tristill.stages.distill.caches import open_caches
+from tristill.stages.distill.config import DistillConfig
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.errors import TargetsError
+from tristill.stages.models.folder import CONFIG_NAME, load_model
+from tristill.stages.progress import say
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import TargetSource
 
 
 @dataclass(frozen=True)

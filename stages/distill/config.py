@@ -6,19 +6,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cache.hidden import HiddenOutput
-from cache.spec import CacheSpec
-from stages.distill.caches_config import FurtherCache
-from stages.losses.config import LossConfig
-from stages.losses.hidden_config import resolved_layers
-from stages.losses.selection_config import CurriculumConfig, OnlineConfig
-from stages.models.config import ModelConfig
-from stages.models.description import read_description
-from stages.models.hub import fetch_model, find_model
-from stages.models.hugging_face_shape import Shape
-from stages.quantize.config import QuantizeConfig
-from stages.settings import OUTSIDE, Section, neutral, normalised
-from stages.training.config import TrainingConfig
+from tristill.cache.hidden import HiddenOutput
+from tristill.cache.spec import CacheSpec
+from tristill.stages.distill.caches_config import FurtherCache
+from tristill.stages.losses.config import LossConfig
+from tristill.stages.losses.hidden_config import resolved_layers
+from tristill.stages.losses.selection_config import CurriculumConfig, OnlineConfig
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import read_description
+from tristill.stages.models.hub import fetch_model, find_model
+from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.settings import OUTSIDE, Section, neutral, normalised
+from tristill.stages.training.config import TrainingConfig
 
 
 class StudentConfig(Section):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stages.models.language_model import LanguageModel
+from tristill.stages.models.language_model import LanguageModel
 
 _LITTLE = 0.9
 _NAMES = 3

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 
-from cache.order import Pacing
-from stages.errors import TargetsError
-from stages.losses.selection_config import CurriculumConfig
-from stages.targets.cached import CachedSource
-from stages.targets.source import TargetSource
-from stages.training.config import TrainingConfig
+from tristill.cache.order import Pacing
+from tristill.stages.errors import TargetsError
+from tristill.stages.losses.selection_config import CurriculumConfig
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import TargetSource
+from tristill.stages.training.config import TrainingConfig
 
 _STEPS = 5
 

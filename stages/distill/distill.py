@@ -5,29 +5,29 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from cache.atomic import write_atomically
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.coverage import coverage
-from stages.distill.curriculum import pacing_of
-from stages.distill.moving_teacher import CoTraining
-from stages.distill.objective import Objective
-from stages.distill.start import start
-from stages.errors import StageError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
-from stages.evaluate.metrics import ValidationMetrics
-from stages.export.refusal import early_refusals
-from stages.models.compiled import compile_model
-from stages.models.folder import new_model, save_model
-from stages.models.hugging_face_shape import HuggingFaceShape, Shape
-from stages.models.language_model import LanguageModel
-from stages.models.origin import model_fingerprint
-from stages.progress import say
-from stages.ranks import current_ranks
-from stages.targets.source import TargetSource, endless_batches
-from stages.training.loop import Training, TrainingSummary
-from stages.training.start_line import parameters_text, say_length, say_start
-from stages.training.watch import Watch
+from tristill.cache.atomic import write_atomically
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.coverage import coverage
+from tristill.stages.distill.curriculum import pacing_of
+from tristill.stages.distill.moving_teacher import CoTraining
+from tristill.stages.distill.objective import Objective
+from tristill.stages.distill.start import start
+from tristill.stages.errors import StageError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
+from tristill.stages.evaluate.metrics import ValidationMetrics
+from tristill.stages.export.refusal import early_refusals
+from tristill.stages.models.compiled import compile_model
+from tristill.stages.models.folder import new_model, save_model
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape, Shape
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.progress import say
+from tristill.stages.ranks import current_ranks
+from tristill.stages.targets.source import TargetSource, endless_batches
+from tristill.stages.training.loop import Training, TrainingSummary
+from tristill.stages.training.start_line import parameters_text, say_length, say_start
+from tristill.stages.training.watch import Watch
 
 CO_TEACHER = "co_teacher"
 

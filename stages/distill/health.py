@@ -5,11 +5,11 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from stages.models.language_model import LanguageModel
-from stages.models.quantized_weight import QuantizedWeight
-from stages.progress import say
-from stages.quantize.ternary import TernaryWeight, in_groups
-from stages.training.parallel import made_whole
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.progress import say
+from tristill.stages.quantize.ternary import TernaryWeight, in_groups
+from tristill.stages.training.parallel import made_whole
 
 _LOGS_UNTIL_FROZEN = 5
 

@@ -5,24 +5,24 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from stages.collectives import means_of
-from stages.distill.config import DistillConfig
-from stages.distill.objective import Objective
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.selection_config import OnlineConfig
-from stages.losses.term import LossValues, WeightedTerm
-from stages.models.finite import finite_features
-from stages.models.folder import new_model
-from stages.models.hugging_face_shape import Shape
-from stages.models.language_model import LanguageModel
-from stages.models.transformer import Transformer
-from stages.progress import say
-from stages.quantize.warmup import quantization_strength
-from stages.ranks import ALONE, Ranks
-from stages.targets.online import OnlineSource
-from stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
-from stages.training.loop import StepInfo
+from tristill.stages.collectives import means_of
+from tristill.stages.distill.config import DistillConfig
+from tristill.stages.distill.objective import Objective
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.selection_config import OnlineConfig
+from tristill.stages.losses.term import LossValues, WeightedTerm
+from tristill.stages.models.finite import finite_features
+from tristill.stages.models.folder import new_model
+from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.progress import say
+from tristill.stages.quantize.warmup import quantization_strength
+from tristill.stages.ranks import ALONE, Ranks
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
+from tristill.stages.training.loop import StepInfo
 
 
 class MovingTeacher(nn.Module):

@@ -10,27 +10,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cache.hidden import HiddenOutput
-from stages.collectives import means_of, summed
-from stages.distill.balance import Balance, FaintTerms
-from stages.distill.config import DistillConfig
-from stages.distill.health import TernaryHealth
-from stages.distill.scheduled_terms import ScheduledTerms
-from stages.errors import TargetsError
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.hidden import HiddenLoss
-from stages.losses.hidden_config import LayerMap, resolved_layers
-from stages.losses.mining import hardest, num_hardest
-from stages.losses.relations import RelationLoss, Widths
-from stages.losses.schedule import values_of
-from stages.losses.target import SelectedTargets, Targets
-from stages.losses.term import LossValues, WeightedTerm
-from stages.models.language_model import LanguageModel, State
-from stages.models.transformer import Transformer
-from stages.quantize.warmup import quantization_strength
-from stages.ranks import ALONE, Ranks
-from stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
-from stages.training.loop import StepInfo
+from tristill.cache.hidden import HiddenOutput
+from tristill.stages.collectives import means_of, summed
+from tristill.stages.distill.balance import Balance, FaintTerms
+from tristill.stages.distill.config import DistillConfig
+from tristill.stages.distill.health import TernaryHealth
+from tristill.stages.distill.scheduled_terms import ScheduledTerms
+from tristill.stages.errors import TargetsError
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.hidden import HiddenLoss
+from tristill.stages.losses.hidden_config import LayerMap, resolved_layers
+from tristill.stages.losses.mining import hardest, num_hardest
+from tristill.stages.losses.relations import RelationLoss, Widths
+from tristill.stages.losses.schedule import values_of
+from tristill.stages.losses.target import SelectedTargets, Targets
+from tristill.stages.losses.term import LossValues, WeightedTerm
+from tristill.stages.models.language_model import LanguageModel, State
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.warmup import quantization_strength
+from tristill.stages.ranks import ALONE, Ranks
+from tristill.stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
+from tristill.stages.training.loop import StepInfo
 
 
 @dataclass(frozen=True)

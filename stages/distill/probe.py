@@ -6,13 +6,13 @@ import time
 import torch
 from torch import nn
 
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.objective import Objective
-from stages.models.folder import new_model
-from stages.models.hugging_face_shape import Shape
-from stages.targets.source import TargetSource, endless_batches
-from stages.training.loop import StepInfo
-from stages.training.optimizer import make_optimizer
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.objective import Objective
+from tristill.stages.models.folder import new_model
+from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.targets.source import TargetSource, endless_batches
+from tristill.stages.training.loop import StepInfo
+from tristill.stages.training.optimizer import make_optimizer
 
 _ROUNDS, _LEAST_ROUNDS = 9, 3
 

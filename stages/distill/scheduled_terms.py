@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stages.losses.build import make_term
-from stages.losses.config import LossConfig
-from stages.losses.schedule import AdaptiveTemperature, Temperature, value_at
-from stages.losses.term import WeightedTerm
-from stages.losses.terms_config import AnyTerm, AtTemperature
+from tristill.stages.losses.build import make_term
+from tristill.stages.losses.config import LossConfig
+from tristill.stages.losses.schedule import AdaptiveTemperature, Temperature, value_at
+from tristill.stages.losses.term import WeightedTerm
+from tristill.stages.losses.terms_config import AnyTerm, AtTemperature
 
 
 class ScheduledTerms(nn.Module):

@@ -4,19 +4,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from stages.data.tokenizer_gate import require_same_tokenizer
-from stages.distill.config import StudentConfig
-from stages.errors import CheckpointError
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config, read_description
-from stages.models.folder import WEIGHTS_NAME, load_model, load_weights, read_tensors, saved_tensors
-from stages.models.hub import fetch_model
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.language_model import LanguageModel
-from stages.models.origin import load_origin
-from stages.models.positions import require_positions, warn_of_positions
-from stages.models.subln import fit_to_inputs
-from stages.models.transformer import Transformer
-from stages.targets.source import Epoch, Signals, TargetSource
+from tristill.stages.data.tokenizer_gate import require_same_tokenizer
+from tristill.stages.distill.config import StudentConfig
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config, read_description
+from tristill.stages.models.folder import WEIGHTS_NAME, load_model, load_weights, read_tensors, saved_tensors
+from tristill.stages.models.hub import fetch_model
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import load_origin
+from tristill.stages.models.positions import require_positions, warn_of_positions
+from tristill.stages.models.subln import fit_to_inputs
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.source import Epoch, Signals, TargetSource
 
 
 def start(student: LanguageModel, config: StudentConfig, teacher_folder: Path, source: TargetSource) -> None:

@@ -10,25 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache.arrays import ArraySpec, compressed_bytes, ids_dtype
-from cache.calibration import Calibration, FidelityPoint
-from cache.coding.streams import Histograms
-from cache.parts import Part, PartCoder
-from cache.profiles.dense import DenseProfile
-from cache.profiles.heads import fit_tail_predictor
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import Need
-from cache.profiles.sampled import LARGEST_DRAWS, SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.spec import AnyProfile
-from stages.dump.config import DenseSettings, DumpConfig, FidelityConfig, ProfileSettings, TransformSettings
-from stages.dump.extract import LogitsBeyondError, TeacherPositions, target_arrays
-from stages.dump.transform import LogitTransform, fit_transform
-from stages.errors import CheckpointError
-from stages.fidelity.measure import FeaturePairs, fidelity, full_gradients
-from stages.losses.chunked_head import chunks
-from stages.progress import say
-from stages.targets.stored import make_targets
+from tristill.cache.arrays import ArraySpec, compressed_bytes, ids_dtype
+from tristill.cache.calibration import Calibration, FidelityPoint
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.parts import Part, PartCoder
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.heads import fit_tail_predictor
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.profile import Need
+from tristill.cache.profiles.sampled import LARGEST_DRAWS, SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.spec import AnyProfile
+from tristill.stages.dump.config import DenseSettings, DumpConfig, FidelityConfig, ProfileSettings, TransformSettings
+from tristill.stages.dump.extract import LogitsBeyondError, TeacherPositions, target_arrays
+from tristill.stages.dump.transform import LogitTransform, fit_transform
+from tristill.stages.errors import CheckpointError
+from tristill.stages.fidelity.measure import FeaturePairs, fidelity, full_gradients
+from tristill.stages.losses.chunked_head import chunks
+from tristill.stages.progress import say
+from tristill.stages.targets.stored import make_targets
 
 DEFAULT_TEMPERATURES = (1.0, 2.0, 5.0)
 _RELATIVE_TO_LARGEST = {"head_logits", "tail_logsumexp"}

@@ -5,16 +5,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cache.hashing import fingerprint_of
-from cache.layout import DEFAULT_SHARD_POSITIONS
-from cache.profiles.heads import HeadSize
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import Temperatures, TopKProfile
-from cache.store import check_url
-from stages.dump.ensemble_config import EnsembleMember
-from stages.dump.hidden_config import HiddenSettings
-from stages.settings import OUTSIDE, Section, neutral, normalised
+from tristill.cache.hashing import fingerprint_of
+from tristill.cache.layout import DEFAULT_SHARD_POSITIONS
+from tristill.cache.profiles.heads import HeadSize
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import Temperatures, TopKProfile
+from tristill.cache.store import check_url
+from tristill.stages.dump.ensemble_config import EnsembleMember
+from tristill.stages.dump.hidden_config import HiddenSettings
+from tristill.stages.settings import OUTSIDE, Section, neutral, normalised
 
 MEASURED_POSITIONS = 12_288
 """About so many positions of the calibration are measured on, which are not fitted on."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.sampled import SampledProfile
 
 
 def draws(p_NV: Tensor, uniforms_NU: Tensor, profile: SampledProfile) -> dict[str, Tensor]:

@@ -11,33 +11,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache import CacheSpec, CacheWriter, SplitName
-from cache.hashing import sha256_of_file
-from cache.layout import TOKENIZER_NAME, ShardRange, shard_ranges
-from cache.manifest import ShardRecord
-from cache.parts import MASK_NAME
-from cache.remote import remote_copy
-from cache.writer import ShardWriter, found_shards
-from stages.data.tokenized import TokenizedCorpus, corpus_of_model, split_windows
-from stages.data.tokens import TokenWindows
-from stages.dump.calibrate import as_stored
-from stages.dump.config import DumpConfig
-from stages.dump.ensemble import ALONE, Ensemble, load_ensemble
-from stages.dump.extract import target_arrays
-from stages.dump.forward import forward_windows
-from stages.dump.hidden import hidden_arrays
-from stages.dump.prepare import prepare
-from stages.dump.progress import shown_progress
-from stages.errors import CheckpointError
-from stages.models.companions import companions
-from stages.models.folder import load_model, pick_device
-from stages.models.language_model import LanguageModel, State
-from stages.models.origin import model_fingerprint
-from stages.progress import say, waiting
-from stages.ranks import Ranks, current_ranks
-from stages.targets.hidden import HiddenTransforms
-from stages.threads import torch_threads
-from stages.training.start_line import say_start
+from tristill.cache import CacheSpec, CacheWriter, SplitName
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.layout import TOKENIZER_NAME, ShardRange, shard_ranges
+from tristill.cache.manifest import ShardRecord
+from tristill.cache.parts import MASK_NAME
+from tristill.cache.remote import remote_copy
+from tristill.cache.writer import ShardWriter, found_shards
+from tristill.stages.data.tokenized import TokenizedCorpus, corpus_of_model, split_windows
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.dump.calibrate import as_stored
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.ensemble import ALONE, Ensemble, load_ensemble
+from tristill.stages.dump.extract import target_arrays
+from tristill.stages.dump.forward import forward_windows
+from tristill.stages.dump.hidden import hidden_arrays
+from tristill.stages.dump.prepare import prepare
+from tristill.stages.dump.progress import shown_progress
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.companions import companions
+from tristill.stages.models.folder import load_model, pick_device
+from tristill.stages.models.language_model import LanguageModel, State
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.progress import say, waiting
+from tristill.stages.ranks import Ranks, current_ranks
+from tristill.stages.targets.hidden import HiddenTransforms
+from tristill.stages.threads import torch_threads
+from tristill.stages.training.start_line import say_start
 
 _BATCHES_AHEAD = 2
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from stages.data.tokenized import TokenizedCorpus
-from stages.data.tokenizer_gate import require_same_tokenizer
-from stages.dump.config import DumpConfig
-from stages.errors import CheckpointError
-from stages.losses.mixed import log_mixture
-from stages.losses.target import ComputedTargets, LogitsTarget, Rows
-from stages.models.folder import TOKENIZER_NAME, load_model
-from stages.models.language_model import LanguageModel
+from tristill.stages.data.tokenized import TokenizedCorpus
+from tristill.stages.data.tokenizer_gate import require_same_tokenizer
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.errors import CheckpointError
+from tristill.stages.losses.mixed import log_mixture
+from tristill.stages.losses.target import ComputedTargets, LogitsTarget, Rows
+from tristill.stages.models.folder import TOKENIZER_NAME, load_model
+from tristill.stages.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

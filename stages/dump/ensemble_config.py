@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.models.origin import known_fingerprint
-from stages.settings import OUTSIDE, Section, neutral
+from tristill.stages.models.origin import known_fingerprint
+from tristill.stages.settings import OUTSIDE, Section, neutral
 
 
 class EnsembleMember(Section):

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.profiles.dense import DenseProfile
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import Place
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import LARGEST_COEFFICIENT, TABLE_UNITS_PER_STEP, TransformProfile
-from cache.spec import AnyProfile
-from stages.dump.draws import draws, uniforms
-from stages.dump.ensemble import TeacherMixture
-from stages.dump.heads import Distribution, adaptive_head, signals
-from stages.dump.topk import topk_target
-from stages.errors import CheckpointError
-from stages.losses.chunked_head import chunks
-from stages.losses.target import ComputedTargets
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.profile import Place
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.profiles.transform import LARGEST_COEFFICIENT, TABLE_UNITS_PER_STEP, TransformProfile
+from tristill.cache.spec import AnyProfile
+from tristill.stages.dump.draws import draws, uniforms
+from tristill.stages.dump.ensemble import TeacherMixture
+from tristill.stages.dump.heads import Distribution, adaptive_head, signals
+from tristill.stages.dump.topk import topk_target
+from tristill.stages.errors import CheckpointError
+from tristill.stages.losses.chunked_head import chunks
+from tristill.stages.losses.target import ComputedTargets
 
 
 @dataclass(frozen=True)

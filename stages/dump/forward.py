@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.data.tokens import TokenWindows
-from stages.dump.ensemble import ALONE, Ensemble
-from stages.dump.extract import TeacherPositions
-from stages.dump.hidden_fit import HiddenWindows
-from stages.losses.target import ComputedTargets
-from stages.models.finite import finite_features
-from stages.models.language_model import Features, LanguageModel, State
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.dump.ensemble import ALONE, Ensemble
+from tristill.stages.dump.extract import TeacherPositions
+from tristill.stages.dump.hidden_fit import HiddenWindows
+from tristill.stages.losses.target import ComputedTargets
+from tristill.stages.models.finite import finite_features
+from tristill.stages.models.language_model import Features, LanguageModel, State
 
 
 def no_progress(positions: int) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache.parts import SIGNAL_STEP_NATS
-from cache.profiles.heads import HeadSize
-from stages.dump.select import largest
-from stages.models.finite import require_finite
+from tristill.cache.parts import SIGNAL_STEP_NATS
+from tristill.cache.profiles.heads import HeadSize
+from tristill.stages.dump.select import largest
+from tristill.stages.models.finite import require_finite
 
 _LOWEST_SAFE_LOG_P = -80.0
 """Below some -87 nats a float32 probability loses digits, and its square root with it."""

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cache.hidden import HiddenSpec, Int8Hidden, TransformHidden
-from cache.hidden_coder import LARGEST_COEFFICIENT
-from stages.dump.extract import eight_bits
-from stages.errors import CheckpointError
-from stages.targets.hidden import HiddenTransforms, LayerTransform
+from tristill.cache.hidden import HiddenSpec, Int8Hidden, TransformHidden
+from tristill.cache.hidden_coder import LARGEST_COEFFICIENT
+from tristill.stages.dump.extract import eight_bits
+from tristill.stages.errors import CheckpointError
+from tristill.stages.targets.hidden import HiddenTransforms, LayerTransform
 
 DEAD_ZONE_STEPS = 0.6
 """Below this a coefficient is rounded to zero: 2 of 60 bytes less at equal relative error than with 0.5."""

@@ -1,14 +1,14 @@
 """Before the first shard: how hidden states are kept, fitted and measured on the windows of a calibration."""
 
-from cache.calibration import HiddenPoint
-from stages.data.tokens import TokenWindows
-from stages.dump.calibrate import Sample
-from stages.dump.config import DumpConfig
-from stages.dump.forward import sample_hidden
-from stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
-from stages.fidelity.measure import near_student
-from stages.models.language_model import LanguageModel, State
-from stages.progress import Progress, say, waiting
+from tristill.cache.calibration import HiddenPoint
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.dump.calibrate import Sample
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.forward import sample_hidden
+from tristill.stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
+from tristill.stages.fidelity.measure import near_student
+from tristill.stages.models.language_model import LanguageModel, State
+from tristill.stages.progress import Progress, say, waiting
 
 
 def calibrate_hidden(

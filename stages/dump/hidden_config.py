@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cache.hidden import Float16Hidden, Float32Hidden, HiddenOutput, Int8Hidden
-from stages.settings import Section
+from tristill.cache.hidden import Float16Hidden, Float32Hidden, HiddenOutput, Int8Hidden
+from tristill.stages.settings import Section
 
 
 class TransformHiddenSettings(Section):

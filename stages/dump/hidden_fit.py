@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.arrays import compressed_bytes
-from cache.calibration import HiddenPoint
-from cache.coding.streams import Histograms
-from cache.hidden import NUM_ACTIVITIES, CodedLayer, HiddenCoding, HiddenSpec, Reduction, TransformHidden
-from cache.hidden_coder import activity_edges
-from cache.layout import default_windows_per_chunk
-from cache.parts import Part, PartCoder
-from cache.profiles.profile import Place
-from stages.dump.calibrate import as_stored
-from stages.dump.hidden import BeyondError, hidden_arrays
-from stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
-from stages.dump.hidden_transform import HiddenPositions, as_basis, at_relative_error, fit_layer
-from stages.errors import CheckpointError
-from stages.fidelity.hidden import hidden_fidelity
-from stages.targets.hidden import HiddenStates, HiddenTransforms, LayerTransform
+from tristill.cache.arrays import compressed_bytes
+from tristill.cache.calibration import HiddenPoint
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.hidden import NUM_ACTIVITIES, CodedLayer, HiddenCoding, HiddenSpec, Reduction, TransformHidden
+from tristill.cache.hidden_coder import activity_edges
+from tristill.cache.layout import default_windows_per_chunk
+from tristill.cache.parts import Part, PartCoder
+from tristill.cache.profiles.profile import Place
+from tristill.stages.dump.calibrate import as_stored
+from tristill.stages.dump.hidden import BeyondError, hidden_arrays
+from tristill.stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
+from tristill.stages.dump.hidden_transform import HiddenPositions, as_basis, at_relative_error, fit_layer
+from tristill.stages.errors import CheckpointError
+from tristill.stages.fidelity.hidden import hidden_fidelity
+from tristill.stages.targets.hidden import HiddenStates, HiddenTransforms, LayerTransform
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.hidden import BASIS_UNIT, TABLE_UNITS_PER_STEP, CodedLayer
-from stages.dump.hidden import BeyondError, coefficients
-from stages.errors import CheckpointError
-from stages.fidelity.hidden import relative_error
-from stages.targets.hidden import LayerTransform
+from tristill.cache.hidden import BASIS_UNIT, TABLE_UNITS_PER_STEP, CodedLayer
+from tristill.stages.dump.hidden import BeyondError, coefficients
+from tristill.stages.errors import CheckpointError
+from tristill.stages.fidelity.hidden import relative_error
+from tristill.stages.targets.hidden import LayerTransform
 
 _SHRINKAGE_POSITIONS = 0.5
 """An id's mean counts as if it had this much of a position more, where its embedding predicts it."""

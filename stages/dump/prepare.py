@@ -13,27 +13,27 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from cache import CacheCorruptError, CacheSpec, HiddenSpec, SplitName, SplitSpec
-from cache.calibration import Calibration
-from cache.hashing import fingerprint_of
-from cache.layout import TABLES_NAME, default_windows_per_chunk, windows_per_shard
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.spec import FORMAT_VERSION, MASKED_VERSION, AnyProfile, describe
-from cache.tables import load_calibration, load_tables, tables_image
-from stages.data.tokenized import TokenizedCorpus
-from stages.data.tokens import TokenWindows
-from stages.dump.calibrate import Sample, calibrate
-from stages.dump.config import MEASURED_POSITIONS, DumpConfig, within_vocabulary
-from stages.dump.ensemble import ALONE, Ensemble
-from stages.dump.extract import TeacherPositions
-from stages.dump.forward import sample_positions
-from stages.dump.hidden_calibrate import calibrate_hidden
-from stages.errors import CheckpointError
-from stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
-from stages.models.language_model import LanguageModel
-from stages.models.positions import require_positions
-from stages.progress import Progress, waiting
-from stages.threads import torch_threads
+from tristill.cache import CacheCorruptError, CacheSpec, HiddenSpec, SplitName, SplitSpec
+from tristill.cache.calibration import Calibration
+from tristill.cache.hashing import fingerprint_of
+from tristill.cache.layout import TABLES_NAME, default_windows_per_chunk, windows_per_shard
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.spec import FORMAT_VERSION, MASKED_VERSION, AnyProfile, describe
+from tristill.cache.tables import load_calibration, load_tables, tables_image
+from tristill.stages.data.tokenized import TokenizedCorpus
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.dump.calibrate import Sample, calibrate
+from tristill.stages.dump.config import MEASURED_POSITIONS, DumpConfig, within_vocabulary
+from tristill.stages.dump.ensemble import ALONE, Ensemble
+from tristill.stages.dump.extract import TeacherPositions
+from tristill.stages.dump.forward import sample_positions
+from tristill.stages.dump.hidden_calibrate import calibrate_hidden
+from tristill.stages.errors import CheckpointError
+from tristill.stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.positions import require_positions
+from tristill.stages.progress import Progress, waiting
+from tristill.stages.threads import torch_threads
 
 _SMALLEST_SHARE = 1 / 8
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.progress import Progress
-from stages.ranks import Ranks
+from tristill.stages.progress import Progress
+from tristill.stages.ranks import Ranks
 
 _LOOK_EVERY_S = 1.0
 _LOOKING_SHARE = 0.02

@@ -6,7 +6,7 @@ Shapes: N positions, V vocabulary, K head entries.
 import torch
 from torch import Tensor
 
-from stages.dump.select import largest
+from tristill.stages.dump.select import largest
 
 
 def topk_target(logits_NV: Tensor, top_k: int, temperature: float) -> dict[str, Tensor]:

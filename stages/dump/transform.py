@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
-from stages.dump.config import TransformSettings
+from tristill.cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
+from tristill.stages.dump.config import TransformSettings
 
 _SHRINKAGE_POSITIONS = 4
 """A token's mean counts as if it had this many more positions, all of them at zero."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stages.settings import Section, neutral
+from tristill.stages.settings import Section, neutral
 
 
 class EvaluateConfig(Section):

@@ -4,20 +4,20 @@ from collections.abc import Callable
 
 import torch
 
-from cache.hashing import fingerprint_of
-from cache.spec import SplitName
-from stages.collectives import sum_of
-from stages.errors import CorpusError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.metrics import MetricSums, ValidationMetrics
-from stages.evaluate.spread import Documents, Unit, UnitSums
-from stages.losses.chunked_head import chunks
-from stages.models.finite import finite_features, require_finite
-from stages.models.language_model import LanguageModel
-from stages.models.positions import require_positions
-from stages.progress import Progress, say
-from stages.ranks import ALONE, Ranks
-from stages.targets.source import Epoch, Signals, TargetSource
+from tristill.cache.hashing import fingerprint_of
+from tristill.cache.spec import SplitName
+from tristill.stages.collectives import sum_of
+from tristill.stages.errors import CorpusError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.metrics import MetricSums, ValidationMetrics
+from tristill.stages.evaluate.spread import Documents, Unit, UnitSums
+from tristill.stages.losses.chunked_head import chunks
+from tristill.stages.models.finite import finite_features, require_finite
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.positions import require_positions
+from tristill.stages.progress import Progress, say
+from tristill.stages.ranks import ALONE, Ranks
+from tristill.stages.targets.source import Epoch, Signals, TargetSource
 
 
 def evaluate(

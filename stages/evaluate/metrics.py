@@ -10,14 +10,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from stages.collectives import summed
-from stages.evaluate.spread import StandardErrors, UnitSums
-from stages.losses.cells import AnyHeadTarget
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget, FullTarget, Target
-from stages.ranks import ALONE, Ranks
+from tristill.stages.collectives import summed
+from tristill.stages.evaluate.spread import StandardErrors, UnitSums
+from tristill.stages.losses.cells import AnyHeadTarget
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import DrawnTarget, FullTarget, Target
+from tristill.stages.ranks import ALONE, Ranks
 
 
 class CalibrationBin(BaseModel):

@@ -12,10 +12,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from cache.spec import SplitName
-from stages.collectives import summed
-from stages.ranks import Ranks
-from stages.targets.source import Epoch, Signals, TargetSource
+from tristill.cache.spec import SplitName
+from tristill.stages.collectives import summed
+from tristill.stages.ranks import Ranks
+from tristill.stages.targets.source import Epoch, Signals, TargetSource
 
 Unit = Literal["document", "window"]
 _FEW_DOCUMENTS, _WINDOWS_READ = 10, 64

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stages.errors import ExportError
-from stages.export.hugging_face import plain_tensors, write_folder
-from stages.export.student import Student, plain_linears, require_ternary
-from stages.models.transformer import Transformer
+from tristill.stages.errors import ExportError
+from tristill.stages.export.hugging_face import plain_tensors, write_folder
+from tristill.stages.export.student import Student, plain_linears, require_ternary
+from tristill.stages.models.transformer import Transformer
 
 _PER_BYTE = 4
 

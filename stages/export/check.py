@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
-from stages.data.tokenizer import load_tokenizer
-from stages.errors import ExportError
-from stages.export.folder_reader import read_folder
-from stages.export.gguf_reader import check_gguf, read_gguf
-from stages.export.llama_cpp_runtime import llama_cpp_runtime
-from stages.export.own_format import compare_own_format
-from stages.export.packages import find_transformers, find_xllamacpp
-from stages.export.parity import (
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.errors import ExportError
+from tristill.stages.export.folder_reader import read_folder
+from tristill.stages.export.gguf_reader import check_gguf, read_gguf
+from tristill.stages.export.llama_cpp_runtime import llama_cpp_runtime
+from tristill.stages.export.own_format import compare_own_format
+from tristill.stages.export.packages import find_transformers, find_xllamacpp
+from tristill.stages.export.parity import (
     FLOAT_BOUNDS,
     INT8_BOUNDS,
     TRAINED_BOUNDS,
@@ -24,11 +24,17 @@ from stages.export.parity import (
     Runtime,
     measure_parity,
 )
-from stages.export.rounding import as_trained, in_blocks, rounded_in_blocks, rounded_per_position, without_rounding
-from stages.export.student import Student
-from stages.export.tokenizer_parity import tokenizer_parity
-from stages.export.transformers_runtime import TransformersRuntime
-from stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.export.rounding import (
+    as_trained,
+    in_blocks,
+    rounded_in_blocks,
+    rounded_per_position,
+    without_rounding,
+)
+from tristill.stages.export.student import Student
+from tristill.stages.export.tokenizer_parity import tokenizer_parity
+from tristill.stages.export.transformers_runtime import TransformersRuntime
+from tristill.stages.models.hugging_face import HuggingFaceModel
 
 NUM_WINDOWS = 16
 _POSITIONS_PER_WINDOW = 256

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.atomic import names_file, sync_folder
-from stages.errors import ExportError
-from stages.export.formats import BLOCK_COLUMNS, TernaryType
-from stages.export.gguf_layout import architecture, gguf_name, interleave, rotated_heads
-from stages.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
-from stages.export.packages import import_gguf
-from stages.export.student import plain_linears, require_ternary
-from stages.models.transformer import Transformer
-from stages.quantize.config import group_columns
-from stages.quantize.ternary import TernaryWeight
+from tristill.cache.atomic import names_file, sync_folder
+from tristill.stages.errors import ExportError
+from tristill.stages.export.formats import BLOCK_COLUMNS, TernaryType
+from tristill.stages.export.gguf_layout import architecture, gguf_name, interleave, rotated_heads
+from tristill.stages.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
+from tristill.stages.export.packages import import_gguf
+from tristill.stages.export.student import plain_linears, require_ternary
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import group_columns
+from tristill.stages.quantize.ternary import TernaryWeight
 
 _FP16_ROUNDING = 2.0**-11
 """Half the distance of neighbouring float16 numbers, relative: what a normal number loses at most."""

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.errors import ExportError
-from stages.export.gguf import exported_tensors
-from stages.export.gguf_layout import architecture, halves, our_name, rotated_heads
-from stages.export.gguf_tokenizer import ADDED_ROLES, ROLE_KEYS, GgufTokenizer, TokenType, gguf_tokenizer
-from stages.export.packages import import_gguf
-from stages.export.student import plain_transformer
-from stages.models.config import ModelConfig
-from stages.models.transformer import Transformer
+from tristill.stages.errors import ExportError
+from tristill.stages.export.gguf import exported_tensors
+from tristill.stages.export.gguf_layout import architecture, halves, our_name, rotated_heads
+from tristill.stages.export.gguf_tokenizer import ADDED_ROLES, ROLE_KEYS, GgufTokenizer, TokenType, gguf_tokenizer
+from tristill.stages.export.packages import import_gguf
+from tristill.stages.export.student import plain_transformer
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.transformer import Transformer
 
 _TEMPLATE = "tokenizer.chat_template"
 

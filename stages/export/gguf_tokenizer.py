@@ -6,11 +6,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from cache.regular_file import read_json_object
-from stages.errors import ExportError, TokenizerError
-from stages.export.packages import import_gguf
-from stages.models.companions import SpecialIds
-from stages.tokenizer_file import LARGEST_TOKENIZER_BYTES
+from tristill.cache.regular_file import read_json_object
+from tristill.stages.errors import ExportError, TokenizerError
+from tristill.stages.export.packages import import_gguf
+from tristill.stages.models.companions import SpecialIds
+from tristill.stages.tokenizer_file import LARGEST_TOKENIZER_BYTES
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}

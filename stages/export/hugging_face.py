@@ -9,15 +9,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cache.atomic import write_atomically
-from stages.data.tokenizer import load_tokenizer
-from stages.export.own_format import write_own_format
-from stages.export.student import Student
-from stages.models.companions import write_tokenizer
-from stages.models.description import CONFIG_NAME, WEIGHTS_NAME
-from stages.models.folder import hugging_face_config
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.transformer import Transformer
+from tristill.cache.atomic import write_atomically
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.export.own_format import write_own_format
+from tristill.stages.export.student import Student
+from tristill.stages.models.companions import write_tokenizer
+from tristill.stages.models.description import CONFIG_NAME, WEIGHTS_NAME
+from tristill.stages.models.folder import hugging_face_config
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.transformer import Transformer
 
 
 def write_hugging_face(student: Student, folder: Path) -> None:

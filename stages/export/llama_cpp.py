@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.errors import ExportError
-from stages.export.packages import find_xllamacpp
+from tristill.stages.errors import ExportError
+from tristill.stages.export.packages import find_xllamacpp
 
 _LOWEST_LOG_PROB = -1e4
 _SILENT = -1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.export.llama_cpp import LlamaCpp
+from tristill.stages.export.llama_cpp import LlamaCpp
 
 _held: list[LlamaCpp] = []
 

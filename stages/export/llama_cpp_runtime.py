@@ -11,8 +11,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from stages.errors import ExportError
-from stages.export import llama_cpp_process
+from tristill.stages.errors import ExportError
+from tristill.stages.export import llama_cpp_process
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

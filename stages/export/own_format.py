@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from cache.atomic import sync_file
-from stages.errors import ExportError
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import load_inner
-from stages.models.origin import Origin
+from tristill.cache.atomic import sync_file
+from tristill.stages.errors import ExportError
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_folder import load_inner
+from tristill.stages.models.origin import Origin
 
 
 def write_own_format(model: HuggingFaceModel, folder: Path, special: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from stages.errors import ExportError
+from tristill.stages.errors import ExportError
 
 
 def import_gguf() -> Any:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-from stages.errors import ExportError, StageError
-from stages.export.bitnet import refuse_bitnet
-from stages.export.formats import ExportFormat
-from stages.export.gguf import refuse_gguf
-from stages.export.gguf_tokenizer import refuse_gguf_tokenizer
-from stages.export.student import own_transformer
-from stages.models.language_model import LanguageModel
+from tristill.stages.errors import ExportError, StageError
+from tristill.stages.export.bitnet import refuse_bitnet
+from tristill.stages.export.formats import ExportFormat
+from tristill.stages.export.gguf import refuse_gguf
+from tristill.stages.export.gguf_tokenizer import refuse_gguf_tokenizer
+from tristill.stages.export.student import own_transformer
+from tristill.stages.models.language_model import LanguageModel
 
 
 def refuse(model: LanguageModel, tokenizer_json: Path, export_format: ExportFormat) -> None:

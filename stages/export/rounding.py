@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from stages.export.formats import BLOCK_COLUMNS
-from stages.export.gguf import exported_tensors
-from stages.export.student import float_activations, int8_activations, plain_transformer
-from stages.models.language_model import LanguageModel
-from stages.models.transformer import Transformer
-from stages.quantize.absmax import absmax_quantize
+from tristill.stages.export.formats import BLOCK_COLUMNS
+from tristill.stages.export.gguf import exported_tensors
+from tristill.stages.export.student import float_activations, int8_activations, plain_transformer
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.absmax import absmax_quantize
 
 Rounding = Callable[[Tensor], Tensor]
 

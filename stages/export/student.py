@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stages.errors import CheckpointError, ExportError
-from stages.models.companions import SpecialIds
-from stages.models.config import ModelConfig
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
-from stages.models.folder import load_model
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.language_model import LanguageModel
-from stages.models.origin import model_fingerprint
-from stages.models.transformer import Transformer
+from tristill.stages.errors import CheckpointError, ExportError
+from tristill.stages.models.companions import SpecialIds
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.models.transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from stages.errors import ExportError
+from tristill.stages.errors import ExportError
 
 _STRINGS = (
     "Hello world",

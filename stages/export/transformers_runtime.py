@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.errors import ExportError
+from tristill.stages.errors import ExportError
 
 
 class TransformersRuntime:

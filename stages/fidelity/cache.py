@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from cache import CacheMismatchError, Need, open_cache
-from stages.errors import TargetsError
-from stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
-from stages.losses.target import ComputedTargets
-from stages.models.finite import finite_features
-from stages.models.folder import CONFIG_NAME, load_model
-from stages.models.origin import model_fingerprint
-from stages.progress import Progress
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals
+from tristill.cache import CacheMismatchError, Need, open_cache
+from tristill.stages.errors import TargetsError
+from tristill.stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
+from tristill.stages.losses.target import ComputedTargets
+from tristill.stages.models.finite import finite_features
+from tristill.stages.models.folder import CONFIG_NAME, load_model
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.progress import Progress
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals
 
 _BATCH_WINDOWS = 16
 

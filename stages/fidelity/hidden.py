@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stages.fidelity.measure import compare
+from tristill.stages.fidelity.measure import compare
 
 
 @dataclass(frozen=True)

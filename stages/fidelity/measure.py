@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.losses.chunked_head import chunks
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.student import StudentChunk
-from stages.losses.target import FullTarget, Targets
-from stages.models.language_model import LanguageModel
+from tristill.stages.losses.chunked_head import chunks
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import FullTarget, Targets
+from tristill.stages.models.language_model import LanguageModel
 
 NOISE_SHARE = 0.15
 _NOISE_SEED = 0

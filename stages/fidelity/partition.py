@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cache import Cache, SplitName
-from stages.losses.target import HeadTarget, LogitsTarget, RescaledTarget, SpreadTarget, Target
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals
+from tristill.cache import Cache, SplitName
+from tristill.stages.losses.target import HeadTarget, LogitsTarget, RescaledTarget, SpreadTarget, Target
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals
 
 _MAX_CELLS = 2**22
 _MOST_POSITIONS = 2048

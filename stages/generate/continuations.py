@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.data.tokenizer import load_tokenizer
-from stages.generate.text import load_generator
-from stages.models.description import TOKENIZER_NAME
-from stages.models.generate import Sampling, generate
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.generate.text import load_generator
+from tristill.stages.models.description import TOKENIZER_NAME
+from tristill.stages.models.generate import Sampling, generate
 
 
 def continuations(

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from stages.data.text_stream import TextStream
-from stages.data.tokenizer import load_tokenizer
-from stages.errors import PromptError, TokenizerError
-from stages.models.causal import causal_model, load_causal_model
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
-from stages.models.folder import load_model
-from stages.models.generate import CausalModel, Sampling, stream
-from stages.models.transformer import Transformer
-from stages.packed.model import memory_text, pack_model
-from stages.progress import say
-from stages.tokenizer_file import panics_named
+from tristill.stages.data.text_stream import TextStream
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.errors import PromptError, TokenizerError
+from tristill.stages.models.causal import causal_model, load_causal_model
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.generate import CausalModel, Sampling, stream
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.packed.model import memory_text, pack_model
+from tristill.stages.progress import say
+from tristill.stages.tokenizer_file import panics_named
 
 DEFAULT_MAX_TOKENS = 100
 _CPU = torch.device("cpu")

@@ -1,14 +1,14 @@
 """From the settings of a term to the term."""
 
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.decoupled_kd import DecoupledKD
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.logit_mse import LogitMSE
-from stages.losses.mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
-from stages.losses.order import Ranking, Top1Hinge
-from stages.losses.reverse_kl import AdaptiveKL, ReverseKL
-from stages.losses.term import DistributionTerm
-from stages.losses.terms_config import (
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.decoupled_kd import DecoupledKD
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.logit_mse import LogitMSE
+from tristill.stages.losses.mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
+from tristill.stages.losses.order import Ranking, Top1Hinge
+from tristill.stages.losses.reverse_kl import AdaptiveKL, ReverseKL
+from tristill.stages.losses.term import DistributionTerm
+from tristill.stages.losses.terms_config import (
     AdaptiveKLSettings,
     AnyTerm,
     CrossEntropySettings,
@@ -23,7 +23,7 @@ from stages.losses.terms_config import (
     Top1HingeSettings,
     TotalVariationSettings,
 )
-from stages.losses.total_variation import TotalVariation
+from tristill.stages.losses.total_variation import TotalVariation
 
 
 def make_term(settings: AnyTerm, temperature: float) -> DistributionTerm:  # noqa: PLR0911 - one line per kind

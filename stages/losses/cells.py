@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.losses.student import StudentChunk
-from stages.losses.target import FullTarget, HeadTarget, PartialTarget, RenormalisedTarget, filled
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import FullTarget, HeadTarget, PartialTarget, RenormalisedTarget, filled
 
 LOWEST_LOG_PROB = -1e6
 """Stands for probability zero where a product of zero and minus infinity would be undefined."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.losses.student import StudentChunk
-from stages.losses.target import Targets
-from stages.losses.term import LossValues, WeightedTerm
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import Targets
+from tristill.stages.losses.term import LossValues, WeightedTerm
 
 _CHUNK_ELEMENTS = 2**19
 _SMALLEST_CHUNK_ROWS = 256

@@ -5,19 +5,19 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from cache.profiles.head_needs import MINING
-from cache.profiles.profile import Need, TailTreatment
-from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
-from stages.losses.schedule import Schedule, Share, StepSchedule, Temperature, values_of
-from stages.losses.selection_config import BalanceConfig, EntropyWeights, MiningConfig
-from stages.losses.terms_config import (
+from tristill.cache.profiles.head_needs import MINING
+from tristill.cache.profiles.profile import Need, TailTreatment
+from tristill.stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
+from tristill.stages.losses.schedule import Schedule, Share, StepSchedule, Temperature, values_of
+from tristill.stages.losses.selection_config import BalanceConfig, EntropyWeights, MiningConfig
+from tristill.stages.losses.terms_config import (
     AnyTerm,
     AtTemperature,
     CrossEntropySettings,
     ForwardKLSettings,
     positive_temperature,
 )
-from stages.settings import Section
+from tristill.stages.settings import Section
 
 DEFAULT_ALPHA = 0.5
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stages.losses.student import StudentChunk
-from stages.losses.target import Target
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import Target
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stages.losses.cells import Cells
-from stages.losses.student import StudentChunk
-from stages.losses.target import Target, ordered
+from tristill.stages.losses.cells import Cells
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import Target, ordered
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stages.losses.cells import Cells
-from stages.losses.divergence import Divergence
-from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget, Target
+from tristill.stages.losses.cells import Cells
+from tristill.stages.losses.divergence import Divergence
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import DrawnTarget, Target
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from stages.settings import Section
+from tristill.stages.settings import Section
 
 
 def _pairs(layers: dict[int, int] | str) -> dict[int, int] | str:

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stages.losses.cells import Cells
-from stages.losses.divergence import Divergence
+from tristill.stages.losses.cells import Cells
+from tristill.stages.losses.divergence import Divergence
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ Shapes: N positions, M kept positions, D width, V vocabulary.
 import torch
 from torch import Tensor
 
-from stages.collectives import stacked
-from stages.losses.chunked_head import chunk_logits, chunks
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.selection_config import MiningConfig
-from stages.losses.student import StudentChunk
-from stages.losses.target import Targets
-from stages.ranks import ALONE, Ranks
+from tristill.stages.collectives import stacked
+from tristill.stages.losses.chunked_head import chunk_logits, chunks
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.selection_config import MiningConfig
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import Targets
+from tristill.stages.ranks import ALONE, Ranks
 
 
 @torch.no_grad()

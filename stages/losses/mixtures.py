@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stages.losses.cells import Cells
-from stages.losses.divergence import Divergence
-from stages.losses.mixed import log_mixture
+from tristill.stages.losses.cells import Cells
+from tristill.stages.losses.divergence import Divergence
+from tristill.stages.losses.mixed import log_mixture
 
 
 @dataclass(frozen=True)

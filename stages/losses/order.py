@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from stages.losses.student import StudentChunk
-from stages.losses.target import Target, ordered
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import Target, ordered
 
 
 @dataclass(frozen=True)

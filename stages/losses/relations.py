@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from stages.losses.hidden_config import RelationsConfig
-from stages.models.language_model import State
+from tristill.stages.losses.hidden_config import RelationsConfig
+from tristill.stages.models.language_model import State
 
 
 class Widths(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from stages.settings import Section
+from tristill.stages.settings import Section
 
 _Positive = Annotated[float, Field(gt=0, le=1000)]
 _Milestone = Annotated[float, Field(ge=0, le=1)]

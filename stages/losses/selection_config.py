@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.settings import Section
+from tristill.stages.settings import Section
 
 
 class MiningConfig(Section):

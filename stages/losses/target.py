@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stages.losses.mixed import MixedTarget
+from tristill.stages.losses.mixed import MixedTarget
 
 _LOWEST_LOG_MASS = -1e3
 """Stands for no mass at all where a sum over the vocabulary would meet 0 times infinity."""

@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from stages.losses.student import StudentChunk
-from stages.losses.target import Target
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import Target
 
 
 class DistributionTerm(Protocol):

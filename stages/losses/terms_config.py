@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from stages.losses.schedule import Temperature, Weight, values_of
-from stages.settings import Section
+from tristill.stages.losses.schedule import Temperature, Weight, values_of
+from tristill.stages.settings import Section
 
 
 def positive_temperature(temperature: Temperature | None) -> Temperature | None:

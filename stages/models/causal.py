@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.errors import CheckpointError
-from stages.models.companions import SpecialIds
-from stages.models.description import CONFIG_NAME, START_KEY, TOKENIZER_NAME, is_ours, read_config
-from stages.models.folder import load_model
-from stages.models.generate import CausalModel, Rollout, TransformerRollout
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import load_inner, num_ids
-from stages.models.language_model import LanguageModel
-from stages.models.origin import Origin, checked_origin
-from stages.models.positions import trained_positions
-from stages.models.transformer import Transformer
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.companions import SpecialIds
+from tristill.stages.models.description import CONFIG_NAME, START_KEY, TOKENIZER_NAME, is_ours, read_config
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.generate import CausalModel, Rollout, TransformerRollout
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_folder import load_inner, num_ids
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import Origin, checked_origin
+from tristill.stages.models.positions import trained_positions
+from tristill.stages.models.transformer import Transformer
 
 
 def load_causal_model(folder: Path, device: torch.device) -> CausalModel:

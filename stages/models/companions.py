@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.atomic import write_atomically
-from cache.layout import COMPANION_NAMES, LARGEST_COMPANION_BYTES, CompanionName
-from cache.regular_file import read_json_object
-from stages.errors import TokenizerError
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME
+from tristill.cache.atomic import write_atomically
+from tristill.cache.layout import COMPANION_NAMES, LARGEST_COMPANION_BYTES, CompanionName
+from tristill.cache.regular_file import read_json_object
+from tristill.stages.errors import TokenizerError
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME
 
 _LARGEST_TOKENIZER_BYTES = 2**28
 _SAYS_NOTHING = {"tokenizer_class", "model_max_length"}

@@ -3,9 +3,9 @@
 import os
 import shutil
 
-from stages.errors import StageError
-from stages.models.language_model import LanguageModel
-from stages.models.transformer import Transformer
+from tristill.stages.errors import StageError
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.transformer import Transformer
 
 
 def compile_model(model: LanguageModel) -> None:

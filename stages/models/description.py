@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cache.arrays import LARGEST_VOCAB_SIZE
-from cache.regular_file import read_json_object
-from stages.errors import CheckpointError
-from stages.models.config import ModelConfig
-from stages.models.hugging_face_shape import HuggingFaceShape, Shape, llama_shape
-from stages.quantize.config import QuantizeConfig
+from tristill.cache.arrays import LARGEST_VOCAB_SIZE
+from tristill.cache.regular_file import read_json_object
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape, Shape, llama_shape
+from tristill.stages.quantize.config import QuantizeConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stages.models.quantized_weight import QuantizedWeight
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.quantize.config import QuantizeConfig
 
 _PRODUCTS = {
     F.linear,

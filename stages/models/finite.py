@@ -8,8 +8,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from stages.errors import CheckpointError
-from stages.models.language_model import Features, LanguageModel, State
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.language_model import Features, LanguageModel, State
 
 
 def finite_features(

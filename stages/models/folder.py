@@ -10,11 +10,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cache.atomic import write_atomically
-from cache.regular_file import require_regular
-from stages.errors import CheckpointError, StageError
-from stages.models.companions import SpecialIds, generation_config, write_tokenizer
-from stages.models.description import (
+from tristill.cache.atomic import write_atomically
+from tristill.cache.regular_file import require_regular
+from tristill.stages.errors import CheckpointError, StageError
+from tristill.stages.models.companions import SpecialIds, generation_config, write_tokenizer
+from tristill.stages.models.description import (
     CONFIG_NAME,
     START_KEY,
     STUDENT_TYPE,
@@ -24,21 +24,21 @@ from stages.models.description import (
     read_config,
     read_description,
 )
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import (
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_folder import (
     load_hugging_face,
     new_hugging_face,
     require_room_for,
     tensors_of,
     with_shared,
 )
-from stages.models.hugging_face_shape import HuggingFaceShape, Shape
-from stages.models.language_model import LanguageModel
-from stages.models.origin import Origin, checked_origin
-from stages.models.room import require_room
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
-from stages.ranks import ALONE, Ranks, current_ranks
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape, Shape
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import Origin, checked_origin
+from tristill.stages.models.room import require_room
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.ranks import ALONE, Ranks, current_ranks
 
 __all__ = [
     "CONFIG_NAME",

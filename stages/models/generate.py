@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from stages.models.finite import require_finite
-from stages.models.linear import QuantizedLinear
-from stages.models.past import LayerPast
-from stages.models.transformer import Transformer
+from tristill.stages.models.finite import require_finite
+from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.past import LayerPast
+from tristill.stages.models.transformer import Transformer
 
 _FIRST_LOOK = 1024
 

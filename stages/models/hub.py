@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from stages.errors import CheckpointError
+from tristill.stages.errors import CheckpointError
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]

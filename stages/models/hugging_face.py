@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache.hidden import HiddenOutput
-from stages.errors import CheckpointError
-from stages.models.experts import QuantizedStacks, find_stacks, quantize_stacks
-from stages.models.finite import require_finite
-from stages.models.hugging_face_shape import HuggingFaceShape
-from stages.models.language_model import Features, LanguageModel, State, StateWidths
-from stages.models.linear import QuantizedLinear, linears_of, replace_linears, require_fit
-from stages.models.positions import positions_in_tables
-from stages.models.quantized_weight import QuantizedWeight
-from stages.quantize.config import QuantizeConfig
+from tristill.cache.hidden import HiddenOutput
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.experts import QuantizedStacks, find_stacks, quantize_stacks
+from tristill.stages.models.finite import require_finite
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape
+from tristill.stages.models.language_model import Features, LanguageModel, State, StateWidths
+from tristill.stages.models.linear import QuantizedLinear, linears_of, replace_linears, require_fit
+from tristill.stages.models.positions import positions_in_tables
+from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.quantize.config import QuantizeConfig
 
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 _MODULES: dict[HiddenOutput, tuple[str, ...]] = {

@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from cache.regular_file import require_regular_files
-from stages.errors import CheckpointError, StageError
-from stages.models.description import CONFIG_NAME, read_config
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_shape import HuggingFaceShape
-from stages.models.origin import Origin, model_files
-from stages.models.room import described_parameters, require_room, require_room_for_parts
-from stages.models.trust import is_trusted
-from stages.quantize.config import QuantizeConfig
-from stages.tokenizer_file import load_tokenizer
+from tristill.cache.regular_file import require_regular_files
+from tristill.stages.errors import CheckpointError, StageError
+from tristill.stages.models.description import CONFIG_NAME, read_config
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape
+from tristill.stages.models.origin import Origin, model_files
+from tristill.stages.models.room import described_parameters, require_room, require_room_for_parts
+from tristill.stages.models.trust import is_trusted
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.tokenizer_file import load_tokenizer
 
 _MOST_PER_BYTE = 8
 """Parameters in a byte of a file of weights that is packed."""

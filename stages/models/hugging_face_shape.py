@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cache.hashing import canonical_json
-from stages.models.config import ModelConfig
+from tristill.cache.hashing import canonical_json
+from tristill.stages.models.config import ModelConfig
 
 _NOT_THE_SHAPE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers")

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from cache.hidden import HiddenOutput
-from stages.losses.target import softcapped
-from stages.models.quantized_weight import QuantizedWeight
-from stages.quantize.config import QuantizeConfig
+from tristill.cache.hidden import HiddenOutput
+from tristill.stages.losses.target import softcapped
+from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.quantize.config import QuantizeConfig
 
 
 class State(NamedTuple):

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from stages.errors import StageError
-from stages.models.quantized_weight import QuantizedWeight
-from stages.quantize.absmax import ActivationCodes, absmax_codes
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.integer_product import integer_product, multiplies_integers
+from tristill.stages.errors import StageError
+from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.quantize.absmax import ActivationCodes, absmax_codes
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.integer_product import integer_product, multiplies_integers
 
 
 class QuantizedLinear(QuantizedWeight, nn.Linear):

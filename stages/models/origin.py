@@ -5,13 +5,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cache.atomic import write_atomically
-from cache.hashing import fingerprint_of, sha256_of_file
-from cache.regular_file import read_file, read_json_object
-from cache.secrets import masked
-from stages.errors import CheckpointError
-from stages.models.description import CONFIG_NAME, read_config
-from stages.models.trust import follows_records_of
+from tristill.cache.atomic import write_atomically
+from tristill.cache.hashing import fingerprint_of, sha256_of_file
+from tristill.cache.regular_file import read_file, read_json_object
+from tristill.cache.secrets import masked
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.description import CONFIG_NAME, read_config
+from tristill.stages.models.trust import follows_records_of
 
 ORIGIN_NAME = "origin.json"
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.errors import CheckpointError
-from stages.models.language_model import LanguageModel
-from stages.progress import say
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.progress import say
 
 _TRAINED = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _TABLE = re.compile(r"wpe|pos(?!.*ids$)")

@@ -7,10 +7,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from stages.quantize.absmax import absmax_quantize
-from stages.quantize.absmean import absmean_ternary
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.learned import (
+from tristill.stages.quantize.absmax import absmax_quantize
+from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.learned import (
     initial_seq_step,
     initial_step,
     learned_quantize,
@@ -18,10 +18,10 @@ from stages.quantize.learned import (
     seq_ternary,
     through_step,
 )
-from stages.quantize.nbit import largest_level, nbit_quantize
-from stages.quantize.straight_through import straight_through
-from stages.quantize.ternary import TernaryWeight
-from stages.quantize.twn import twn_ternary
+from tristill.stages.quantize.nbit import largest_level, nbit_quantize
+from tristill.stages.quantize.straight_through import straight_through
+from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.twn import twn_ternary
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import safetensors
 import torch
 
-from cache.regular_file import require_regular
-from stages.errors import CheckpointError
-from stages.models.description import CONFIG_NAME, WEIGHTS_NAME
+from tristill.cache.regular_file import require_regular
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.description import CONFIG_NAME, WEIGHTS_NAME
 
 _COUNTS = ("layer", "depth", "block", "expert")
 """Words in the names of numbers of parts, of which each has tensors."""

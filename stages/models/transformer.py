@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
-from cache.hidden import HiddenOutput
-from stages.models.config import ModelConfig
-from stages.models.language_model import Features, LanguageModel, State, StateWidths
-from stages.models.linear import QuantizedLinear, project, quantize_linears
-from stages.models.past import LayerPast
-from stages.models.subln import SubNorm
-from stages.quantize.config import QuantizeConfig
+from tristill.cache.hidden import HiddenOutput
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.language_model import Features, LanguageModel, State, StateWidths
+from tristill.stages.models.linear import QuantizedLinear, project, quantize_linears
+from tristill.stages.models.past import LayerPast
+from tristill.stages.models.subln import SubNorm
+from tristill.stages.quantize.config import QuantizeConfig
 
 _INITIAL_STD = 0.02
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from stages.packed.layout import PackedWeight, pack
-from stages.packed.product import packed_product
-from stages.quantize.absmax import absmax_codes
-from stages.quantize.ternary import TernaryWeight
+from tristill.stages.packed.layout import PackedWeight, pack
+from tristill.stages.packed.product import packed_product
+from tristill.stages.quantize.absmax import absmax_codes
+from tristill.stages.quantize.ternary import TernaryWeight
 
 
 class PackedLinear(nn.Module):

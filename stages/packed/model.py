@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stages.models.transformer import Transformer
-from stages.packed.linear import PackedLinear
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.packed.linear import PackedLinear
 
 
 def pack_model(model: Transformer) -> Transformer:

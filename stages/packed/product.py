@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stages.packed.layout import TRITS_PER_BYTE, PackedWeight
+from tristill.stages.packed.layout import TRITS_PER_BYTE, PackedWeight
 
 _FEW_POSITIONS = 2  # measured: up to here bags are faster, at every width from 256 to 2048
 _BLOCK_WEIGHTS = 1 << 20  # unpacked at once, a byte each

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.spec import SplitName
-from stages.data.config import (
+from tristill.cache.spec import SplitName
+from tristill.stages.data.config import (
     DataConfig,
     HuggingFaceDataset,
     RecordFiles,
@@ -15,9 +15,9 @@ from stages.data.config import (
     TextFiles,
     TrainedTokenizer,
 )
-from stages.data.files import corpus_files, file_bytes
-from stages.data.tokenized import load_corpus
-from stages.errors import CorpusError
+from tristill.stages.data.files import corpus_files, file_bytes
+from tristill.stages.data.tokenized import load_corpus
+from tristill.stages.errors import CorpusError
 
 SMALL_BYTES = 32 * 2**20
 _PART_TOKENS = 2**21

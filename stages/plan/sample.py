@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.atomic import write_atomically
-from cache.hashing import sha256_of_file
-from cache.layout import TOKENIZER_NAME, default_windows_per_chunk
-from cache.spec import SplitName
-from stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, load_corpus, mask_name
-from stages.data.tokens import token_file
-from stages.models.companions import write_tokenizer
+from tristill.cache.atomic import write_atomically
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.layout import TOKENIZER_NAME, default_windows_per_chunk
+from tristill.cache.spec import SplitName
+from tristill.stages.data.tokenized import MaskedTokens, TokenizedCorpus, TokenizedSplit, load_corpus, mask_name
+from tristill.stages.data.tokens import token_file
+from tristill.stages.models.companions import write_tokenizer
 
 
 def sample_corpus(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from stages.quantize.config import ScalePer
-from stages.quantize.ternary import TernaryWeight, blocks, round_to_trits
+from tristill.stages.quantize.config import ScalePer
+from tristill.stages.quantize.ternary import TernaryWeight, blocks, round_to_trits
 
 _SMALLEST_SCALE = 1e-5
 

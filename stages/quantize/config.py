@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.quantize.warmup import WarmupConfig
-from stages.settings import Section
+from tristill.stages.quantize.warmup import WarmupConfig
+from tristill.stages.settings import Section
 
 WeightCode = Literal["absmean", "twn", "learned", "seq", "nbit", "nbit-diffused", "nbit-learned", "none"]
 ScalePer = Literal["tensor", "row", "group-128", "group-256"]

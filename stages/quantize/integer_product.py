@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.quantize.absmax import ActivationCodes
-from stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.absmax import ActivationCodes
+from tristill.stages.quantize.ternary import TernaryWeight
 
 _SMALLEST_CUDA_ROWS = 17
 _CUDA_MULTIPLE = 8

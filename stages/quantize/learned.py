@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stages.quantize.config import ScalePer
-from stages.quantize.nbit import largest_level
-from stages.quantize.ternary import TernaryWeight, blocks, round_to_trits
+from tristill.stages.quantize.config import ScalePer
+from tristill.stages.quantize.nbit import largest_level
+from tristill.stages.quantize.ternary import TernaryWeight, blocks, round_to_trits
 
 _SMALLEST = 1e-5
 _STRETCH = 1.5

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stages.quantize.config import ScalePer, group_columns
+from tristill.stages.quantize.config import ScalePer, group_columns
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from stages.quantize.config import ScalePer
-from stages.quantize.ternary import TernaryWeight, blocks
+from tristill.stages.quantize.config import ScalePer
+from tristill.stages.quantize.ternary import TernaryWeight, blocks
 
 _THRESHOLD = 0.7
 _SMALLEST_SCALE = 1e-5

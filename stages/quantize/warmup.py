@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stages.settings import Section
+from tristill.stages.settings import Section
 
 
 class WarmupConfig(Section):

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Cache, HiddenSpec, SplitName, WindowBatch
-from cache.hidden import HiddenOutput
-from cache.order import WindowOrder
-from cache.profiles.profile import TailTreatment
-from stages.models.language_model import State
-from stages.targets.hidden import HiddenStates
-from stages.targets.source import Epoch, Signals, TargetBatch
-from stages.targets.stored import MakeTargets, make_targets
+from tristill.cache import Cache, HiddenSpec, SplitName, WindowBatch
+from tristill.cache.hidden import HiddenOutput
+from tristill.cache.order import WindowOrder
+from tristill.cache.profiles.profile import TailTreatment
+from tristill.stages.models.language_model import State
+from tristill.stages.targets.hidden import HiddenStates
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch
+from tristill.stages.targets.stored import MakeTargets, make_targets
 
 
 class CachedSource:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.hidden import BASIS_UNIT, TABLE_UNITS_PER_STEP, CodedLayer, HiddenSpec, TransformHidden
+from tristill.cache.hidden import BASIS_UNIT, TABLE_UNITS_PER_STEP, CodedLayer, HiddenSpec, TransformHidden
 
 Arrays = Mapping[str, Tensor]
 

@@ -9,19 +9,19 @@ from typing import Literal
 
 import torch
 
-from cache import Cache, CacheMismatchError, SplitName
-from cache.hashing import fingerprint_of
-from cache.profiles.dense import DenseProfile
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import TailTreatment
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import TransformProfile
-from cache.spec import AnyProfile
-from stages.losses.mixed import MixedTarget, WholeTarget
-from stages.losses.target import DrawnTarget, FullTarget, HeadTarget, LogitsTarget, Rows, Target, Targets
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals, TargetBatch
+from tristill.cache import Cache, CacheMismatchError, SplitName
+from tristill.cache.hashing import fingerprint_of
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.profile import TailTreatment
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.profiles.transform import TransformProfile
+from tristill.cache.spec import AnyProfile
+from tristill.stages.losses.mixed import MixedTarget, WholeTarget
+from tristill.stages.losses.target import DrawnTarget, FullTarget, HeadTarget, LogitsTarget, Rows, Target, Targets
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch
 
 Kind = Literal["whole", "draws", "head"]
 

@@ -8,22 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cache.hidden import HiddenOutput
-from cache.layout import (
+from tristill.cache.hidden import HiddenOutput
+from tristill.cache.layout import (
     DEFAULT_SHARD_POSITIONS,
     TOKENIZER_NAME,
     default_windows_per_chunk,
     windows_per_shard,
 )
-from cache.order import Deal, WindowOrder
-from cache.parts import SIGNAL_STEP_NATS
-from cache.spec import SplitName
-from stages.data.tokenized import corpus_of_model, load_corpus, split_windows
-from stages.losses.chunked_head import chunks
-from stages.losses.target import ComputedTargets
-from stages.models.finite import finite_features
-from stages.models.language_model import Features, LanguageModel
-from stages.targets.source import Epoch, Signals, TargetBatch
+from tristill.cache.order import Deal, WindowOrder
+from tristill.cache.parts import SIGNAL_STEP_NATS
+from tristill.cache.spec import SplitName
+from tristill.stages.data.tokenized import corpus_of_model, load_corpus, split_windows
+from tristill.stages.losses.chunked_head import chunks
+from tristill.stages.losses.target import ComputedTargets
+from tristill.stages.models.finite import finite_features
+from tristill.stages.models.language_model import Features, LanguageModel
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch
 
 
 class OnlineSource:

@@ -10,15 +10,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cache.hidden import HiddenOutput
-from cache.order import Pacing, WindowOrder
-from cache.profiles.profile import TailTreatment
-from cache.spec import SplitName
-from stages.collectives import sum_of
-from stages.errors import CorpusError, StageError
-from stages.losses.target import Targets
-from stages.models.language_model import State
-from stages.ranks import ALONE, Ranks
+from tristill.cache.hidden import HiddenOutput
+from tristill.cache.order import Pacing, WindowOrder
+from tristill.cache.profiles.profile import TailTreatment
+from tristill.cache.spec import SplitName
+from tristill.stages.collectives import sum_of
+from tristill.stages.errors import CorpusError, StageError
+from tristill.stages.losses.target import Targets
+from tristill.stages.models.language_model import State
+from tristill.stages.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)

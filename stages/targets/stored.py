@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.profiles.dense import DenseProfile
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.profile import TailTreatment
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
-from cache.spec import AnyProfile
-from stages.losses.target import (
+from tristill.cache.profiles.dense import DenseProfile
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.profile import TailTreatment
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.profiles.transform import TABLE_UNITS_PER_STEP, TransformProfile
+from tristill.cache.spec import AnyProfile
+from tristill.stages.losses.target import (
     ComputedTargets,
     DrawnTarget,
     HeadTarget,

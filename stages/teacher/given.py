@@ -4,27 +4,27 @@ import os
 import shutil
 from pathlib import Path
 
-from cache.atomic import atomic_file
-from cache.regular_file import open_regular
-from stages.data.tokenized import TokenizedCorpus, corpus_of_model, load_corpus
-from stages.data.tokenizer import beginning_token, load_tokenizer
-from stages.data.tokenizer_gate import own_tokenizer, require_same_tokenizer
-from stages.errors import CheckpointError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import basis, evaluate, evaluate_test
-from stages.models.companions import write_tokenizer
-from stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
-from stages.models.folder import load_model, pick_device
-from stages.models.hub import fetch_model
-from stages.models.hugging_face_folder import load_hugging_face
-from stages.models.language_model import LanguageModel
-from stages.models.origin import Origin, load_origin, model_fingerprint
-from stages.models.positions import warn_of_positions
-from stages.models.trust import trust_code_of
-from stages.progress import say
-from stages.targets.online import OnlineSource
-from stages.teacher.config import TeacherConfig
-from stages.teacher.summary import TeacherSummary
+from tristill.cache.atomic import atomic_file
+from tristill.cache.regular_file import open_regular
+from tristill.stages.data.tokenized import TokenizedCorpus, corpus_of_model, load_corpus
+from tristill.stages.data.tokenizer import beginning_token, load_tokenizer
+from tristill.stages.data.tokenizer_gate import own_tokenizer, require_same_tokenizer
+from tristill.stages.errors import CheckpointError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import basis, evaluate, evaluate_test
+from tristill.stages.models.companions import write_tokenizer
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
+from tristill.stages.models.folder import load_model, pick_device
+from tristill.stages.models.hub import fetch_model
+from tristill.stages.models.hugging_face_folder import load_hugging_face
+from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.origin import Origin, load_origin, model_fingerprint
+from tristill.stages.models.positions import warn_of_positions
+from tristill.stages.models.trust import trust_code_of
+from tristill.stages.progress import say
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.summary import TeacherSummary
 
 
 def take_teacher(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from cache.atomic import write_atomically
-from stages.evaluate.metrics import ValidationMetrics
-from stages.training.loop import TrainingSummary
+from tristill.cache.atomic import write_atomically
+from tristill.stages.evaluate.metrics import ValidationMetrics
+from tristill.stages.training.loop import TrainingSummary
 
 
 class TeacherSummary(BaseModel):

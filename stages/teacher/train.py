@@ -4,23 +4,23 @@ from pathlib import Path
 
 import torch
 
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.term import LossValues, WeightedTerm
-from stages.models.compiled import compile_model
-from stages.models.folder import pick_device, save_model
-from stages.models.origin import model_fingerprint
-from stages.models.transformer import Transformer
-from stages.progress import say
-from stages.ranks import current_ranks
-from stages.targets.online import OnlineSource
-from stages.targets.source import Signals, TargetBatch, counted_by_all, endless_batches
-from stages.teacher.config import TeacherConfig
-from stages.teacher.summary import TeacherSummary
-from stages.training.loop import StepInfo, Training
-from stages.training.start_line import say_length, say_start
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.term import LossValues, WeightedTerm
+from tristill.stages.models.compiled import compile_model
+from tristill.stages.models.folder import pick_device, save_model
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.progress import say
+from tristill.stages.ranks import current_ranks
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Signals, TargetBatch, counted_by_all, endless_batches
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.summary import TeacherSummary
+from tristill.stages.training.loop import StepInfo, Training
+from tristill.stages.training.start_line import say_length, say_start
 
 
 def train_teacher(config: TeacherConfig, data_folder: Path, folder: Path, evaluation: EvaluateConfig) -> TeacherSummary:

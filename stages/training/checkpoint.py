@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cache.atomic import sync_folder, write_atomically
-from cache.regular_file import read_file, require_regular
-from stages.errors import CheckpointError
-from stages.progress import say
-from stages.ranks import ALONE, Ranks, current_ranks
-from stages.threads import num_threads, torch_threads
-from stages.training.parallel import first_own_row
+from tristill.cache.atomic import sync_folder, write_atomically
+from tristill.cache.regular_file import read_file, require_regular
+from tristill.stages.errors import CheckpointError
+from tristill.stages.progress import say
+from tristill.stages.ranks import ALONE, Ranks, current_ranks
+from tristill.stages.threads import num_threads, torch_threads
+from tristill.stages.training.parallel import first_own_row
 
 _RNG = "rng_state"
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.settings import Section, neutral
+from tristill.stages.settings import Section, neutral
 
 
 class SecondPhase(Section):

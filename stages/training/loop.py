@@ -16,23 +16,31 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from stages.collectives import sum_of, summed
-from stages.errors import DivergedError
-from stages.evaluate.metrics import ValidationMetrics
-from stages.interrupt import deferred_interrupt
-from stages.losses.term import LossValues
-from stages.progress import Progress, say
-from stages.ranks import ALONE, Ranks
-from stages.resources import keep_freed_memory, peak_rss_mib
-from stages.threads import num_threads
-from stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from stages.training.config import TrainingConfig
-from stages.training.means import RunningMeans
-from stages.training.metrics import MetricsLog, read_records
-from stages.training.optimizer import make_optimizer
-from stages.training.parallel import StepLoss, made_whole, replicated, require_alike, shard, whole, without_exchange
-from stages.training.schedule import learning_rate, weight_decay
-from stages.training.watch import HELD_OUT, PartingNote, Watch
+from tristill.stages.collectives import sum_of, summed
+from tristill.stages.errors import DivergedError
+from tristill.stages.evaluate.metrics import ValidationMetrics
+from tristill.stages.interrupt import deferred_interrupt
+from tristill.stages.losses.term import LossValues
+from tristill.stages.progress import Progress, say
+from tristill.stages.ranks import ALONE, Ranks
+from tristill.stages.resources import keep_freed_memory, peak_rss_mib
+from tristill.stages.threads import num_threads
+from tristill.stages.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from tristill.stages.training.config import TrainingConfig
+from tristill.stages.training.means import RunningMeans
+from tristill.stages.training.metrics import MetricsLog, read_records
+from tristill.stages.training.optimizer import make_optimizer
+from tristill.stages.training.parallel import (
+    StepLoss,
+    made_whole,
+    replicated,
+    require_alike,
+    shard,
+    whole,
+    without_exchange,
+)
+from tristill.stages.training.schedule import learning_rate, weight_decay
+from tristill.stages.training.watch import HELD_OUT, PartingNote, Watch
 
 Batch = TypeVar("Batch")
 

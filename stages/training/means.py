@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stages.losses.term import LossValues
+from tristill.stages.losses.term import LossValues
 
 _LOSS, _GRAD_NORM, _TERM = "loss", "grad_norm", "term."
 

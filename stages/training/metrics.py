@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cache.atomic import names_file, sync_file, write_atomically
-from cache.regular_file import parsed_json
-from stages.progress import say
-from stages.training.tensorboard import TensorBoardLog
+from tristill.cache.atomic import names_file, sync_file, write_atomically
+from tristill.cache.regular_file import parsed_json
+from tristill.stages.progress import say
+from tristill.stages.training.tensorboard import TensorBoardLog
 
 
 class MetricsLog:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from stages.training.config import TrainingConfig
+from tristill.stages.training.config import TrainingConfig
 
 
 def make_optimizer(

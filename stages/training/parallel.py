@@ -16,10 +16,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stages.errors import StageError
-from stages.losses.term import LossValues
-from stages.models.quantized_weight import QuantizedWeight
-from stages.ranks import Ranks
+from tristill.stages.errors import StageError
+from tristill.stages.losses.term import LossValues
+from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.ranks import Ranks
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LossFunction = Callable[..., LossValues]

@@ -2,7 +2,7 @@
 
 import math
 
-from stages.training.config import TrainingConfig
+from tristill.stages.training.config import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:

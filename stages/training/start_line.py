@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from cache.regular_file import read_json_object
-from stages.progress import say
-from stages.ranks import Ranks
-from stages.targets.source import TargetSource
-from stages.threads import num_threads
-from stages.training.config import TrainingConfig
+from tristill.cache.regular_file import read_json_object
+from tristill.stages.progress import say
+from tristill.stages.ranks import Ranks
+from tristill.stages.targets.source import TargetSource
+from tristill.stages.threads import num_threads
+from tristill.stages.training.config import TrainingConfig
 
 
 def say_start(label: str, model: str, device: torch.device, precision: str, ranks: Ranks) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.errors import StageError
+from tristill.stages.errors import StageError
 
 
 class TensorBoardLog:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.atomic import atomic_file, partial_of, write_atomically
 from conftest import ROOT
+from tristill.cache.atomic import atomic_file, partial_of, write_atomically
 
 
 def test_writers_of_one_file_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_what_a_killed_writer_left_is_replaced_and_what_a_living_one_writes_is_n
     code = f"""
 import sys
 from pathlib import Path
-from cache.atomic import atomic_file
+from tristill.cache.atomic import atomic_file
 with atomic_file(Path({str(path)!r})) as file:
     file.write(b"half of it")
     file.flush()

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cache.coding.frequencies import TOTAL, Model, frequencies_from_counts
-from cache.coding.integers import (
+from tristill.cache.coding.frequencies import TOTAL, Model, frequencies_from_counts
+from tristill.cache.coding.integers import (
     num_tokens,
     pack_bits,
     raw_bit_counts,
@@ -18,9 +18,9 @@ from cache.coding.integers import (
     words_at_bytes,
     zigzag,
 )
-from cache.coding.rans import Decoder, Encoder
-from cache.coding.streams import Histograms
-from cache.errors import CacheCorruptError
+from tristill.cache.coding.rans import Decoder, Encoder
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.errors import CacheCorruptError
 
 LARGEST = 2**32 - 1
 

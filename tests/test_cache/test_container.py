@@ -7,9 +7,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from cache import Cache, PlainTopKProfile, open_cache
-from cache.hashing import sha256_of_file
 from conftest import make_spec, window_arrays, write_cache
+from tristill.cache import Cache, PlainTopKProfile, open_cache
+from tristill.cache.hashing import sha256_of_file
 
 GOLDEN = Path(__file__).parent / "golden"
 OTHER_PROGRAM = """

@@ -12,7 +12,8 @@ import h5py
 import numpy as np
 import pytest
 
-from cache import (
+from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
+from tristill.cache import (
     Cache,
     CacheCorruptError,
     CacheError,
@@ -23,8 +24,7 @@ from cache import (
     open_cache,
     verify_cache,
 )
-from cache.hashing import sha256_of_file
-from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
+from tristill.cache.hashing import sha256_of_file
 
 
 def silent(num_bytes: int) -> None:

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from mutations import changed, edited, fuzz
 from tiny_caches import KINDS, T, write_tiny_cache
 
-from cache import CacheCorruptError, CacheError, open_cache
-from cache.hdf5 import Hdf5Error, Hdf5File
-from cache.manifest import load_manifest
-from cache.parts import part_coders
-from cache.profiles.profile import Place
-from cache.shard import OpenShard
-from cache.spec import CacheSpec
-from cache.tables import load_tables
+from tristill.cache import CacheCorruptError, CacheError, open_cache
+from tristill.cache.hdf5 import Hdf5Error, Hdf5File
+from tristill.cache.manifest import load_manifest
+from tristill.cache.parts import part_coders
+from tristill.cache.profiles.profile import Place
+from tristill.cache.shard import OpenShard
+from tristill.cache.spec import CacheSpec
+from tristill.cache.tables import load_tables
 
 SHARD = "train-00000.h5"
 LARGEST_BYTES = 2**26

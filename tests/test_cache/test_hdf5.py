@@ -8,12 +8,12 @@ import pytest
 from hdf5_checksums import forged, metadata_blocks
 from tiny_caches import KINDS, write_tiny_cache
 
-from cache import CacheError, HiddenSpec
-from cache.hdf5 import Hdf5Error, Hdf5File
-from cache.hdf5.blocks import checksum
-from cache.layout import shard_ranges
-from cache.shard import OpenShard
 from conftest import ROOT, make_spec, write_cache
+from tristill.cache import CacheError, HiddenSpec
+from tristill.cache.hdf5 import Hdf5Error, Hdf5File
+from tristill.cache.hdf5.blocks import checksum
+from tristill.cache.layout import shard_ranges
+from tristill.cache.shard import OpenShard
 
 GOLDEN = sorted((ROOT / "tests" / "test_cache" / "golden").glob("*/*.h5"))
 

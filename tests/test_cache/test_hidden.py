@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cache import (
+from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_shards
+from tristill.cache import (
     Cache,
     CacheCorruptError,
     CacheRequestError,
@@ -23,16 +24,15 @@ from cache import (
     TransformHidden,
     open_cache,
 )
-from cache.calibration import Calibration
-from cache.coding.frequencies import Model
-from cache.coding.rans import Encoder
-from cache.coding.streams import Histograms
-from cache.hidden import NUM_ACTIVITIES
-from cache.hidden_coder import LARGEST_COEFFICIENT, activity_edges
-from cache.parts import Part, PartCoder
-from cache.profiles.profile import NUM_LANES, Place
-from cache.tables import tables_image
-from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_shards
+from tristill.cache.calibration import Calibration
+from tristill.cache.coding.frequencies import Model
+from tristill.cache.coding.rans import Encoder
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.hidden import NUM_ACTIVITIES
+from tristill.cache.hidden_coder import LARGEST_COEFFICIENT, activity_edges
+from tristill.cache.parts import Part, PartCoder
+from tristill.cache.profiles.profile import NUM_LANES, Place
+from tristill.cache.tables import tables_image
 
 VOCAB, WIDTH = 300, 8
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cache import (
+from conftest import TOKENIZER_JSON, make_spec, window_arrays
+from tristill.cache import (
     Cache,
     CacheCorruptError,
     CacheRequestError,
@@ -27,18 +28,17 @@ from cache import (
     open_cache,
     verify_cache,
 )
-from cache.calibration import Calibration
-from cache.coding.streams import Histograms
-from cache.hidden import NUM_ACTIVITIES
-from cache.hidden_coder import activity_edges
-from cache.histograms import sample
-from cache.manifest import load_manifest
-from cache.parts import PartCoder, num_lanes
-from cache.peek import peek
-from cache.profiles.profile import Place
-from cache.repair import manifest_of_shards
-from cache.spec import AnyProfile
-from conftest import TOKENIZER_JSON, make_spec, window_arrays
+from tristill.cache.calibration import Calibration
+from tristill.cache.coding.streams import Histograms
+from tristill.cache.hidden import NUM_ACTIVITIES
+from tristill.cache.hidden_coder import activity_edges
+from tristill.cache.histograms import sample
+from tristill.cache.manifest import load_manifest
+from tristill.cache.parts import PartCoder, num_lanes
+from tristill.cache.peek import peek
+from tristill.cache.profiles.profile import Place
+from tristill.cache.repair import manifest_of_shards
+from tristill.cache.spec import AnyProfile
 
 TRAIN, VALIDATION, T = 21, 5, 6
 
@@ -215,7 +215,7 @@ def test_any_mask_round_trips(name: str, seed: int, num_windows: int, context_le
 def test_hidden_states_are_kept_where_positions_count(tmp_path: Path, coding: str, stride: int) -> None:
     import hashlib
 
-    from cache.tables import tables_image
+    from tristill.cache.tables import tables_image
 
     codings = {
         "int8": Int8Hidden(),

@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cache.order
-from cache import Cache, open_cache
-from cache.order import BLOCKS_PER_GROUP, SHARDS_PER_RUN, Deal, Pacing, WindowOrder
 from conftest import make_spec, window_arrays, write_cache
+from tristill.cache import Cache, open_cache
+from tristill.cache.order import BLOCKS_PER_GROUP, SHARDS_PER_RUN, Deal, Pacing, WindowOrder
 
 
 @st.composite
@@ -185,8 +184,8 @@ def ids_of(batches: list) -> list[bytes]:  # type: ignore[type-arg]
 @pytest.fixture
 def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many shuffle buffers and runs even in a small cache."""
-    monkeypatch.setattr(cache.order, "BLOCKS_PER_GROUP", 2)
-    monkeypatch.setattr(cache.order, "SHARDS_PER_RUN", 2)
+    monkeypatch.setattr("tristill.cache.order.BLOCKS_PER_GROUP", 2)
+    monkeypatch.setattr("tristill.cache.order.SHARDS_PER_RUN", 2)
 
 
 @pytest.mark.usefixtures("small_runs")

@@ -18,7 +18,8 @@ from coded_profiles import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import (
+from conftest import TOKENIZER_JSON, make_spec
+from tristill.cache import (
     Cache,
     CacheCorruptError,
     CacheSpec,
@@ -30,15 +31,22 @@ from cache import (
     TransformProfile,
     open_cache,
 )
-from cache.coding.frequencies import Model
-from cache.coding.rans import Decoder, Encoder, read_in_step
-from cache.hashing import sha256_of_file
-from cache.parts import PartCoder
-from cache.profiles.dither import dither_bytes, dither_of
-from cache.profiles.heads import GAP_GROWTH, GAP_STEP, TAIL_STEP, HeadSize, fit_tail_predictor, gap_grid, gap_indices
-from cache.profiles.profile import Place
-from cache.spec import AnyProfile
-from conftest import TOKENIZER_JSON, make_spec
+from tristill.cache.coding.frequencies import Model
+from tristill.cache.coding.rans import Decoder, Encoder, read_in_step
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.parts import PartCoder
+from tristill.cache.profiles.dither import dither_bytes, dither_of
+from tristill.cache.profiles.heads import (
+    GAP_GROWTH,
+    GAP_STEP,
+    TAIL_STEP,
+    HeadSize,
+    fit_tail_predictor,
+    gap_grid,
+    gap_indices,
+)
+from tristill.cache.profiles.profile import Place
+from tristill.cache.spec import AnyProfile
 
 GOLDEN = Path(__file__).parent / "golden" / "version-2-transform"
 

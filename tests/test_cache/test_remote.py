@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from s3_server import S3, Fault, Plan
 
-from cache import (
+from conftest import ENVIRONMENT, ROOT, TOKENIZER_JSON, make_spec, write_cache, write_shards
+from tristill.cache import (
     Cache,
     CacheCorruptError,
     CacheMismatchError,
@@ -30,11 +31,10 @@ from cache import (
     open_cache,
     verify_cache,
 )
-from cache.locks import lock
-from cache.remote import keep_copy, remote_copy
-from cache.room import ROOM_LOCK
-from cache.store import Patience, Store, check_url
-from conftest import ENVIRONMENT, ROOT, TOKENIZER_JSON, make_spec, write_cache, write_shards
+from tristill.cache.locks import lock
+from tristill.cache.remote import keep_copy, remote_copy
+from tristill.cache.room import ROOM_LOCK
+from tristill.cache.store import Patience, Store, check_url
 
 QUICK = Patience(first_pause_s=0.01, timeout_s=2.0)
 SPEC = make_spec()
@@ -403,8 +403,8 @@ def test_a_dump_that_failed_goes_on_with_what_has_arrived_even_on_another_machin
 RANK = """
 import sys
 from pathlib import Path
-from cache.remote import keep_copy
-from cache.writer import CacheWriter
+from tristill.cache.remote import keep_copy
+from tristill.cache.writer import CacheWriter
 from conftest import make_spec, window_arrays
 
 rank, folder, url, local_bytes = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
@@ -483,10 +483,10 @@ def test_an_upload_that_is_refused_stops_the_dump(s3: S3, bucket: str, tmp_path:
 _READ = """
 import hashlib, sys
 from pathlib import Path
-from cache import open_cache
-from cache.remote import keep_copy
-from cache.room import ROOM_LOCK
-from cache.store import Patience
+from tristill.cache import open_cache
+from tristill.cache.remote import keep_copy
+from tristill.cache.room import ROOM_LOCK
+from tristill.cache.store import Patience
 folder, url, bound, seed = sys.argv[1:]
 keep_copy(Path(folder), url, int(bound) or None, lambda text: print(text, file=sys.stderr), Patience(first_pause_s=0.01))
 digest = hashlib.sha256()

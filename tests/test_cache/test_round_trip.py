@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache import Cache, CacheRequestError, CacheWriter, Need, PlainTopKProfile, open_cache
-from cache.arrays import ids_dtype
 from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache, write_shards
+from tristill.cache import Cache, CacheRequestError, CacheWriter, Need, PlainTopKProfile, open_cache
+from tristill.cache.arrays import ids_dtype
 
 
 def test_every_window_reads_back_as_written(small_cache: Cache) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cache import (
+from conftest import TOKENIZER_JSON, make_spec, write_cache
+from tristill.cache import (
     Cache,
     CacheCorruptError,
     CacheMissingError,
@@ -26,23 +27,22 @@ from cache import (
     open_cache,
     verify_cache,
 )
-from cache.calibration import Calibration, FidelityPoint
-from cache.coding.frequencies import frequencies_from_counts
-from cache.distribution import largest_probabilities
-from cache.hashing import sha256_of_file
-from cache.histograms import sample
-from cache.manifest import load_manifest, save_manifest
-from cache.parts import SIGNAL_STEP_NATS
-from cache.peek import peek
-from cache.profiles.heads import HeadSize
-from cache.profiles.profile import Profile
-from cache.repair import SCRATCH_NAME, lend_good_files, manifest_of_shards, restore_copy, take_back
-from cache.shard import spec_of_shard
-from cache.tables import tables_image
-from cache.verify import find_damage
-from cache.writer import verified_record
-from conftest import TOKENIZER_JSON, make_spec, write_cache
-from stages.targets.stored import make_targets
+from tristill.cache.calibration import Calibration, FidelityPoint
+from tristill.cache.coding.frequencies import frequencies_from_counts
+from tristill.cache.distribution import largest_probabilities
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.histograms import sample
+from tristill.cache.manifest import load_manifest, save_manifest
+from tristill.cache.parts import SIGNAL_STEP_NATS
+from tristill.cache.peek import peek
+from tristill.cache.profiles.heads import HeadSize
+from tristill.cache.profiles.profile import Profile
+from tristill.cache.repair import SCRATCH_NAME, lend_good_files, manifest_of_shards, restore_copy, take_back
+from tristill.cache.shard import spec_of_shard
+from tristill.cache.tables import tables_image
+from tristill.cache.verify import find_damage
+from tristill.cache.writer import verified_record
+from tristill.stages.targets.stored import make_targets
 
 VOCAB = 300
 CALIBRATION = Calibration(

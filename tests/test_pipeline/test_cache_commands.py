@@ -254,7 +254,7 @@ def test_the_commands_load_no_torch(lone_cache: Path) -> None:
     folder = str(lone_cache)
     for command in (("repair", folder), ("verify", folder), ("info", folder), ("peek", folder)):
         check = (
-            "import sys; from pipeline.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+            "import sys; from tristill.pipeline.cli import cli; cli.main(sys.argv[1:], standalone_mode=False); "
             "assert not {'torch', 'datasets'} & sys.modules.keys()"
         )
         subprocess.run(
@@ -279,7 +279,7 @@ def test_two_processes_do_not_repair_one_cache(lone_cache: Path) -> None:
 def test_peek_shows_the_text_of_a_window_and_what_the_teacher_expected(cache: Path) -> None:
     from tokenizers import Tokenizer
 
-    from cache import open_cache
+    from tristill.cache import open_cache
 
     opened = open_cache(cache)
     ids = opened.window("train", 3).input_ids[0].tolist()

@@ -10,13 +10,13 @@ from small_run import small_config
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from cache import open_cache
 from conftest import ROOT, Outcome, tristill
-from pipeline.config import Config, load_config, save_config
-from pipeline.errors import ConfigError
-from stages.errors import CheckpointError
-from stages.models.folder import load_model
-from stages.models.origin import model_fingerprint
+from tristill.cache import open_cache
+from tristill.pipeline.config import Config, load_config, save_config
+from tristill.pipeline.errors import ConfigError
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.origin import model_fingerprint
 
 CONFIG = ("--config", "configs/test.toml")
 FAST = small_config('{ kind = "topk", temperatures = [1.0] }')

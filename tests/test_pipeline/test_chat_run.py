@@ -8,16 +8,16 @@ import pytest
 from chats import make_tokenizer, some_chats, write_json_lines
 
 from conftest import Outcome, tristill
-from pipeline.config import load_config
-from pipeline.plan.compare import compare
-from pipeline.plan.prediction import PLAN_NAME, load_plan
-from pipeline.report.data import data_section
-from pipeline.report.page import REPORT_NAME
-from pipeline.report.run import Run, read_run
-from pipeline.report.section import Figure, Table, Text
-from pipeline.report.teacher import teacher_section
-from pipeline.workspace import Workspace
-from stages.data.tokenized import load_corpus
+from tristill.pipeline.config import load_config
+from tristill.pipeline.plan.compare import compare
+from tristill.pipeline.plan.prediction import PLAN_NAME, load_plan
+from tristill.pipeline.report.data import data_section
+from tristill.pipeline.report.page import REPORT_NAME
+from tristill.pipeline.report.run import Run, read_run
+from tristill.pipeline.report.section import Figure, Table, Text
+from tristill.pipeline.report.teacher import teacher_section
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.data.tokenized import load_corpus
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

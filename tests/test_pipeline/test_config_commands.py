@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import ROOT
-from pipeline.cli import cli
-from pipeline.config import Config, load_config
-from pipeline.config_fields import config_text, explanation, known_fields
-from pipeline.errors import ConfigError
+from tristill.pipeline.cli import cli
+from tristill.pipeline.config import Config, load_config
+from tristill.pipeline.config_fields import config_text, explanation, known_fields
+from tristill.pipeline.errors import ConfigError
 
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 

@@ -11,16 +11,16 @@ import torch
 from small_models import write_model
 
 from conftest import ENVIRONMENT, ROOT, tristill
-from pipeline.deployment import deployment_table
-from stages.deployment.measure import measure_deployment
-from stages.deployment.report import Deployment
-from stages.models.config import ModelConfig
-from stages.models.folder import load_model, save_model
-from stages.models.hugging_face_folder import hugging_face_shape, new_hugging_face
-from stages.models.origin import Origin
-from stages.models.transformer import Transformer
-from stages.packed.model import memory_use, pack_model
-from stages.quantize.config import QuantizeConfig
+from tristill.pipeline.deployment import deployment_table
+from tristill.stages.deployment.measure import measure_deployment
+from tristill.stages.deployment.report import Deployment
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.hugging_face_folder import hugging_face_shape, new_hugging_face
+from tristill.stages.models.origin import Origin
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.packed.model import memory_use, pack_model
+from tristill.stages.quantize.config import QuantizeConfig
 
 SHAPE = ModelConfig(width=256, layers=1, heads=4, kv_heads=2, mlp_width=256)
 FORMS = ["FP32", "fp16", "packed", "GGUF TQ2_0", "GGUF TQ1_0"]
@@ -127,7 +127,7 @@ def test_without_the_packages_of_gguf_the_rest_is_measured(copied_run: Path) -> 
     """A module that is None in sys.modules is one that is not installed, as Python sees it."""
     script = (
         "import sys; sys.modules['gguf'] = sys.modules['xllamacpp'] = None; "
-        "from pipeline.cli import cli; cli.main(sys.argv[1:], standalone_mode=False)"
+        "from tristill.pipeline.cli import cli; cli.main(sys.argv[1:], standalone_mode=False)"
     )
     arguments = ["evaluate", "--packed", "--json", "--config", "configs/test.toml", "--run-dir", str(copied_run)]
     done = subprocess.run(

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from small_run import small_config
 
-from cache import open_cache
-from cache.hashing import fingerprint_of
 from conftest import Outcome, tristill
-from stages.models.origin import model_fingerprint
+from tristill.cache import open_cache
+from tristill.cache.hashing import fingerprint_of
+from tristill.stages.models.origin import model_fingerprint
 
 PROFILE = '{ kind = "sampled", draws = 4 }'
 

@@ -11,8 +11,8 @@ import safetensors.torch
 from small_students import BPE, make_student, make_tokens
 
 from conftest import ENVIRONMENT, ROOT, Outcome, tristill
-from stages.models.folder import load_model
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.models.folder import load_model
+from tristill.stages.quantize.config import QuantizeConfig
 
 CONFIG = ("--config", "configs/test.toml")
 
@@ -39,7 +39,7 @@ def without(run_dir: Path, packages: tuple[str, ...], *arguments: str) -> Outcom
     """The command on a machine that lacks these packages."""
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({packages!r})); "
-        "from pipeline.__main__ import main; main()"
+        "from tristill.pipeline.__main__ import main; main()"
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program, "export", *arguments, *CONFIG, "--run-dir", str(run_dir)],

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from cache import open_cache
-from cache.manifest import load_manifest
 from conftest import Outcome, tristill
+from tristill.cache import open_cache
+from tristill.cache.manifest import load_manifest
 
 
 def test_fidelity_of_a_cache_is_printed_with_the_curve_it_was_picked_from(finished_run: Path) -> None:

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from mutations import ODD_VALUES, changed, edited, fuzz, places
 
 from conftest import ROOT, tristill
-from pipeline.config import Config, load_config
-from pipeline.errors import ConfigError, PipelineError
-from pipeline.provenance import new_provenance, read_provenance
-from pipeline.results import read_summary
-from stages.data.tokenized import load_corpus
-from stages.errors import StageError
-from stages.models.config import ModelConfig
-from stages.models.description import read_description
-from stages.models.folder import hugging_face_config, load_model, read_tensors
-from stages.models.origin import Origin, load_origin, model_files
-from stages.models.transformer import Transformer
+from tristill.pipeline.config import Config, load_config
+from tristill.pipeline.errors import ConfigError, PipelineError
+from tristill.pipeline.provenance import new_provenance, read_provenance
+from tristill.pipeline.results import read_summary
+from tristill.stages.data.tokenized import load_corpus
+from tristill.stages.errors import StageError
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import read_description
+from tristill.stages.models.folder import hugging_face_config, load_model, read_tensors
+from tristill.stages.models.origin import Origin, load_origin, model_files
+from tristill.stages.models.transformer import Transformer
 
 SHAPE = ModelConfig(width=16, layers=1, heads=2, mlp_width=16)
 counts = pytest.mark.parametrize("num_cases", [60, pytest.param(20_000, marks=pytest.mark.slow)])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import ENVIRONMENT, ROOT, Outcome, tristill
-from stages.data.tokenizer import load_tokenizer
-from stages.generate.text import generate_text
-from stages.models.causal import load_causal_model
-from stages.models.generate import Sampling, generate
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.generate.text import generate_text
+from tristill.stages.models.causal import load_causal_model
+from tristill.stages.models.generate import Sampling, generate
 
 PROMPT = "def f("
 
@@ -47,7 +47,7 @@ def test_the_command_writes_text_to_stdout_and_says_what_ran_on_stderr(finished_
 
 
 def from_stdin(finished_run: Path, prompt: bytes) -> "subprocess.CompletedProcess[bytes]":
-    command = [sys.executable, "-m", "pipeline", "generate", "--prompt", "-", "--config", "configs/test.toml"]
+    command = [sys.executable, "-m", "tristill.pipeline", "generate", "--prompt", "-", "--config", "configs/test.toml"]
     return subprocess.run(
         [*command, "--run-dir", str(finished_run), "--temperature", "0", "--max-tokens", "3"],
         cwd=ROOT,

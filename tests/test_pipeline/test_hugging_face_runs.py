@@ -10,23 +10,23 @@ import pytest
 import torch
 from small_models import KINDS, PADDED, VOCAB, in_hub_cache, write_corpus, write_model, write_tokenizer
 
-from cache import Cache, open_cache
 from conftest import tristill
-from pipeline.config import load_config
-from pipeline.errors import PipelineError
-from pipeline.evaluation import evaluate_models
-from pipeline.exporting import export_model
-from pipeline.runner import execute
-from pipeline.steps import all_steps
-from pipeline.workspace import Workspace
-from stages.errors import StageError
-from stages.generate.text import generate_text
-from stages.models.folder import load_model, save_model
-from stages.models.hugging_face_folder import load_hugging_face
-from stages.models.origin import Origin
-from stages.models.transformer import Transformer
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals
+from tristill.cache import Cache, open_cache
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import PipelineError
+from tristill.pipeline.evaluation import evaluate_models
+from tristill.pipeline.exporting import export_model
+from tristill.pipeline.runner import execute
+from tristill.pipeline.steps import all_steps
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.errors import StageError
+from tristill.stages.generate.text import generate_text
+from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.hugging_face_folder import load_hugging_face
+from tristill.stages.models.origin import Origin
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals
 
 pytest.importorskip("transformers")
 
@@ -169,7 +169,7 @@ def test_a_llama_of_transformers_gives_the_cache_of_our_own_transformer(place: P
 
 
 def load_shape(folder: Path) -> Any:
-    from stages.models.description import read_description
+    from tristill.stages.models.description import read_description
 
     return read_description(folder).shape
 

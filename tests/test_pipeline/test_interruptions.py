@@ -23,7 +23,7 @@ def start(run_dir: Path, *arguments: str, limit_bytes: int | None = None) -> sub
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *arguments, "--config", "configs/test.toml", "--run-dir", str(run_dir), *SLOW_DOWN],
+        [sys.executable, "-m", "tristill.pipeline", *arguments, "--config", "configs/test.toml", "--run-dir", str(run_dir), *SLOW_DOWN],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

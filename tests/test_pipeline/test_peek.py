@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from pseudo_terminal import tristill_on_a_terminal
 from wcwidth import width
 
-from cache import CacheWriter, open_cache
-from cache.parts import SIGNAL_STEP_NATS
-from cache.peek import peek
 from conftest import ENVIRONMENT, Outcome, make_spec, tristill, window_arrays
-from pipeline.cache_peek import SCALE, colour_of, coloured_text, legend
-from pipeline.terminal import Colour, painted, wrapped
-from stages.data.config import TrainedTokenizer
-from stages.data.tokenizer import train_tokenizer
+from tristill.cache import CacheWriter, open_cache
+from tristill.cache.parts import SIGNAL_STEP_NATS
+from tristill.cache.peek import peek
+from tristill.pipeline.cache_peek import SCALE, colour_of, coloured_text, legend
+from tristill.pipeline.terminal import Colour, painted, wrapped
+from tristill.stages.data.config import TrainedTokenizer
+from tristill.stages.data.tokenizer import train_tokenizer
 
 STYLE = re.compile(r"\x1b\[(?:0|[34]8;5;\d+)m")
 TOKENIZER = train_tokenizer(
@@ -189,7 +189,7 @@ def test_a_stdout_that_has_no_such_characters_gets_them_escaped(hostile: Path) -
     import sys
 
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "cache", "peek", str(hostile)],
+        [sys.executable, "-m", "tristill.pipeline", "cache", "peek", str(hostile)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},

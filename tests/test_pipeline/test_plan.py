@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from conftest import ENVIRONMENT, ROOT, Outcome, tristill
-from pipeline.config import load_config
-from pipeline.errors import StaleError
-from pipeline.plan.bounds import affordable_positions
-from pipeline.plan.compare import Comparison, compare
-from pipeline.plan.in_small import in_small
-from pipeline.plan.planning import SAMPLE_POSITIONS
-from pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, load_plan
-from pipeline.plan.sizes import cache_sizes, extrapolated, scaled
-from pipeline.plan.text import disk_lines, plan_text
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import StaleError
+from tristill.pipeline.plan.bounds import affordable_positions
+from tristill.pipeline.plan.compare import Comparison, compare
+from tristill.pipeline.plan.in_small import in_small
+from tristill.pipeline.plan.planning import SAMPLE_POSITIONS
+from tristill.pipeline.plan.prediction import PLAN_NAME, CachePrediction, Plan, load_plan
+from tristill.pipeline.plan.sizes import cache_sizes, extrapolated, scaled
+from tristill.pipeline.plan.text import disk_lines, plan_text
+from tristill.pipeline.workspace import Workspace
 
 TEST = ROOT / "configs" / "test.toml"
 QUICK = ("--seconds", "0.5")
@@ -125,7 +125,16 @@ def test_a_large_teacher_is_forwarded_over_as_few_positions_as_some_seconds_allo
 def test_an_interrupted_plan_leaves_nothing(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pipeline", "plan", "--config", str(TEST), "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "tristill.pipeline",
+        "plan",
+        "--config",
+        str(TEST),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     with subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, "TMPDIR": str(scratch)}, stderr=-1) as process:
         deadline = time.monotonic() + 120
         while not list(scratch.glob("*/request.json")):

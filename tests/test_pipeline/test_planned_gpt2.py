@@ -7,19 +7,19 @@ from pseudo_terminal import tristill_on_a_terminal
 from small_models import write_corpus, write_model, write_tokenizer
 from small_sweep import LEDGER, write_sweep
 
-from pipeline.config import load_config
-from pipeline.plan.compare import compare
-from pipeline.plan.planning import Budget, plan_of
-from pipeline.report.cache import cache_section
-from pipeline.report.costs import costs_section
-from pipeline.report.page import REPORT_NAME
-from pipeline.report.run import read_run
-from pipeline.report.section import Section, Table, Text
-from pipeline.report.summary import tiles
-from pipeline.report.teacher import teacher_section
-from pipeline.runner import execute
-from pipeline.steps import all_steps
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.plan.compare import compare
+from tristill.pipeline.plan.planning import Budget, plan_of
+from tristill.pipeline.report.cache import cache_section
+from tristill.pipeline.report.costs import costs_section
+from tristill.pipeline.report.page import REPORT_NAME
+from tristill.pipeline.report.run import read_run
+from tristill.pipeline.report.section import Section, Table, Text
+from tristill.pipeline.report.summary import tiles
+from tristill.pipeline.report.teacher import teacher_section
+from tristill.pipeline.runner import execute
+from tristill.pipeline.steps import all_steps
+from tristill.pipeline.workspace import Workspace
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

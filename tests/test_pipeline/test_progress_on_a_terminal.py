@@ -7,8 +7,8 @@ import sys
 import termios
 from pathlib import Path
 
-from cache import Cache
 from conftest import ROOT, tristill
+from tristill.cache import Cache
 
 
 def test_plain_lines_when_piped(small_cache: Cache) -> None:
@@ -23,7 +23,7 @@ def test_plain_lines_when_piped(small_cache: Cache) -> None:
 def test_a_bar_with_speed_on_a_terminal(small_cache: Cache) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
-    command = [sys.executable, "-m", "pipeline", "cache", "verify", str(small_cache.folder)]
+    command = [sys.executable, "-m", "tristill.pipeline", "cache", "verify", str(small_cache.folder)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, check=True)
     os.close(theirs)
     shown = b""

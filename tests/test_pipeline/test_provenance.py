@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from conftest import ENVIRONMENT, ROOT
-from pipeline.config import load_config
-from pipeline.provenance import Provenance, differences, locked, read_provenance, write_provenance
-from pipeline.runner import build_held
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.provenance import Provenance, differences, locked, read_provenance, write_provenance
+from tristill.pipeline.runner import build_held
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import Workspace
 
 
 def record(settings: dict[str, Any]) -> Provenance:

@@ -16,12 +16,12 @@ import pytest
 from torchrun import command, outcome, ranks_of, start
 
 from conftest import tristill
-from pipeline.config import load_config
-from pipeline.errors import BusyError
-from pipeline.provenance import held_with_others, locked, new_provenance, write_provenance
-from pipeline.steps import DumpLogits
-from pipeline.workspace import Workspace
-from stages.dump.dump import dump_logits
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import BusyError
+from tristill.pipeline.provenance import held_with_others, locked, new_provenance, write_provenance
+from tristill.pipeline.steps import DumpLogits
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.dump.dump import dump_logits
 
 MANY_SHARDS = (
     "data.max_train_tokens=60_000",
@@ -29,7 +29,7 @@ MANY_SHARDS = (
     "cache.max_train_windows=1500",
     "cache.batch_windows=2",
 )
-ON_TWO_RANKS = [sys.executable, "-m", "stages.launcher", "2", "pipeline"]
+ON_TWO_RANKS = [sys.executable, "-m", "tristill.stages.launcher", "2", "pipeline"]
 
 
 def of_run(run_dir: Path, *changes: str) -> list[str]:
@@ -110,7 +110,7 @@ def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def test_ctrl_c_ends_all_ranks_with_one_message(many_shards: Path, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(many_shards, tmp_path / "run"))
     arguments = ("run", "--until", "dump-logits", "--ranks", "2", *of_run(run_dir, *MANY_SHARDS))
-    process = start([sys.executable, "-m", "pipeline", *arguments])
+    process = start([sys.executable, "-m", "tristill.pipeline", *arguments])
     wait_for(lambda: bool(list((run_dir / "cache").glob("*.h5"))), process)
     ranks = ranks_of(process)
     assert sorted(ranks) == [0, 1]
@@ -219,7 +219,7 @@ def states_of(pids: Iterable[int]) -> set[str]:
 def test_ctrl_z_stops_the_ranks_of_run_and_a_closed_terminal_has_them_save(before_dump: Path) -> None:
     shutil.rmtree(before_dump / "teacher")
     options = of_run(before_dump, "teacher.training.steps=100000", "teacher.training.checkpoint_every=3")
-    process = start([sys.executable, "-m", "pipeline", "run", "--ranks", "2", *options])
+    process = start([sys.executable, "-m", "tristill.pipeline", "run", "--ranks", "2", *options])
     metrics = before_dump / "teacher" / "metrics.jsonl"
     while not metrics.exists() and process.poll() is None:
         time.sleep(0.1)

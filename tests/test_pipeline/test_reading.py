@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, tristill
-from pipeline.config import load_config
-from pipeline.errors import BusyError, MovedError, StaleError
-from pipeline.provenance import locked, read_provenance
-from pipeline.reading import reading
-from pipeline.runner import execute
-from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, Teacher
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import BusyError, MovedError, StaleError
+from tristill.pipeline.provenance import locked, read_provenance
+from tristill.pipeline.reading import reading
+from tristill.pipeline.runner import execute
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill, DumpLogits, Teacher
+from tristill.pipeline.workspace import Workspace
 
 Change = Callable[[Path], None]
 

@@ -11,18 +11,18 @@ from click.testing import CliRunner, Result
 from pydantic import BaseModel
 
 from conftest import ROOT
-from pipeline.cli import cli
-from pipeline.config import Config, load_config, save_config, section_types
-from pipeline.errors import OutsideError
-from pipeline.options import arguments_of, workspace_of
-from pipeline.runner import execute
-from pipeline.steps import all_steps
-from pipeline.sweep.config import load_sweep
-from pipeline.sweep.student import Base
-from stages.errors import CheckpointError
-from stages.models import trust
-from stages.models.folder import load_model
-from stages.settings import Outside
+from tristill.pipeline.cli import cli
+from tristill.pipeline.config import Config, load_config, save_config, section_types
+from tristill.pipeline.errors import OutsideError
+from tristill.pipeline.options import arguments_of, workspace_of
+from tristill.pipeline.runner import execute
+from tristill.pipeline.steps import all_steps
+from tristill.pipeline.sweep.config import load_sweep
+from tristill.pipeline.sweep.student import Base
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models import trust
+from tristill.stages.models.folder import load_model
+from tristill.stages.settings import Outside
 
 DEMO = ROOT / "configs" / "demo.toml"
 TEACHER = 'teacher.path="owner/model"'

@@ -15,20 +15,20 @@ from pydantic import ValidationError
 from s3_server import S3
 
 from conftest import ENVIRONMENT, ROOT, Outcome
-from pipeline.cache_info import cache_details, cache_info
-from pipeline.cache_peek import peek_text
-from pipeline.config import load_config
-from stages.data.config import DataConfig, TextFiles
-from stages.data.files import corpus_files
-from stages.data.tokenize import tokenize_corpus
-from stages.errors import CorpusError
+from tristill.pipeline.cache_info import cache_details, cache_info
+from tristill.pipeline.cache_peek import peek_text
+from tristill.pipeline.config import load_config
+from tristill.stages.data.config import DataConfig, TextFiles
+from tristill.stages.data.files import corpus_files
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.errors import CorpusError
 
 CONFIG = ("--config", "configs/test.toml")
 SHARD = ".h5"
 
 
 def tristill(s3: S3, *arguments: str) -> Outcome:
-    command = [sys.executable, "-m", "pipeline", *arguments]
+    command = [sys.executable, "-m", "tristill.pipeline", *arguments]
     environment = {**ENVIRONMENT, **s3.environment}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert "Traceback" not in done.stderr, done.stderr
@@ -36,7 +36,7 @@ def tristill(s3: S3, *arguments: str) -> Outcome:
 
 
 def started(s3: S3, *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline", *arguments]
+    command = [sys.executable, "-m", "tristill.pipeline", *arguments]
     environment = {**ENVIRONMENT, **s3.environment}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

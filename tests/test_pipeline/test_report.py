@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 from small_sweep import LEDGER, sweep_results, write_sweep
 
-from cache import CacheSpec, CacheWriter
 from conftest import TOKENIZER_JSON, make_spec, window_arrays
-from pipeline.config import load_config
-from pipeline.errors import MissingInputError
-from pipeline.plan.compare import compare
-from pipeline.plan.prediction import CachePrediction, Plan, StagePrediction
-from pipeline.plan.settings import settings_fingerprint
-from pipeline.report.cache import cache_section
-from pipeline.report.costs import costs_section
-from pipeline.report.data import data_section
-from pipeline.report.drawing import COLORS, Line, bars, lines, thinned
-from pipeline.report.evaluation import evaluation_section
-from pipeline.report.page import render, write_report
-from pipeline.report.plan import plan_section
-from pipeline.report.run import Run, read_run
-from pipeline.report.section import (
+from tristill.cache import CacheSpec, CacheWriter
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import MissingInputError
+from tristill.pipeline.plan.compare import compare
+from tristill.pipeline.plan.prediction import CachePrediction, Plan, StagePrediction
+from tristill.pipeline.plan.settings import settings_fingerprint
+from tristill.pipeline.report.cache import cache_section
+from tristill.pipeline.report.costs import costs_section
+from tristill.pipeline.report.data import data_section
+from tristill.pipeline.report.drawing import COLORS, Line, bars, lines, thinned
+from tristill.pipeline.report.evaluation import evaluation_section
+from tristill.pipeline.report.page import render, write_report
+from tristill.pipeline.report.plan import plan_section
+from tristill.pipeline.report.run import Run, read_run
+from tristill.pipeline.report.section import (
     Continuation,
     Entry,
     Figure,
@@ -38,13 +38,13 @@ from pipeline.report.section import (
     Text,
     Tile,
 )
-from pipeline.report.students import students_section
-from pipeline.report.summary import provenance, tiles
-from pipeline.report.sweeps import scored_of, sweeps_section
-from pipeline.report.teacher import precision, teacher_section
-from pipeline.units import bytes_text, count_text, seconds_text
-from pipeline.workspace import Workspace
-from stages.visible import visible
+from tristill.pipeline.report.students import students_section
+from tristill.pipeline.report.summary import provenance, tiles
+from tristill.pipeline.report.sweeps import scored_of, sweeps_section
+from tristill.pipeline.report.teacher import precision, teacher_section
+from tristill.pipeline.units import bytes_text, count_text, seconds_text
+from tristill.pipeline.workspace import Workspace
+from tristill.stages.visible import visible
 
 HOSTILE = '</style></pre><script>alert(1)</script><img src=x onerror="alert(2)">\'"&amp; \u202e \u00e9 $x$'
 ALLOWED = {

@@ -11,9 +11,9 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from small_sweep import write_sweep
 
 from conftest import ROOT, tristill
-from pipeline.config import load_config
-from pipeline.report.page import write_report
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.report.page import write_report
+from tristill.pipeline.workspace import Workspace
 
 ARTIFACTS = ROOT / "artifacts"
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")

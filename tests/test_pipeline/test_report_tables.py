@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.cache_info import cache_info
-from pipeline.cache_info_text import INFINITE_KL, cache_info_text
-from pipeline.config import load_config
-from pipeline.report.cache import fidelity_blocks
-from pipeline.report.evaluation import evaluation_section
-from pipeline.report.run import Run, read_run
-from pipeline.report.section import Block, Figure, Section, Table
-from pipeline.report.settings_scale import Scale, is_logarithmic
-from pipeline.report.students import students_section
-from pipeline.report.summary import about, tiles
-from pipeline.report.teacher import teacher_section
-from pipeline.workspace import Workspace
+from tristill.pipeline.cache_info import cache_info
+from tristill.pipeline.cache_info_text import INFINITE_KL, cache_info_text
+from tristill.pipeline.config import load_config
+from tristill.pipeline.report.cache import fidelity_blocks
+from tristill.pipeline.report.evaluation import evaluation_section
+from tristill.pipeline.report.run import Run, read_run
+from tristill.pipeline.report.section import Block, Figure, Section, Table
+from tristill.pipeline.report.settings_scale import Scale, is_logarithmic
+from tristill.pipeline.report.students import students_section
+from tristill.pipeline.report.summary import about, tiles
+from tristill.pipeline.report.teacher import teacher_section
+from tristill.pipeline.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

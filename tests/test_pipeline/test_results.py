@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.results import loss_text
+from tristill.pipeline.results import loss_text
 
 
 @pytest.mark.parametrize(

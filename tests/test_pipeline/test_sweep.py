@@ -18,13 +18,13 @@ import optuna
 import pytest
 
 from conftest import ENVIRONMENT, ROOT, tristill
-from pipeline.runner import build_held
-from pipeline.sweep.config import load_sweep
-from pipeline.sweep.results import SweepResults
-from pipeline.sweep.run import PrunedError, run_sweep
-from pipeline.sweep.student import Base
-from pipeline.sweep.study import open_study
-from stages.training.watch import Watch
+from tristill.pipeline.runner import build_held
+from tristill.pipeline.sweep.config import load_sweep
+from tristill.pipeline.sweep.results import SweepResults
+from tristill.pipeline.sweep.run import PrunedError, run_sweep
+from tristill.pipeline.sweep.student import Base
+from tristill.pipeline.sweep.study import open_study
+from tristill.stages.training.watch import Watch
 
 CONFIG = ROOT / "configs" / "sweeps" / "test.toml"
 SHORT = (
@@ -61,7 +61,7 @@ def sweep(cache: Path, tmp_path: Path) -> Sweep:
 
 def start(run_dir: Path, cache: Path, *changes: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "sweep", *arguments_of(run_dir, cache, *changes)],
+        [sys.executable, "-m", "tristill.pipeline", "sweep", *arguments_of(run_dir, cache, *changes)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,18 +7,18 @@ import pytest
 from chats import make_tokenizer, some_chats, write_json_lines
 from small_models import KINDS, write_corpus, write_model, write_tokenizer
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.provenance import read_provenance, write_provenance
-from pipeline.runner import execute
-from pipeline.steps import Distill, all_steps
-from pipeline.sweep.check import check_sweep
-from pipeline.sweep.config import load_sweep
-from pipeline.sweep.ledger import ledger, ledger_text
-from pipeline.sweep.results import Ledger, SweepResults
-from pipeline.sweep.run import run_sweep
-from pipeline.sweep.student import Base
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.errors import ConfigError
+from tristill.pipeline.provenance import read_provenance, write_provenance
+from tristill.pipeline.runner import execute
+from tristill.pipeline.steps import Distill, all_steps
+from tristill.pipeline.sweep.check import check_sweep
+from tristill.pipeline.sweep.config import load_sweep
+from tristill.pipeline.sweep.ledger import ledger, ledger_text
+from tristill.pipeline.sweep.results import Ledger, SweepResults
+from tristill.pipeline.sweep.run import run_sweep
+from tristill.pipeline.sweep.student import Base
+from tristill.pipeline.workspace import Workspace
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

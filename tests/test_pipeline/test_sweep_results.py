@@ -10,13 +10,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from small_sweep import LEDGER
 
 from conftest import ROOT
-from pipeline.config import load_config
-from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.ledger import _steps_of_teacher, ledger_text
-from pipeline.sweep.points import folder_name
-from pipeline.sweep.records import results_csv, results_of, results_text
-from pipeline.sweep.results import SweepResults
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.sweep.config import SweepConfig
+from tristill.pipeline.sweep.ledger import _steps_of_teacher, ledger_text
+from tristill.pipeline.sweep.points import folder_name
+from tristill.pipeline.sweep.records import results_csv, results_of, results_text
+from tristill.pipeline.sweep.results import SweepResults
+from tristill.pipeline.workspace import Workspace
 
 SEED = "distill.training.seed"
 

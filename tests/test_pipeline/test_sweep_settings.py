@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from conftest import ENVIRONMENT, ROOT, make_spec, tristill
-from pipeline.errors import ConfigError, MissingInputError, PipelineError
-from pipeline.sweep.check import _problems_of_metric, check_sweep
-from pipeline.sweep.config import Grid, Range, SweepConfig, load_sweep
-from pipeline.sweep.ledger import balance, ledger_text
-from pipeline.sweep.points import folder_name, grid, in_words, short_keys
-from pipeline.sweep.student import Base
-from pipeline.sweep.study import open_study
-from stages.evaluate.metrics import ValidationMetrics
+from tristill.pipeline.errors import ConfigError, MissingInputError, PipelineError
+from tristill.pipeline.sweep.check import _problems_of_metric, check_sweep
+from tristill.pipeline.sweep.config import Grid, Range, SweepConfig, load_sweep
+from tristill.pipeline.sweep.ledger import balance, ledger_text
+from tristill.pipeline.sweep.points import folder_name, grid, in_words, short_keys
+from tristill.pipeline.sweep.student import Base
+from tristill.pipeline.sweep.study import open_study
+from tristill.stages.evaluate.metrics import ValidationMetrics
 
 SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.toml"))
 TEST = ROOT / "configs" / "sweeps" / "test.toml"
@@ -163,7 +163,7 @@ def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(tmp_pat
 def test_without_optuna_the_extra_is_named() -> None:
     start = "import sys; sys.modules['optuna'] = None; sys.argv = ['tristill', 'sweep']; "
     done = subprocess.run(
-        [sys.executable, "-c", start + "from pipeline.__main__ import main; main()"],
+        [sys.executable, "-c", start + "from tristill.pipeline.__main__ import main; main()"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,

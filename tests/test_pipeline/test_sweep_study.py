@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from pipeline.errors import BusyError, StudyError
-from pipeline.provenance import locked
-from pipeline.sweep.config import load_sweep
-from pipeline.sweep.results import SweepResults
-from pipeline.sweep.run import _clear, run_sweep
-from pipeline.sweep.student import Base
-from pipeline.sweep.study import open_study
+from tristill.pipeline.errors import BusyError, StudyError
+from tristill.pipeline.provenance import locked
+from tristill.pipeline.sweep.config import load_sweep
+from tristill.pipeline.sweep.results import SweepResults
+from tristill.pipeline.sweep.run import _clear, run_sweep
+from tristill.pipeline.sweep.student import Base
+from tristill.pipeline.sweep.study import open_study
 
 CONFIG = ROOT / "configs" / "sweeps" / "test.toml"
 ONE_STUDENT = ("vary.distill.training.steps=[2]", "vary.distill.alpha=[0.5]", "seeds=[]",

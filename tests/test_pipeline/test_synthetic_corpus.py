@@ -25,7 +25,7 @@ def step(command: str, run_dir: Path, model: Path, *further: str) -> Outcome:
 
 
 def start(run_dir: Path, model: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "pipeline", "tokenize", *arguments(run_dir, model)]
+    command = [sys.executable, "-m", "tristill.pipeline", "tokenize", *arguments(run_dir, model)]
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -5,11 +5,11 @@ import re
 import pytest
 from pseudo_terminal import tristill_on_a_terminal
 
-from cache import Cache
 from conftest import tristill
-from pipeline.results import metrics_table, text_table
-from pipeline.tables import fitted
-from pipeline.terminal import cells
+from tristill.cache import Cache
+from tristill.pipeline.results import metrics_table, text_table
+from tristill.pipeline.tables import fitted
+from tristill.pipeline.terminal import cells
 
 METRICS = {
     "loss_nats": 3.73, "perplexity": 41.8312, "bits_per_byte": 1.84991, "kl_to_teacher_nats": 0.79441,

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from pseudo_terminal import tristill_on_a_terminal
 from tokenizers import Tokenizer, models
 
-from cache import Cache
 from conftest import ENVIRONMENT, ROOT, tristill
-from pipeline.__main__ import main
-from pipeline.results import text_table
-from stages.interrupt import ending_signals
-from stages.progress import Progress
-from stages.visible import Painted, _VisibleStream, guard_output, visible, visible_lines
+from tristill.cache import Cache
+from tristill.pipeline.__main__ import main
+from tristill.pipeline.results import text_table
+from tristill.stages.interrupt import ending_signals
+from tristill.stages.progress import Progress
+from tristill.stages.visible import Painted, _VisibleStream, guard_output, visible, visible_lines
 
 HOSTILE = "\x1b]0;OWNED\x07\x1b[2J\x1b[8m\r\x08\x9b2J\x85\u2028\u202e\u2066\udc80\x7f"
 FORGED = f"{HOSTILE}\nerror: forged\nevery byte is as it was written"
@@ -184,7 +184,7 @@ def test_a_prompt_from_a_closed_stdin_is_refused(finished_run: Path) -> None:
 
 def test_closed_descriptors_are_not_those_of_files_opened_later(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from stages.visible import open_closed_descriptors; open_closed_descriptors(); "
+        "import os, sys; from tristill.stages.visible import open_closed_descriptors; open_closed_descriptors(); "
         "sys.exit(os.open(sys.argv[1], os.O_CREAT))"
     )
     command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", script, str(tmp_path / "file")]
@@ -226,7 +226,7 @@ def test_an_error_that_nobody_foresaw_is_one_message(
     def fail(interrupts: object) -> int:
         raise error
 
-    monkeypatch.setattr("pipeline.__main__._run", fail)
+    monkeypatch.setattr("tristill.pipeline.__main__._run", fail)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     handlers = {signum: signal.getsignal(signum) for signum in ending_signals()}
@@ -243,6 +243,6 @@ def test_an_error_that_nobody_foresaw_is_one_message(
 
 def test_a_plot_holds_labels_that_xml_cannot() -> None:
     pytest.importorskip("matplotlib")
-    from pipeline.report.drawing import bars
+    from tristill.pipeline.report.drawing import bars
 
     assert "\\u241b" in bars(["a\x1b\x00"], [1.0], ["\x07"], "key", "x\x0b")

@@ -18,23 +18,23 @@ from architectures import (
 )
 from small_models import VOCAB, describe, write_corpus, write_model, write_tokenizer
 
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.errors import CheckpointError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
-from stages.models.causal import load_causal_model
-from stages.models.folder import new_model
-from stages.models.generate import Sampling, generate
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
-from stages.models.language_model import State
-from stages.models.origin import Origin
-from stages.models.positions import require_positions
-from stages.quantize.config import QuantizeConfig
-from stages.targets.online import OnlineSource
-from stages.teacher.config import TeacherConfig
-from stages.teacher.given import take_teacher
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.errors import CheckpointError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import evaluate
+from tristill.stages.models.causal import load_causal_model
+from tristill.stages.models.folder import new_model
+from tristill.stages.models.generate import Sampling, generate
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
+from tristill.stages.models.language_model import State
+from tristill.stages.models.origin import Origin
+from tristill.stages.models.positions import require_positions
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.given import take_teacher
 
 pytest.importorskip("transformers")
 CONTEXT = 24

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from chats import PLAIN_TEMPLATE, TOOL_TEMPLATE, make_tokenizer, write_json_lines
 
-from stages.data.chat import ChatTemplate, Document
-from stages.data.config import HuggingFaceDataset, RecordFiles
-from stages.data.conversation import conversation
-from stages.data.corpus import chats
-from stages.errors import CorpusError
+from tristill.stages.data.chat import ChatTemplate, Document
+from tristill.stages.data.config import HuggingFaceDataset, RecordFiles
+from tristill.stages.data.conversation import conversation
+from tristill.stages.data.corpus import chats
+from tristill.stages.errors import CorpusError
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

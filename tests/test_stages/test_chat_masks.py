@@ -9,7 +9,7 @@ from chats import HELLO, MARKED_TEMPLATE, PLAIN_TEMPLATE, Chat, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.normalizers import Normalizer
 
-from stages.data.chat import ChatTemplate, assistant_tokens, special_ids
+from tristill.stages.data.chat import ChatTemplate, assistant_tokens, special_ids
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

@@ -28,16 +28,16 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from conftest import ROOT
-from stages.data.chat import ChatTemplate, assistant_tokens, special_ids
-from stages.data.config import DataConfig
-from stages.data.corpus import documents
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import load_corpus, split_windows
-from stages.errors import CorpusError, TokenizerError
-from stages.generate.text import generate_text
-from stages.models.config import ModelConfig
-from stages.models.folder import save_model
-from stages.models.transformer import Transformer
+from tristill.stages.data.chat import ChatTemplate, assistant_tokens, special_ids
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.corpus import documents
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.errors import CorpusError, TokenizerError
+from tristill.stages.generate.text import generate_text
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import save_model
+from tristill.stages.models.transformer import Transformer
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

@@ -10,28 +10,28 @@ import pytest
 import torch
 from chats import PLAIN_TEMPLATE, make_tokenizer, sentence
 
-from cache import open_cache
-from cache.errors import CacheCorruptError
-from cache.layout import COMPANION_NAMES
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import distill
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.errors import TokenizerError
-from stages.evaluate.config import EvaluateConfig
-from stages.export.bitnet import write_bitnet
-from stages.export.gguf import write_gguf
-from stages.export.gguf_reader import check_gguf
-from stages.export.hugging_face import write_hugging_face
-from stages.export.student import Student, load_student
-from stages.models.companions import SpecialIds, companions, generation_config
-from stages.models.config import ModelConfig
-from stages.models.folder import save_model
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
-from stages.targets.cached import CachedSource
+from tristill.cache import open_cache
+from tristill.cache.errors import CacheCorruptError
+from tristill.cache.layout import COMPANION_NAMES
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import distill
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import TokenizerError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.export.bitnet import write_bitnet
+from tristill.stages.export.gguf import write_gguf
+from tristill.stages.export.gguf_reader import check_gguf
+from tristill.stages.export.hugging_face import write_hugging_face
+from tristill.stages.export.student import Student, load_student
+from tristill.stages.models.companions import SpecialIds, companions, generation_config
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import save_model
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.targets.cached import CachedSource
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(width=256, layers=1, heads=4, mlp_width=256)
@@ -115,7 +115,7 @@ def test_transformers_renders_a_chat_from_an_export_as_from_the_given_folder(
 def test_llama_cpp_renders_a_chat_from_an_export_as_transformers_does(student: Student, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="the extra `gguf` is not installed")
     transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
-    from stages.export.llama_cpp import LlamaCpp
+    from tristill.stages.export.llama_cpp import LlamaCpp
 
     path = tmp_path / "student.gguf"
     where = {"context_length": student.context_length, "end_of_text_id": student.end_of_text_id}

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import ROOT
-from stages.data.config import DataConfig, TrainedTokenizer
-from stages.data.corpus import documents, is_validation
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import load_corpus, split_windows
-from stages.data.tokenizer import _BoundedWords, train_tokenizer
-from stages.errors import CorpusError, TokenizerError
+from tristill.stages.data.config import DataConfig, TrainedTokenizer
+from tristill.stages.data.corpus import documents, is_validation
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.data.tokenizer import _BoundedWords, train_tokenizer
+from tristill.stages.errors import CorpusError, TokenizerError
 
 STORY = "Once upon a time, no. {n}: a fox met the moon; \U0001f98a caf\u00e9 at\t{n}  o'clock.\n"
 
@@ -213,9 +213,9 @@ def test_damaged_token_files_are_refused(corpus: Path, tmp_path: Path) -> None:
 MEMORY_PROGRAM = """
 import sys
 from pathlib import Path
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.resources import peak_rss_mib
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.resources import peak_rss_mib
 source = {"kind": "text", "paths": [sys.argv[1]], "documents": "paragraph"}
 tokenizer = {"kind": "bpe", "vocab_size": 400, "train_bytes": 1_000_000}
 tokenize_corpus(DataConfig.model_validate({"source": source, "tokenizer": tokenizer}), Path(sys.argv[2]))
@@ -262,8 +262,8 @@ def test_bounded_words_change_no_ordinary_text(texts: list[str]) -> None:
 
 
 INTERRUPTED_PROGRAM = """
-from stages.data.config import TrainedTokenizer
-from stages.data.tokenizer import train_tokenizer
+from tristill.stages.data.config import TrainedTokenizer
+from tristill.stages.data.tokenizer import train_tokenizer
 print("begun", flush=True)
 try:
     train_tokenizer(TrainedTokenizer(vocab_size=60_000), ("".join(chr(97 + (i * i + j) % 26) for i in range(500)) for j in range(20_000)))

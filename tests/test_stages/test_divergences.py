@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from stages.losses.build import make_term
-from stages.losses.student import StudentChunk
-from stages.losses.target import (
+from tristill.stages.losses.build import make_term
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import (
     HeadTarget,
     LogitsTarget,
     PartialTarget,
@@ -20,8 +20,8 @@ from stages.losses.target import (
     SpreadTarget,
     Target,
 )
-from stages.losses.term import DistributionTerm
-from stages.losses.terms_config import AnyTerm
+from tristill.stages.losses.term import DistributionTerm
+from tristill.stages.losses.terms_config import AnyTerm
 
 Distribution = list[float]
 Reference = Callable[[Distribution, Distribution, int], float]

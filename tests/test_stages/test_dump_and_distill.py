@@ -9,27 +9,26 @@ import pytest
 import torch
 from small_training import CPU, SHAPE, distill_config, dump_config, make_run, places, student_of
 
-import cache.order
-from cache import CacheMismatchError, CacheWriter, HiddenSpec, PlainTopKProfile, open_cache
-from stages.data.tokenized import load_corpus, split_windows
-from stages.distill.choose import Places, choose_source
-from stages.distill.config import StudentConfig
-from stages.distill.distill import model_size
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits, write_shards
-from stages.dump.prepare import cache_spec, split_specs
-from stages.errors import CheckpointError, TargetsError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
-from stages.models.config import ModelConfig
-from stages.models.folder import load_model
-from stages.models.language_model import State
-from stages.models.origin import model_fingerprint
-from stages.models.transformer import Transformer
-from stages.progress import Progress
-from stages.quantize.config import QuantizeConfig
-from stages.targets.cached import CachedSource
-from stages.targets.source import Epoch, Signals
+from tristill.cache import CacheMismatchError, CacheWriter, HiddenSpec, PlainTopKProfile, open_cache
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.distill.choose import Places, choose_source
+from tristill.stages.distill.config import StudentConfig
+from tristill.stages.distill.distill import model_size
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits, write_shards
+from tristill.stages.dump.prepare import cache_spec, split_specs
+from tristill.stages.errors import CheckpointError, TargetsError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import evaluate
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.language_model import State
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.progress import Progress
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.source import Epoch, Signals
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_stage_two_needs_neither_teacher_nor_corpus(run: Path, tmp_path: Path) -
 def test_online_windows_come_in_the_order_of_the_cache_that_the_same_settings_dump(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache.order, "SHARDS_PER_RUN", 1)
+    monkeypatch.setattr("tristill.cache.order.SHARDS_PER_RUN", 1)
     dump_logits(dump_config(), run / "data", run / "teacher", tmp_path / "cache")
 
     def ids_of(targets: str, dump: DumpConfig) -> list[bytes]:

@@ -10,17 +10,17 @@ import pytest
 from small_training import make_run
 from torchrun import command, outcome
 
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.dump.progress import shown_progress
-from stages.ranks import Ranks
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.dump.progress import shown_progress
+from tristill.stages.ranks import Ranks
 
 DUMPS = """
 import json, sys
 from pathlib import Path
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.ranks import joined_ranks
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.ranks import joined_ranks
 
 run, folder = Path(sys.argv[1]), Path(sys.argv[2])
 with joined_ranks() as ranks:

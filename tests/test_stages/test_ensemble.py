@@ -10,25 +10,25 @@ import torch
 from small_training import CPU, SHAPE, make_run, make_teacher, places, student_from
 from torch import Tensor
 
-from cache import CacheMismatchError, CacheMissingError, CacheWriter, SplitName, open_cache
-from cache.manifest import cache_fingerprint
 from conftest import TOKENIZER_JSON, make_spec, window_arrays, write_cache
-from stages.distill.choose import choose_source
-from stages.distill.config import DistillConfig
-from stages.distill.distill import StudentSummary
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.errors import CheckpointError, TargetsError, TokenizerError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
-from stages.losses.target import DrawnTarget
-from stages.models.config import ModelConfig
-from stages.models.folder import load_model, save_model
-from stages.models.language_model import State
-from stages.models.origin import model_fingerprint
-from stages.models.transformer import Transformer
-from stages.targets.mixed import MixedSource
-from stages.targets.source import Epoch, Signals, TargetBatch
+from tristill.cache import CacheMismatchError, CacheMissingError, CacheWriter, SplitName, open_cache
+from tristill.cache.manifest import cache_fingerprint
+from tristill.stages.distill.choose import choose_source
+from tristill.stages.distill.config import DistillConfig
+from tristill.stages.distill.distill import StudentSummary
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import CheckpointError, TargetsError, TokenizerError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import evaluate
+from tristill.stages.losses.target import DrawnTarget
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.language_model import State
+from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.mixed import MixedSource
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch
 
 OTHER_SHAPE = ModelConfig(width=24, layers=1, heads=2, mlp_width=24)
 VOCAB = 270

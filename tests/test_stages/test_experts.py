@@ -9,21 +9,21 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from small_models import VOCAB, write_model, write_tokenizer
 from torch import Tensor, nn
 
-from stages.distill.distill import model_size
-from stages.distill.health import TernaryHealth
-from stages.errors import StageError
-from stages.export.own_format import compare_own_format, write_own_format
-from stages.models.experts import StackedWeight
-from stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import load_hugging_face, load_inner
-from stages.models.hugging_face_shape import HuggingFaceShape
-from stages.models.linear import QuantizedLinear
-from stages.models.origin import Origin
-from stages.quantize.absmax import absmax_quantize
-from stages.quantize.absmean import absmean_ternary
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.learned import initial_step
+from tristill.stages.distill.distill import model_size
+from tristill.stages.distill.health import TernaryHealth
+from tristill.stages.errors import StageError
+from tristill.stages.export.own_format import compare_own_format, write_own_format
+from tristill.stages.models.experts import StackedWeight
+from tristill.stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_folder import load_hugging_face, load_inner
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape
+from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.origin import Origin
+from tristill.stages.quantize.absmax import absmax_quantize
+from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.learned import initial_step
 
 pytest.importorskip("transformers")
 IDS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))

@@ -10,20 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.data.config import TrainedTokenizer
-from stages.data.tokenizer import train_tokenizer
-from stages.errors import ExportError, TokenizerError
-from stages.export.bitnet import pack_trits, refuse_bitnet, unpack_trits
-from stages.export.check import Verdict, llama_cpp_positions
-from stages.export.gguf import refuse_gguf
-from stages.export.gguf_layout import gguf_name, halves, interleave, our_name
-from stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
-from stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, HeldOut, measure_parity, spread_positions
-from stages.export.refusal import early_refusals, refuse
-from stages.export.rounding import int8_blocks
-from stages.models.config import ModelConfig
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.data.config import TrainedTokenizer
+from tristill.stages.data.tokenizer import train_tokenizer
+from tristill.stages.errors import ExportError, TokenizerError
+from tristill.stages.export.bitnet import pack_trits, refuse_bitnet, unpack_trits
+from tristill.stages.export.check import Verdict, llama_cpp_positions
+from tristill.stages.export.gguf import refuse_gguf
+from tristill.stages.export.gguf_layout import gguf_name, halves, interleave, our_name
+from tristill.stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
+from tristill.stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, HeldOut, measure_parity, spread_positions
+from tristill.stages.export.refusal import early_refusals, refuse
+from tristill.stages.export.rounding import int8_blocks
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 WIDE = {"width": 256, "layers": 1, "heads": 4, "mlp_width": 256}
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

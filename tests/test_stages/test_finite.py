@@ -7,21 +7,21 @@ import pytest
 import torch
 from chats import sentence
 
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.errors import CheckpointError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate
-from stages.generate.text import generate_text
-from stages.models.config import ModelConfig
-from stages.models.finite import finite_features
-from stages.models.folder import load_model, save_model
-from stages.models.language_model import State
-from stages.models.transformer import Transformer
-from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import CheckpointError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import evaluate
+from tristill.stages.generate.text import generate_text
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.finite import finite_features
+from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.language_model import State
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Epoch, Signals
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(width=16, layers=3, heads=2, mlp_width=32, tied_embeddings=False)

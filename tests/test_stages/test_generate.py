@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.models.config import ModelConfig
-from stages.models.generate import CausalModel, Sampling, TransformerRollout, draw, generate
-from stages.models.language_model import State
-from stages.models.past import LayerPast
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.generate import CausalModel, Sampling, TransformerRollout, draw, generate
+from tristill.stages.models.language_model import State
+from tristill.stages.models.past import LayerPast
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 VOCAB = 61
 SHAPES = {

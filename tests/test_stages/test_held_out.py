@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import load_corpus, split_windows
-from stages.data.tokens import TokenWindows, token_file
-from stages.errors import CorpusError, TokenizerError
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.data.tokens import TokenWindows, token_file
+from tristill.stages.errors import CorpusError, TokenizerError
 
 UNKNOWN, BOS, END, *LETTERS = WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "d"]
 CYCLE = [3, 4, 5, 6, 2]
@@ -173,17 +173,17 @@ def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_an
 ) -> None:
     import torch
 
-    from cache import open_cache
-    from stages.dump.config import DumpConfig
-    from stages.dump.dump import dump_logits
-    from stages.evaluate.config import EvaluateConfig
-    from stages.evaluate.evaluate import evaluate
-    from stages.generate.text import generate_text
-    from stages.models.config import ModelConfig
-    from stages.models.folder import load_model, new_model, save_model
-    from stages.targets.cached import CachedSource
-    from stages.teacher.config import TeacherConfig
-    from stages.teacher.given import take_teacher
+    from tristill.cache import open_cache
+    from tristill.stages.dump.config import DumpConfig
+    from tristill.stages.dump.dump import dump_logits
+    from tristill.stages.evaluate.config import EvaluateConfig
+    from tristill.stages.evaluate.evaluate import evaluate
+    from tristill.stages.generate.text import generate_text
+    from tristill.stages.models.config import ModelConfig
+    from tristill.stages.models.folder import load_model, new_model, save_model
+    from tristill.stages.targets.cached import CachedSource
+    from tristill.stages.teacher.config import TeacherConfig
+    from tristill.stages.teacher.given import take_teacher
 
     given = letters_tokenizer(tmp_path / "given")
     nothing_without_bos(given)
@@ -226,13 +226,13 @@ def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_an
 def test_ids_beyond_a_models_rows_matter_only_where_they_occur(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cache import open_cache
-    from stages.dump.config import DumpConfig
-    from stages.dump.dump import dump_logits
-    from stages.evaluate.config import EvaluateConfig
-    from stages.generate.text import generate_text
-    from stages.teacher.config import TeacherConfig
-    from stages.teacher.given import take_teacher
+    from tristill.cache import open_cache
+    from tristill.stages.dump.config import DumpConfig
+    from tristill.stages.dump.dump import dump_logits
+    from tristill.stages.evaluate.config import EvaluateConfig
+    from tristill.stages.generate.text import generate_text
+    from tristill.stages.teacher.config import TeacherConfig
+    from tristill.stages.teacher.given import take_teacher
 
     given = letters_tokenizer(tmp_path / "given")
     tokenizer = Tokenizer.from_file(str(given / "tokenizer.json"))

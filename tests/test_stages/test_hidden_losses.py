@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.losses.hidden import HiddenLoss
-from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig, resolved_layers
-from stages.losses.relations import RelationLoss, Widths, relation_divergence
-from stages.models.config import ModelConfig
-from stages.models.language_model import State
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.losses.hidden import HiddenLoss
+from tristill.stages.losses.hidden_config import HiddenLossConfig, RelationsConfig, resolved_layers
+from tristill.stages.losses.relations import RelationLoss, Widths, relation_divergence
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.language_model import State
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:

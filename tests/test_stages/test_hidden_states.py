@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import (
+from tristill.cache import (
     Float16Hidden,
     Float32Hidden,
     HiddenSpec,
@@ -18,31 +18,31 @@ from cache import (
     TransformHidden,
     open_cache,
 )
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import split_windows
-from stages.distill.choose import Places, choose_source
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import distill
-from stages.dump.calibrate import as_stored
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.dump.hidden import DEAD_ZONE_STEPS, hidden_arrays
-from stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
-from stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
-from stages.errors import CheckpointError
-from stages.evaluate.config import EvaluateConfig
-from stages.fidelity.hidden import hidden_fidelity
-from stages.losses.hidden import HiddenLoss
-from stages.losses.hidden_config import HiddenLossConfig
-from stages.models.config import ModelConfig
-from stages.models.folder import load_model
-from stages.models.language_model import State
-from stages.targets.cached import CachedSource
-from stages.targets.hidden import HiddenStates, HiddenTransforms
-from stages.targets.source import Epoch, Signals
-from stages.teacher.config import TeacherConfig
-from stages.teacher.train import train_teacher
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import split_windows
+from tristill.stages.distill.choose import Places, choose_source
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import distill
+from tristill.stages.dump.calibrate import as_stored
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.dump.hidden import DEAD_ZONE_STEPS, hidden_arrays
+from tristill.stages.dump.hidden_config import HiddenSettings, TransformHiddenSettings
+from tristill.stages.dump.hidden_fit import FittedHidden, HiddenSample, HiddenWindows, fit_hidden, measure_hidden
+from tristill.stages.errors import CheckpointError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.fidelity.hidden import hidden_fidelity
+from tristill.stages.losses.hidden import HiddenLoss
+from tristill.stages.losses.hidden_config import HiddenLossConfig
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.language_model import State
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.hidden import HiddenStates, HiddenTransforms
+from tristill.stages.targets.source import Epoch, Signals
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.train import train_teacher
 
 CPU = torch.device("cpu")
 VOCAB, WIDTH, CONTEXT = 60, 12, 20

@@ -11,24 +11,24 @@ import pytest
 import torch
 from small_models import KINDS, PADDED, VOCAB, describe, in_hub_cache, write_model, write_tokenizer
 
-from stages.data.config import ExistingTokenizer
-from stages.data.tokenizer import tokenizer_file
-from stages.data.tokenizer_gate import require_same_tokenizer, tokenizer_difference
-from stages.errors import CheckpointError, TokenizerError
-from stages.export.own_format import compare_own_format, write_own_format
-from stages.losses.target import ComputedTargets
-from stages.models.description import is_ours, read_description
-from stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
-from stages.models.hub import fetch_model, find_model
-from stages.models.hugging_face import HuggingFaceModel
-from stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
-from stages.models.hugging_face_shape import HuggingFaceShape, llama_shape
-from stages.models.language_model import State
-from stages.models.origin import Origin, checked_origin, model_fingerprint
-from stages.models.trust import trust_code_of
-from stages.quantize.absmax import absmax_quantize
-from stages.quantize.absmean import absmean_ternary
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.data.config import ExistingTokenizer
+from tristill.stages.data.tokenizer import tokenizer_file
+from tristill.stages.data.tokenizer_gate import require_same_tokenizer, tokenizer_difference
+from tristill.stages.errors import CheckpointError, TokenizerError
+from tristill.stages.export.own_format import compare_own_format, write_own_format
+from tristill.stages.losses.target import ComputedTargets
+from tristill.stages.models.description import is_ours, read_description
+from tristill.stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
+from tristill.stages.models.hub import fetch_model, find_model
+from tristill.stages.models.hugging_face import HuggingFaceModel
+from tristill.stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
+from tristill.stages.models.hugging_face_shape import HuggingFaceShape, llama_shape
+from tristill.stages.models.language_model import State
+from tristill.stages.models.origin import Origin, checked_origin, model_fingerprint
+from tristill.stages.models.trust import trust_code_of
+from tristill.stages.quantize.absmax import absmax_quantize
+from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.quantize.config import QuantizeConfig
 
 pytest.importorskip("transformers")
 IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.models.config import ModelConfig
-from stages.models.linear import QuantizedLinear, project
-from stages.models.transformer import Transformer
-from stages.quantize.absmax import absmax_codes, absmax_quantize
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.straight_through import straight_through
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.linear import QuantizedLinear, project
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.absmax import absmax_codes, absmax_quantize
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.straight_through import straight_through
 
 DEVICES = [
     "cpu",

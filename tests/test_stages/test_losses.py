@@ -8,18 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import stages.losses.chunked_head
-from stages.distill.scheduled_terms import ScheduledTerms
-from stages.dump.select import largest
-from stages.dump.topk import topk_target
-from stages.losses.chunked_head import chunked_head_loss, chunks
-from stages.losses.config import LossConfig
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.student import StudentChunk
-from stages.losses.target import ComputedTargets, HeadTarget, LogitsTarget, Target, Targets
-from stages.losses.term import DistributionTerm, WeightedTerm
-from stages.targets.stored import PlainHeads
+from tristill.stages.distill.scheduled_terms import ScheduledTerms
+from tristill.stages.dump.select import largest
+from tristill.stages.dump.topk import topk_target
+from tristill.stages.losses.chunked_head import chunked_head_loss, chunks
+from tristill.stages.losses.config import LossConfig
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import ComputedTargets, HeadTarget, LogitsTarget, Target, Targets
+from tristill.stages.losses.term import DistributionTerm, WeightedTerm
+from tristill.stages.targets.stored import PlainHeads
 
 SEEDS = st.integers(0, 2**31)
 
@@ -214,8 +213,8 @@ def test_chunked_head_equals_the_naive_float64_loss_and_gradients(
     results = []
     with pytest.MonkeyPatch.context() as patch:
         for rows in (1, 4, 256):
-            patch.setattr(stages.losses.chunked_head, "_CHUNK_ELEMENTS", rows * vocab)
-            patch.setattr(stages.losses.chunked_head, "_SMALLEST_CHUNK_ROWS", 1)
+            patch.setattr("tristill.stages.losses.chunked_head._CHUNK_ELEMENTS", rows * vocab)
+            patch.setattr("tristill.stages.losses.chunked_head._SMALLEST_CHUNK_ROWS", 1)
             f, w = final.clone().requires_grad_(), head.clone().requires_grad_()
             values = chunked_head_loss(f, w, labels, targets, terms)
             (2.0 * values.total).backward()

@@ -13,32 +13,32 @@ import torch
 from chats import chat_settings, make_tokenizer, some_chats, write_json_lines
 from small_training import CPU, SHAPE, distill_config, dump_config, make_teacher, student_from, student_of
 
-from cache import SampledProfile, SplitName, open_cache
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import load_corpus, split_windows
-from stages.data.tokens import TokenWindows
-from stages.distill.objective import Objective
-from stages.dump.dump import dump_logits
-from stages.dump.extract import target_arrays
-from stages.dump.forward import forward_windows
-from stages.errors import CheckpointError, CorpusError
-from stages.evaluate.config import EvaluateConfig
-from stages.evaluate.evaluate import evaluate, glance
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.hidden import HiddenLoss
-from stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
-from stages.losses.relations import RelationLoss, Widths
-from stages.losses.term import WeightedTerm
-from stages.models.folder import load_model
-from stages.models.transformer import State, Transformer
-from stages.targets.cached import CachedSource
-from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, TargetBatch, endless_batches
-from stages.teacher.config import TeacherConfig
-from stages.teacher.train import train_teacher
-from stages.training.loop import StepInfo
+from tristill.cache import SampledProfile, SplitName, open_cache
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.data.tokens import TokenWindows
+from tristill.stages.distill.objective import Objective
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.dump.extract import target_arrays
+from tristill.stages.dump.forward import forward_windows
+from tristill.stages.errors import CheckpointError, CorpusError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.evaluate.evaluate import evaluate, glance
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.hidden import HiddenLoss
+from tristill.stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
+from tristill.stages.losses.relations import RelationLoss, Widths
+from tristill.stages.losses.term import WeightedTerm
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.transformer import State, Transformer
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch, endless_batches
+from tristill.stages.teacher.config import TeacherConfig
+from tristill.stages.teacher.train import train_teacher
+from tristill.stages.training.loop import StepInfo
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

@@ -10,23 +10,23 @@ import pytest
 import torch
 from small_training import CPU, SHAPE, distill_config, dump_config, make_run, student_from, student_of
 
-from cache import SplitName, open_cache
-from stages.distill.config import StudentConfig
-from stages.distill.curriculum import pacing_of
-from stages.dump.dump import dump_logits
-from stages.errors import TargetsError
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.cross_entropy import CrossEntropy
-from stages.losses.selection_config import CurriculumConfig
-from stages.losses.term import WeightedTerm
-from stages.models.folder import load_model
-from stages.models.language_model import State
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
-from stages.targets.cached import CachedSource
-from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, TargetBatch, endless_batches
-from stages.training.loop import Training
+from tristill.cache import SplitName, open_cache
+from tristill.stages.distill.config import StudentConfig
+from tristill.stages.distill.curriculum import pacing_of
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import TargetsError
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.cross_entropy import CrossEntropy
+from tristill.stages.losses.selection_config import CurriculumConfig
+from tristill.stages.losses.term import WeightedTerm
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.language_model import State
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch, endless_batches
+from tristill.stages.training.loop import Training
 
 WHOLE = {"kind": "plain_topk", "top_k": 270, "logit_dtype": "float32"}
 KINDS: dict[str, dict[str, Any]] = {

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.dump.topk import topk_target
-from stages.evaluate.metrics import MetricSums, ValidationMetrics, acceptance
-from stages.evaluate.spread import Documents, UnitSums
-from stages.losses.target import ComputedTargets, LogitsTarget
-from stages.targets.source import TargetBatch
-from stages.targets.stored import PlainHeads
+from tristill.stages.dump.topk import topk_target
+from tristill.stages.evaluate.metrics import MetricSums, ValidationMetrics, acceptance
+from tristill.stages.evaluate.spread import Documents, UnitSums
+from tristill.stages.losses.target import ComputedTargets, LogitsTarget
+from tristill.stages.targets.source import TargetBatch
+from tristill.stages.targets.stored import PlainHeads
 
 
 def logits(seed: int, positions: int, vocab: int) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 import torch
 
-from cache import SampledProfile
-from stages.dump.draws import draws
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.student import StudentChunk
-from stages.losses.target import DrawnTarget
-from stages.targets.mixed import mixed_draws
+from tristill.cache import SampledProfile
+from tristill.stages.dump.draws import draws
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import DrawnTarget
+from tristill.stages.targets.mixed import mixed_draws
 
 
 def test_mixed_draws_are_unbiased_and_their_divergence_is_the_mean_of_both() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from small_training import CPU, SHAPE, distill_config, make_run
 
-from stages.distill.moving_teacher import CoTraining
-from stages.errors import CheckpointError
-from stages.models.transformer import Transformer
-from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, TargetBatch
-from stages.training.loop import StepInfo
+from tristill.stages.distill.moving_teacher import CoTraining
+from tristill.stages.errors import CheckpointError
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Epoch, Signals, TargetBatch
+from tristill.stages.training.loop import StepInfo
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.losses.term import LossValues
-from stages.models.linear import QuantizedLinear
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.learned import initial_step, learned_quantize, through_step
-from stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize
-from stages.training.config import TrainingConfig
-from stages.training.loop import StepInfo, Training
-from stages.training.optimizer import make_optimizer
+from tristill.stages.losses.term import LossValues
+from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.learned import initial_step, learned_quantize, through_step
+from tristill.stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize
+from tristill.stages.training.config import TrainingConfig
+from tristill.stages.training.loop import StepInfo, Training
+from tristill.stages.training.optimizer import make_optimizer
 
 SEEDS = st.integers(0, 2**31)
 BITS = st.integers(2, 8)

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.models.config import ModelConfig
-from stages.models.generate import CausalModel, Sampling, TransformerRollout, generate, stream
-from stages.models.linear import QuantizedLinear
-from stages.models.transformer import Transformer
-from stages.packed.layout import pack, unpack
-from stages.packed.linear import PackedLinear
-from stages.packed.model import memory_use, pack_model
-from stages.packed.product import product_by_bags, product_by_blocks
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.ternary import TernaryWeight
-from stages.threads import torch_threads
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.generate import CausalModel, Sampling, TransformerRollout, generate, stream
+from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.packed.layout import pack, unpack
+from tristill.stages.packed.linear import PackedLinear
+from tristill.stages.packed.model import memory_use, pack_model
+from tristill.stages.packed.product import product_by_bags, product_by_blocks
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.threads import torch_threads
 
 VOCAB = 83
 SCALES = ["tensor", "row", "group-128"]

@@ -17,14 +17,14 @@ from rank_jobs import Job, do, do_together
 from small_models import write_model
 from small_training import CPU, SHAPE, distill_config, dump_config, make_run, make_teacher
 
-from cache import open_cache
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.dump.dump import dump_logits
-from stages.ranks import Ranks
-from stages.targets.cached import CachedSource
-from stages.targets.online import OnlineSource
-from stages.targets.source import Epoch, Signals, TargetSource, endless_batches
+from tristill.cache import open_cache
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.ranks import Ranks
+from tristill.stages.targets.cached import CachedSource
+from tristill.stages.targets.online import OnlineSource
+from tristill.stages.targets.source import Epoch, Signals, TargetSource, endless_batches
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from chats import chat_settings, make_tokenizer, some_chats, write_json_lines
 
-from cache.hashing import sha256_of_file
-from cache.manifest import load_manifest
 from conftest import ROOT
-from pipeline.config import load_config
-from pipeline.plan.sizes import cache_sizes, scaled
-from stages.data.config import DataConfig, TextFiles, TrainedTokenizer
-from stages.data.files import corpus_files
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenized import load_corpus, mask_name, split_windows
-from stages.dump.dump import dump_logits
-from stages.errors import CorpusError
-from stages.plan.corpus import expected_tokens, in_small
-from stages.plan.sample import sample_corpus
+from tristill.cache.hashing import sha256_of_file
+from tristill.cache.manifest import load_manifest
+from tristill.pipeline.config import load_config
+from tristill.pipeline.plan.sizes import cache_sizes, scaled
+from tristill.stages.data.config import DataConfig, TextFiles, TrainedTokenizer
+from tristill.stages.data.files import corpus_files
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenized import load_corpus, mask_name, split_windows
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import CorpusError
+from tristill.stages.plan.corpus import expected_tokens, in_small
+from tristill.stages.plan.sample import sample_corpus
 
 EVERYTHING = {"train": 2**62, "validation": 2**62}
 

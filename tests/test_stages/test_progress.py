@@ -10,7 +10,7 @@ import pytest
 from pseudo_terminal import on_a_terminal, tristill_on_a_terminal
 
 from conftest import ENVIRONMENT, ROOT, tristill
-from stages.progress import Progress, waiting
+from tristill.stages.progress import Progress, waiting
 
 LAST_LINE = r"student: 10,240 of 10,240 \(100%\) positions, [\d,]+ positions/s, cross_entropy \d\.\d+, forward_kl \d"
 
@@ -43,7 +43,7 @@ def test_a_training_in_a_pipe_is_plain_lines(copied_run: Path) -> None:
 
 SLOW_WORK = """
 import time
-from stages.progress import Progress, say, waiting
+from tristill.stages.progress import Progress, say, waiting
 with waiting("a wait"):
     time.sleep(WAIT)
 with Progress("work", 40, "units") as progress:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from conftest import ENVIRONMENT, ROOT
-from stages.errors import RanksError
-from stages.ranks import ALONE, announced_ranks, current_ranks, joined_ranks
+from tristill.stages.errors import RanksError
+from tristill.stages.ranks import ALONE, announced_ranks, current_ranks, joined_ranks
 
 SAYS = """
 import json, sys
-from stages.errors import OtherRankError, StageError
-from stages.ranks import current_ranks, joined_ranks
+from tristill.stages.errors import OtherRankError, StageError
+from tristill.stages.ranks import current_ranks, joined_ranks
 with joined_ranks() as ranks:
     ranks.wait_for_all()
     found = ranks.gathered({"rank": ranks.rank, "of": [ranks.world_size], "text": "x" * ranks.rank})
@@ -68,7 +68,7 @@ def test_a_process_without_torchrun_is_alone() -> None:
     "environment", [{}, {"RANK": "0", "MASTER_ADDR": "localhost"}], ids=["nothing else", "no port"]
 )
 def test_a_world_size_without_torchrun_is_an_error_that_says_so(environment: dict[str, str]) -> None:
-    code = "from stages.ranks import joined_ranks\nwith joined_ranks(): pass"
+    code = "from tristill.stages.ranks import joined_ranks\nwith joined_ranks(): pass"
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=False,
@@ -78,7 +78,9 @@ def test_a_world_size_without_torchrun_is_an_error_that_says_so(environment: dic
         text=True,
     )
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("stages.errors.RanksError: could not join the 2 processes that WORLD_SIZE announces (")
+    assert last.startswith(
+        "tristill.stages.errors.RanksError: could not join the 2 processes that WORLD_SIZE announces ("
+    )
     assert last.endswith("start them with torchrun, or unset WORLD_SIZE to work with one")
 
 
@@ -107,7 +109,7 @@ def test_ranks_that_never_come_are_told_and_waited_for_a_while() -> None:
     """As where a shell still has the variables of a job that has ended."""
     script = """
 from datetime import timedelta
-from stages import ranks
+from tristill.stages import ranks
 ranks._TIME_TO_MEET, ranks._SAID_AFTER_S = timedelta(seconds=2), 0.5
 with ranks.joined_ranks():
     pass

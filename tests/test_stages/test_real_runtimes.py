@@ -14,10 +14,10 @@ from small_students import BPE, BYTES, CONTEXT, LONG_CONTEXT, SHAPE, held_out_te
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from conftest import ROOT
-from stages.data.tokenizer import load_tokenizer
-from stages.errors import ExportError
-from stages.export.bitnet import write_bitnet
-from stages.export.check import (
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.errors import ExportError
+from tristill.stages.export.bitnet import write_bitnet
+from tristill.stages.export.check import (
     Verdict,
     check_file,
     check_folder,
@@ -25,17 +25,17 @@ from stages.export.check import (
     judge_file,
     judge_folder,
 )
-from stages.export.gguf import write_gguf
-from stages.export.gguf_layout import interleave
-from stages.export.gguf_reader import check_gguf
-from stages.export.hugging_face import write_hugging_face
-from stages.export.llama_cpp_runtime import llama_cpp_runtime
-from stages.export.parity import HeldOut
-from stages.export.rounding import as_trained
-from stages.export.student import Student, load_student
-from stages.export.tokenizer_parity import tokenizer_parity
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.export.gguf import write_gguf
+from tristill.stages.export.gguf_layout import interleave
+from tristill.stages.export.gguf_reader import check_gguf
+from tristill.stages.export.hugging_face import write_hugging_face
+from tristill.stages.export.llama_cpp_runtime import llama_cpp_runtime
+from tristill.stages.export.parity import HeldOut
+from tristill.stages.export.rounding import as_trained
+from tristill.stages.export.student import Student, load_student
+from tristill.stages.export.tokenizer_parity import tokenizer_parity
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 pytest.importorskip("xllamacpp", reason="the extra `gguf` is not installed")

@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 from toy_training import batches_from, config, logged, make_module, state, training
 
-from stages.training.config import TrainingConfig
-from stages.training.schedule import learning_rate, weight_decay
+from tristill.stages.training.config import TrainingConfig
+from tristill.stages.training.schedule import learning_rate, weight_decay
 
 SCHEDULES = ["cosine", "linear", "trapezoid"]
 

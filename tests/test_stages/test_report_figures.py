@@ -8,18 +8,18 @@ import pytest
 import torch
 from small_training import CPU, SHAPE, dump_config, make_run
 
-from cache import Cache, open_cache
-from stages.data.frequencies import token_counts
-from stages.data.tokenized import load_corpus, split_windows
-from stages.data.tokenizer import load_tokenizer
-from stages.dump.dump import dump_logits
-from stages.errors import CorpusError
-from stages.fidelity.partition import log_partition
-from stages.generate.continuations import continuations
-from stages.generate.text import generate_text
-from stages.models.folder import load_model, save_model
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.cache import Cache, open_cache
+from tristill.stages.data.frequencies import token_counts
+from tristill.stages.data.tokenized import load_corpus, split_windows
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import CorpusError
+from tristill.stages.fidelity.partition import log_partition
+from tristill.stages.generate.continuations import continuations
+from tristill.stages.generate.text import generate_text
+from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 ASKED = (0.5, 1.0, 2.0, 3.0)
 

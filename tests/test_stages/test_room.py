@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.data.tokenizer import load_tokenizer
-from stages.errors import CheckpointError, StageError, TokenizerError
-from stages.models.folder import load_model
-from stages.resources import peak_rss_mib
+from tristill.stages.data.tokenizer import load_tokenizer
+from tristill.stages.errors import CheckpointError, StageError, TokenizerError
+from tristill.stages.models.folder import load_model
+from tristill.stages.resources import peak_rss_mib
 
 QWEN3 = {
     "model_type": "qwen3",

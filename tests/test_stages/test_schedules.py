@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cache.order import Pacing, WindowOrder
-from cache.profiles.profile import Need
-from stages.distill.balance import Balance, FaintTerms
-from stages.distill.curriculum import share_seen
-from stages.distill.scheduled_terms import ScheduledTerms
-from stages.losses.chunked_head import chunked_head_loss
-from stages.losses.config import LossConfig
-from stages.losses.mining import hardest
-from stages.losses.schedule import AdaptiveTemperature, value_at
-from stages.losses.selection_config import BalanceConfig, CurriculumConfig, MiningConfig, OnlineConfig
-from stages.losses.target import ComputedTargets
+from tristill.cache.order import Pacing, WindowOrder
+from tristill.cache.profiles.profile import Need
+from tristill.stages.distill.balance import Balance, FaintTerms
+from tristill.stages.distill.curriculum import share_seen
+from tristill.stages.distill.scheduled_terms import ScheduledTerms
+from tristill.stages.losses.chunked_head import chunked_head_loss
+from tristill.stages.losses.config import LossConfig
+from tristill.stages.losses.mining import hardest
+from tristill.stages.losses.schedule import AdaptiveTemperature, value_at
+from tristill.stages.losses.selection_config import BalanceConfig, CurriculumConfig, MiningConfig, OnlineConfig
+from tristill.stages.losses.target import ComputedTargets
 
 
 def config(**changes: object) -> LossConfig:

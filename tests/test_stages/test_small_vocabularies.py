@@ -7,18 +7,18 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cache import open_cache
-from stages.data.config import DataConfig
-from stages.data.tokenize import tokenize_corpus
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import distill
-from stages.dump.config import DumpConfig
-from stages.dump.dump import dump_logits
-from stages.evaluate.config import EvaluateConfig
-from stages.models.config import ModelConfig
-from stages.models.folder import save_model
-from stages.models.transformer import Transformer
-from stages.targets.cached import CachedSource
+from tristill.cache import open_cache
+from tristill.stages.data.config import DataConfig
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import distill
+from tristill.stages.dump.config import DumpConfig
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import save_model
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.targets.cached import CachedSource
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(width=16, layers=1, heads=2, mlp_width=32)

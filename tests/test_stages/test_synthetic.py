@@ -9,18 +9,18 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import ROOT
-from stages.data.config import DataConfig, SyntheticText, TrainedTokenizer
-from stages.data.files import corpus_signature
-from stages.data.synthetic import write_synthetic, written_documents
-from stages.data.tokenize import tokenize_corpus
-from stages.data.tokenizer import train_tokenizer
-from stages.errors import CheckpointError, CorpusError, TokenizerError
-from stages.models.causal import load_causal_model
-from stages.models.config import ModelConfig
-from stages.models.folder import save_model
-from stages.models.generate import Sampling, generate
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
+from tristill.stages.data.config import DataConfig, SyntheticText, TrainedTokenizer
+from tristill.stages.data.files import corpus_signature
+from tristill.stages.data.synthetic import write_synthetic, written_documents
+from tristill.stages.data.tokenize import tokenize_corpus
+from tristill.stages.data.tokenizer import train_tokenizer
+from tristill.stages.errors import CheckpointError, CorpusError, TokenizerError
+from tristill.stages.models.causal import load_causal_model
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.folder import save_model
+from tristill.stages.models.generate import Sampling, generate
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
 
 SHAPE = {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 48}
 CONTEXT = 24

@@ -10,21 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.profiles.heads import HeadSize
-from cache.profiles.plain_topk import PlainTopKProfile
-from cache.profiles.sampled import SampledProfile
-from cache.profiles.topk import TopKProfile
-from cache.spec import AnyProfile
-from stages.dump.calibrate import Fitted, Fitter, Sample, as_given, round_trip
-from stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
-from stages.dump.draws import draws, uniforms
-from stages.dump.extract import LogitsBeyondError, TeacherPositions, target_arrays
-from stages.dump.heads import Distribution, adaptive_head, signals
-from stages.dump.transform import fit_transform
-from stages.fidelity.measure import FeaturePairs, compare, full_gradients, gradient, mean_divergence
-from stages.losses.forward_kl import ForwardKL
-from stages.losses.student import StudentChunk
-from stages.losses.target import (
+from tristill.cache.profiles.heads import HeadSize
+from tristill.cache.profiles.plain_topk import PlainTopKProfile
+from tristill.cache.profiles.sampled import SampledProfile
+from tristill.cache.profiles.topk import TopKProfile
+from tristill.cache.spec import AnyProfile
+from tristill.stages.dump.calibrate import Fitted, Fitter, Sample, as_given, round_trip
+from tristill.stages.dump.config import DenseSettings, ProfileSettings, TransformSettings
+from tristill.stages.dump.draws import draws, uniforms
+from tristill.stages.dump.extract import LogitsBeyondError, TeacherPositions, target_arrays
+from tristill.stages.dump.heads import Distribution, adaptive_head, signals
+from tristill.stages.dump.transform import fit_transform
+from tristill.stages.fidelity.measure import FeaturePairs, compare, full_gradients, gradient, mean_divergence
+from tristill.stages.losses.forward_kl import ForwardKL
+from tristill.stages.losses.student import StudentChunk
+from tristill.stages.losses.target import (
     ComputedTargets,
     DrawnTarget,
     HeadTarget,
@@ -34,7 +34,7 @@ from stages.losses.target import (
     SpreadTarget,
     Target,
 )
-from stages.targets.stored import make_targets
+from tristill.stages.targets.stored import make_targets
 
 VOCAB, WIDTH, WINDOWS, CONTEXT = 120, 16, 40, 25
 ALL = slice(None)

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from sentencepiece_like import ROCKET, SENTENCEPIECE
 from tokenizers import Tokenizer, decoders, models
 
-from stages.data.config import TrainedTokenizer
-from stages.data.text_stream import TextStream
-from stages.data.tokenizer import train_tokenizer
+from tristill.stages.data.config import TrainedTokenizer
+from tristill.stages.data.text_stream import TextStream
+from tristill.stages.data.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(
     TrainedTokenizer(vocab_size=300, train_bytes=1000), ["a few words and a few more of these words"] * 3

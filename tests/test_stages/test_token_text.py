@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from sentencepiece_like import ROCKET, SENTENCEPIECE
 from tokenizers import Tokenizer, decoders, models
 
-from stages.data.config import TrainedTokenizer
-from stages.data.token_text import text_pieces, token_texts
-from stages.data.tokenizer import END_OF_TEXT, train_tokenizer
+from tristill.stages.data.config import TrainedTokenizer
+from tristill.stages.data.token_text import text_pieces, token_texts
+from tristill.stages.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 TOKENIZER = train_tokenizer(
     TrainedTokenizer(vocab_size=300, train_bytes=1000), ["a few words and a few more of these words"] * 3

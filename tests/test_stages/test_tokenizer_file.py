@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers
 
-from stages.errors import TokenizerError
-from stages.tokenizer_file import growth, load_tokenizer, panics_named
+from tristill.stages.errors import TokenizerError
+from tristill.stages.tokenizer_file import growth, load_tokenizer, panics_named
 
 
 def replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:

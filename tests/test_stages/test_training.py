@@ -17,16 +17,16 @@ import torch
 from torch import nn
 from toy_training import batches_from, config, logged, make_module, state, training
 
-from stages.errors import CheckpointError, CorpusError, StageError
-from stages.evaluate.metrics import ValidationMetrics
-from stages.losses.term import LossValues
-from stages.targets.source import Epoch, Signals, endless_batches
-from stages.training.checkpoint import clear_checkpoints
-from stages.training.loop import StepInfo, Training
-from stages.training.means import RunningMeans
-from stages.training.optimizer import make_optimizer
-from stages.training.schedule import learning_rate
-from stages.training.watch import PartingNote
+from tristill.stages.errors import CheckpointError, CorpusError, StageError
+from tristill.stages.evaluate.metrics import ValidationMetrics
+from tristill.stages.losses.term import LossValues
+from tristill.stages.targets.source import Epoch, Signals, endless_batches
+from tristill.stages.training.checkpoint import clear_checkpoints
+from tristill.stages.training.loop import StepInfo, Training
+from tristill.stages.training.means import RunningMeans
+from tristill.stages.training.optimizer import make_optimizer
+from tristill.stages.training.schedule import learning_rate
+from tristill.stages.training.watch import PartingNote
 
 
 @pytest.mark.parametrize("stop_at", [3, 5, 12, 18])

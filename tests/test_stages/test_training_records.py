@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from toy_training import config, make_module, training
 
-from cache.atomic import sync_file
-from stages.threads import num_threads, torch_threads
-from stages.training import metrics
-from stages.training.checkpoint import threads_of_checkpoint
+from tristill.cache.atomic import sync_file
+from tristill.stages.threads import num_threads, torch_threads
+from tristill.stages.training import metrics
+from tristill.stages.training.checkpoint import threads_of_checkpoint
 
 
 def cut(folder: Path, stop_at: int = 7) -> Path:

@@ -9,23 +9,23 @@ import pytest
 import torch
 from small_training import CPU, SHAPE, distill_config, dump_config, make_run, places, student_of
 
-from stages.distill.choose import choose_source
-from stages.distill.config import StudentConfig
-from stages.distill.distill import distill, model_size
-from stages.distill.health import TernaryHealth
-from stages.distill.moving_teacher import CoTraining
-from stages.distill.start import start_from
-from stages.dump.dump import dump_logits
-from stages.errors import StageError
-from stages.evaluate.config import EvaluateConfig
-from stages.models.folder import load_model
-from stages.models.linear import QuantizedLinear
-from stages.models.subln import SubNorm, fit_to_inputs
-from stages.models.transformer import Transformer
-from stages.quantize.config import QuantizeConfig
-from stages.quantize.warmup import WarmupConfig, quantization_strength
-from stages.targets.source import Epoch, Signals
-from stages.training.loop import StepInfo
+from tristill.stages.distill.choose import choose_source
+from tristill.stages.distill.config import StudentConfig
+from tristill.stages.distill.distill import distill, model_size
+from tristill.stages.distill.health import TernaryHealth
+from tristill.stages.distill.moving_teacher import CoTraining
+from tristill.stages.distill.start import start_from
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.errors import StageError
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.models.folder import load_model
+from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.subln import SubNorm, fit_to_inputs
+from tristill.stages.models.transformer import Transformer
+from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.warmup import WarmupConfig, quantization_strength
+from tristill.stages.targets.source import Epoch, Signals
+from tristill.stages.training.loop import StepInfo
 
 SUBLN = SHAPE.model_copy(update={"subln": True})
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from small_training import CPU, SHAPE, distill_config, dump_config, make_run, places
 
-from stages.distill.choose import choose_source
-from stages.distill.config import DistillConfig, StudentConfig
-from stages.distill.distill import StudentSummary, distill
-from stages.dump.dump import dump_logits
-from stages.evaluate.config import EvaluateConfig
-from stages.models.config import ModelConfig
-from stages.quantize.config import QuantizeConfig, WarmupConfig
-from stages.training.watch import Watch
+from tristill.stages.distill.choose import choose_source
+from tristill.stages.distill.config import DistillConfig, StudentConfig
+from tristill.stages.distill.distill import StudentSummary, distill
+from tristill.stages.dump.dump import dump_logits
+from tristill.stages.evaluate.config import EvaluateConfig
+from tristill.stages.models.config import ModelConfig
+from tristill.stages.quantize.config import QuantizeConfig, WarmupConfig
+from tristill.stages.training.watch import Watch
 
 EVALUATE = EvaluateConfig(batch_windows=2)
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from survival import STAGES, Runs, Stage, content
 
-from pipeline.config import load_config
-from pipeline.step import Step
-from pipeline.steps import Distill, DumpLogits, Teacher
-from pipeline.tokenize_step import Tokenize
-from pipeline.workspace import Workspace
+from tristill.pipeline.config import load_config
+from tristill.pipeline.step import Step
+from tristill.pipeline.steps import Distill, DumpLogits, Teacher
+from tristill.pipeline.tokenize_step import Tokenize
+from tristill.pipeline.workspace import Workspace
 
 SEED = 7
 RECORDS = {"provenance.json", "summary.json", "metrics.jsonl"}
