@@ -39,7 +39,7 @@ from tristill.stages.dump.forward import sample_positions
 from tristill.stages.dump.prepare import calibration_sample
 from tristill.stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
 from tristill.stages.losses.target import ComputedTargets, Targets
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.targets.stored import make_targets
 

@@ -24,7 +24,7 @@ from tristill.stages.distill.distill import distill
 from tristill.stages.dump.config import DumpConfig
 from tristill.stages.dump.dump import dump_logits
 from tristill.stages.evaluate.evaluate import evaluate
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.targets.cached import CachedSource
 from tristill.stages.targets.online import OnlineSource
 

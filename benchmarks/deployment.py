@@ -18,8 +18,8 @@ from tristill.pipeline.deployment import deployment_table
 from tristill.stages.data.config import TrainedTokenizer
 from tristill.stages.data.tokenizer import train_tokenizer
 from tristill.stages.deployment.measure import measure_deployment
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import save_model
+from tristill.stages.models.checkpoint import save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 

@@ -28,7 +28,7 @@ from tristill.stages.dump.config import DumpConfig, ProfileSettings
 from tristill.stages.dump.dump import write_shards
 from tristill.stages.dump.prepare import Prepared, prepare
 from tristill.stages.losses.chunked_head import chunks
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.progress import Progress

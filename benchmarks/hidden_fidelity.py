@@ -38,7 +38,7 @@ from tristill.stages.dump.hidden_config import HiddenSettings, TransformHiddenSe
 from tristill.stages.dump.hidden_fit import FittedHidden, HiddenSample, fit_hidden, measure_hidden
 from tristill.stages.dump.prepare import calibration_sample
 from tristill.stages.fidelity.measure import near_student
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.targets.hidden import HiddenStates, HiddenTransforms
 
 RESULTS = Path(__file__).parent / "results" / "hidden_fidelity.json"

@@ -25,14 +25,13 @@ from tristill.pipeline.results import text_table
 from tristill.stages.losses.chunked_head import chunked_head_loss
 from tristill.stages.losses.cross_entropy import CrossEntropy
 from tristill.stages.losses.term import WeightedTerm
-from tristill.stages.models.compiled import compile_model
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.linear import QuantizedLinear
-from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.absmax import absmax_quantize
-from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.models.description import ModelConfig
+from tristill.stages.models.quantized_linear import QuantizedLinear
+from tristill.stages.models.transformer import Transformer, compile_model
+from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.quantize.straight_through import straight_through
+from tristill.stages.quantize.ternary import absmean_ternary
 from tristill.stages.resources import keep_freed_memory
 from tristill.stages.training.config import TrainingConfig
 from tristill.stages.training.optimizer import make_optimizer

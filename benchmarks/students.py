@@ -131,7 +131,7 @@ def train(table: StudentTable, arguments: argparse.Namespace, row: str, seed: in
     from tristill.cache import open_cache
     from tristill.stages.distill.distill import distill
     from tristill.stages.evaluate.evaluate import evaluate
-    from tristill.stages.models.folder import load_model
+    from tristill.stages.models.checkpoint import load_model
     from tristill.stages.targets.cached import CachedSource
     from tristill.stages.targets.online import OnlineSource
 

@@ -22,7 +22,7 @@ from tristill.stages.distill.config import DistillConfig, StudentConfig
 from tristill.stages.dump.config import DumpConfig
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.losses.schedule import NUMBER
-from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.models.description import Shape
 from tristill.stages.settings import Section
 from tristill.stages.teacher.config import TeacherConfig
 

@@ -21,7 +21,8 @@ from tristill.stages.distill.distill import CO_TEACHER
 from tristill.stages.errors import CheckpointError
 from tristill.stages.evaluate.evaluate import basis, evaluate
 from tristill.stages.evaluate.metrics import ValidationMetrics
-from tristill.stages.models.folder import CONFIG_NAME, load_model, pick_device
+from tristill.stages.models.checkpoint import load_model, pick_device
+from tristill.stages.models.description import CONFIG_NAME
 from tristill.stages.models.origin import content_fingerprint, refuse_untrusted_record
 from tristill.stages.progress import say
 from tristill.stages.targets.online import OnlineSource

@@ -35,7 +35,7 @@ from tristill.stages.export.packages import import_gguf
 from tristill.stages.export.parity import Bounds, HeldOut, Parity
 from tristill.stages.export.refusal import refuse
 from tristill.stages.export.student import Student, load_student
-from tristill.stages.models.folder import pick_device
+from tristill.stages.models.checkpoint import pick_device
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.progress import waiting
 from tristill.stages.targets.online import OnlineSource

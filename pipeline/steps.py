@@ -19,10 +19,8 @@ from tristill.pipeline.reading import Input, cache_input, model_input, tokens_in
 from tristill.pipeline.step import NOT_HERE, Step, fingerprints, known
 from tristill.pipeline.tokenize_step import Tokenize
 from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_description
-from tristill.stages.models.hub import find_model, is_hub_name
-from tristill.stages.models.hugging_face_shape import Shape
-from tristill.stages.models.origin import ORIGIN_NAME, known_fingerprint, load_origin
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Shape, read_description
+from tristill.stages.models.origin import ORIGIN_NAME, find_model, is_hub_name, known_fingerprint, load_origin
 from tristill.stages.ranks import current_ranks
 from tristill.stages.training.watch import Watch
 
@@ -336,7 +334,7 @@ class Distill(Step):
         """Train, evaluate and save the student."""
         from tristill.stages.distill.choose import Places, choose_source
         from tristill.stages.distill.distill import distill
-        from tristill.stages.models.folder import pick_device
+        from tristill.stages.models.checkpoint import pick_device
         from tristill.stages.training.checkpoint import threads_of_checkpoint
 
         tokens, teacher = Tokenize(self.workspace), teacher_step(self.workspace)

@@ -10,7 +10,7 @@ from tristill.pipeline.reading import Input
 from tristill.pipeline.step import Step, known
 from tristill.stages.data.config import SyntheticText
 from tristill.stages.errors import CheckpointError
-from tristill.stages.models.hub import find_model
+from tristill.stages.models.origin import find_model
 
 
 class Tokenize(Step):

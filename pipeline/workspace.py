@@ -16,7 +16,7 @@ from tristill.pipeline.errors import ConfigError, MissingInputError
 from tristill.pipeline.received import left_out_text, named_outside, refuse_outside
 from tristill.stages.data.config import SyntheticText
 from tristill.stages.models.description import CONFIG_NAME
-from tristill.stages.models.hub import find_model
+from tristill.stages.models.origin import find_model
 from tristill.stages.models.trust import trust_code_of, trust_records_of
 from tristill.stages.progress import say
 

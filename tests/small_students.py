@@ -11,7 +11,7 @@ from tristill.stages.distill.config import DistillConfig, StudentConfig
 from tristill.stages.distill.distill import distill
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.export.parity import HeldOut
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.targets.online import OnlineSource
 

@@ -14,7 +14,7 @@ from tristill.stages.distill.config import DistillConfig, StudentConfig
 from tristill.stages.distill.distill import StudentSummary, distill
 from tristill.stages.dump.config import DumpConfig
 from tristill.stages.evaluate.config import EvaluateConfig
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.targets.source import TargetSource
 from tristill.stages.teacher.config import TeacherConfig
 from tristill.stages.teacher.train import train_teacher

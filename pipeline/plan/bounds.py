@@ -7,9 +7,8 @@ from tristill.cache.hashing import fingerprint_of
 from tristill.pipeline.steps import Teacher
 from tristill.pipeline.tokenize_step import Tokenize
 from tristill.pipeline.workspace import Workspace
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.hub import find_model
-from tristill.stages.models.origin import model_files
+from tristill.stages.models.description import ModelConfig
+from tristill.stages.models.origin import find_model, model_files
 
 _PASS_SECONDS = 12
 """Budgets that one pass of the teacher over the sample may take; a rehearsal makes about five."""

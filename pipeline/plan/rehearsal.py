@@ -103,7 +103,7 @@ def rehearse(request: Request) -> Rehearsed:
 
 def _refused_exports(step: Step) -> str | None:
     from tristill.stages.export.refusal import early_refusals
-    from tristill.stages.models.folder import load_model
+    from tristill.stages.models.checkpoint import load_model
 
     if not isinstance(step, Distill) or not step.config.student.quantize.packed_bits:
         return None
@@ -212,7 +212,7 @@ def _evaluation(step: Step) -> tuple[float, int]:
     """(seconds per position of the evaluation at the end of a training, positions of the rehearsal)."""
     from tristill.pipeline.evaluation import evaluate_models
     from tristill.stages.evaluate.evaluate import evaluate
-    from tristill.stages.models.folder import load_model, pick_device
+    from tristill.stages.models.checkpoint import load_model, pick_device
     from tristill.stages.targets.online import OnlineSource
 
     workspace = step.workspace

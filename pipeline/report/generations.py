@@ -64,7 +64,7 @@ def generations_section(run: Run) -> Section:
 
 
 def _continued(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-    from tristill.stages.generate.continuations import continuations
+    from tristill.stages.generate.text import continuations
 
     return continuations(
         model.folder, prompts, max_tokens=max_tokens, temperature=_TEMPERATURE, top_p=_TOP_P, seed=_SEED

@@ -15,7 +15,7 @@ from tristill.pipeline.report.teacher import precision
 from tristill.pipeline.step import Step
 from tristill.pipeline.steps import DumpLogits, all_steps
 from tristill.pipeline.units import bytes_text, count_text, number
-from tristill.stages.models.hub import is_hub_name
+from tristill.stages.models.origin import is_hub_name
 
 _BYTES_PER_FP32 = 4
 

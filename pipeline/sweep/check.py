@@ -12,8 +12,7 @@ from tristill.pipeline.steps import DumpLogits
 from tristill.pipeline.sweep.config import SEED, Grid, Range, SweepConfig
 from tristill.pipeline.sweep.points import Point, examples, grid, in_words, with_seeds
 from tristill.pipeline.sweep.student import Base
-from tristill.stages.models.description import CONFIG_NAME
-from tristill.stages.models.hugging_face_shape import HuggingFaceShape
+from tristill.stages.models.description import CONFIG_NAME, HuggingFaceShape
 
 _OF_WHOLE_DISTRIBUTIONS = {"top1_agreement", "acceptance_rate"}
 

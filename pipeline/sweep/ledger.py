@@ -18,7 +18,7 @@ from tristill.pipeline.workspace import Workspace
 from tristill.stages.distill.choose import Places, cached_source, online_source
 from tristill.stages.distill.probe import probe_steps
 from tristill.stages.errors import StageError
-from tristill.stages.models.folder import pick_device
+from tristill.stages.models.checkpoint import pick_device
 
 
 def probe(base: Base) -> list[tuple[float, float]] | str:

@@ -21,7 +21,7 @@ from tristill.pipeline.steps import Distill
 from tristill.pipeline.sweep.config import SweepConfig
 from tristill.pipeline.sweep.points import Point, folder_name
 from tristill.pipeline.workspace import RUN_CONFIG_NAME, Workspace
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 
 DEFAULT_SWEEP = Path("configs/sweeps/demo.toml")
 

@@ -19,7 +19,7 @@ from tristill.stages.data.records import RECORD_SUFFIXES, Row, is_record_file, i
 from tristill.stages.data.remote_files import brought_here
 from tristill.stages.data.text_files import opened, text_documents
 from tristill.stages.errors import CorpusError
-from tristill.stages.models.hub import refuse_unwritable_home
+from tristill.stages.models.origin import refuse_unwritable_home
 
 _T = TypeVar("_T")
 _BATCH_ROWS = 1024

@@ -22,7 +22,7 @@ from tristill.stages.data.config import (
 )
 from tristill.stages.data.remote_files import IMPATIENT, RemoteFile, is_url, remote_files
 from tristill.stages.errors import CorpusError
-from tristill.stages.models.hub import find_model
+from tristill.stages.models.origin import find_model
 
 _SMALL_CORPUS_BYTES = 64 * 2**20
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}

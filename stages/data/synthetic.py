@@ -15,9 +15,9 @@ from tristill.stages.data.config import SyntheticText
 from tristill.stages.data.files import model_files
 from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.errors import CorpusError
-from tristill.stages.models.causal import load_causal_model
-from tristill.stages.models.folder import TOKENIZER_NAME, pick_device
-from tristill.stages.models.generate import CausalModel, Sampling, generate
+from tristill.stages.models.checkpoint import pick_device
+from tristill.stages.models.description import TOKENIZER_NAME
+from tristill.stages.models.generate import CausalModel, Sampling, generate, load_causal_model
 from tristill.stages.progress import Progress
 
 _RECORD_NAME = "synthetic.json"

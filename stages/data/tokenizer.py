@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tristill.cache.regular_file import read_json_object
 from tristill.stages.data.config import ExistingTokenizer, TrainedTokenizer
 from tristill.stages.errors import TokenizerError
-from tristill.stages.models.hub import fetch_model, is_hub_name
+from tristill.stages.models.origin import fetch_model, is_hub_name
 from tristill.stages.progress import say
 from tristill.stages.tokenizer_file import load_tokenizer
 

@@ -13,7 +13,7 @@ import torch
 
 from tristill.stages.errors import ExportError
 from tristill.stages.export.llama_cpp import LlamaCpp, Timings
-from tristill.stages.models.causal import rollout_of
+from tristill.stages.models.generate import rollout_of
 from tristill.stages.models.language_model import LanguageModel
 
 _Answer = TypeVar("_Answer")

@@ -16,7 +16,7 @@ from tristill.stages.export.formats import TernaryType
 from tristill.stages.export.gguf import write_gguf
 from tristill.stages.export.llama_cpp import Timings
 from tristill.stages.export.student import Student, load_student
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.packed.model import memory_use, pack_model
 from tristill.stages.progress import Progress, waiting

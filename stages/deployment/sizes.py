@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from tristill.stages.models.folder import saved_tensors
+from tristill.stages.models.checkpoint import saved_tensors
 from tristill.stages.models.language_model import LanguageModel
 from tristill.stages.models.origin import load_origin, model_files
 

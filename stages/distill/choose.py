@@ -11,7 +11,8 @@ from tristill.stages.distill.caches import open_caches
 from tristill.stages.distill.config import DistillConfig
 from tristill.stages.dump.config import DumpConfig
 from tristill.stages.errors import TargetsError
-from tristill.stages.models.folder import CONFIG_NAME, load_model
+from tristill.stages.models.checkpoint import load_model
+from tristill.stages.models.description import CONFIG_NAME
 from tristill.stages.progress import say
 from tristill.stages.targets.cached import CachedSource
 from tristill.stages.targets.online import OnlineSource

@@ -12,10 +12,8 @@ from tristill.stages.distill.caches_config import FurtherCache
 from tristill.stages.losses.config import LossConfig
 from tristill.stages.losses.hidden_config import resolved_layers
 from tristill.stages.losses.selection_config import CurriculumConfig, OnlineConfig
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.description import read_description
-from tristill.stages.models.hub import fetch_model, find_model
-from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.models.description import ModelConfig, Shape, read_description
+from tristill.stages.models.origin import fetch_model, find_model
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.settings import OUTSIDE, Section, neutral, normalised
 from tristill.stages.training.config import TrainingConfig

@@ -17,11 +17,11 @@ from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.evaluate.evaluate import basis, evaluate, evaluate_test, glance
 from tristill.stages.evaluate.metrics import ValidationMetrics
 from tristill.stages.export.refusal import early_refusals
-from tristill.stages.models.compiled import compile_model
-from tristill.stages.models.folder import new_model, save_model
-from tristill.stages.models.hugging_face_shape import HuggingFaceShape, Shape
+from tristill.stages.models.checkpoint import new_model, save_model
+from tristill.stages.models.description import HuggingFaceShape, Shape
 from tristill.stages.models.language_model import LanguageModel
 from tristill.stages.models.origin import model_fingerprint
+from tristill.stages.models.transformer import compile_model
 from tristill.stages.progress import say
 from tristill.stages.ranks import current_ranks
 from tristill.stages.targets.source import TargetSource, endless_batches

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tristill.stages.models.language_model import LanguageModel
-from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.models.quantized_linear import QuantizedWeight
 from tristill.stages.progress import say
 from tristill.stages.quantize.ternary import TernaryWeight, in_groups
 from tristill.stages.training.parallel import made_whole

@@ -12,13 +12,12 @@ from tristill.stages.losses.chunked_head import chunked_head_loss
 from tristill.stages.losses.cross_entropy import CrossEntropy
 from tristill.stages.losses.selection_config import OnlineConfig
 from tristill.stages.losses.term import LossValues, WeightedTerm
-from tristill.stages.models.finite import finite_features
-from tristill.stages.models.folder import new_model
-from tristill.stages.models.hugging_face_shape import Shape
-from tristill.stages.models.language_model import LanguageModel
+from tristill.stages.models.checkpoint import new_model
+from tristill.stages.models.description import Shape
+from tristill.stages.models.language_model import LanguageModel, finite_features
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.progress import say
-from tristill.stages.quantize.warmup import quantization_strength
+from tristill.stages.quantize.config import quantization_strength
 from tristill.stages.ranks import ALONE, Ranks
 from tristill.stages.targets.online import OnlineSource
 from tristill.stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all

@@ -27,7 +27,7 @@ from tristill.stages.losses.target import SelectedTargets, Targets
 from tristill.stages.losses.term import LossValues, WeightedTerm
 from tristill.stages.models.language_model import LanguageModel, State
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.warmup import quantization_strength
+from tristill.stages.quantize.config import quantization_strength
 from tristill.stages.ranks import ALONE, Ranks
 from tristill.stages.targets.source import Signals, TargetBatch, TargetSource, counted_by_all
 from tristill.stages.training.loop import StepInfo

@@ -8,8 +8,8 @@ from torch import nn
 
 from tristill.stages.distill.config import DistillConfig, StudentConfig
 from tristill.stages.distill.objective import Objective
-from tristill.stages.models.folder import new_model
-from tristill.stages.models.hugging_face_shape import Shape
+from tristill.stages.models.checkpoint import new_model
+from tristill.stages.models.description import Shape
 from tristill.stages.targets.source import TargetSource, endless_batches
 from tristill.stages.training.loop import StepInfo
 from tristill.stages.training.optimizer import make_optimizer

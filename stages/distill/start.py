@@ -7,15 +7,19 @@ from torch import Tensor
 from tristill.stages.data.tokenizer_gate import require_same_tokenizer
 from tristill.stages.distill.config import StudentConfig
 from tristill.stages.errors import CheckpointError
-from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config, read_description
-from tristill.stages.models.folder import WEIGHTS_NAME, load_model, load_weights, read_tensors, saved_tensors
-from tristill.stages.models.hub import fetch_model
+from tristill.stages.models.checkpoint import load_model, load_weights, read_tensors, saved_tensors
+from tristill.stages.models.description import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    is_ours,
+    read_config,
+    read_description,
+)
 from tristill.stages.models.hugging_face import HuggingFaceModel
-from tristill.stages.models.language_model import LanguageModel
-from tristill.stages.models.origin import load_origin
-from tristill.stages.models.positions import require_positions, warn_of_positions
-from tristill.stages.models.subln import fit_to_inputs
-from tristill.stages.models.transformer import Transformer
+from tristill.stages.models.language_model import LanguageModel, require_positions, warn_of_positions
+from tristill.stages.models.origin import fetch_model, load_origin
+from tristill.stages.models.transformer import Transformer, fit_to_inputs
 from tristill.stages.targets.source import Epoch, Signals, TargetSource
 
 

@@ -29,8 +29,8 @@ from tristill.stages.dump.hidden import hidden_arrays
 from tristill.stages.dump.prepare import prepare
 from tristill.stages.dump.progress import shown_progress
 from tristill.stages.errors import CheckpointError
+from tristill.stages.models.checkpoint import load_model, pick_device
 from tristill.stages.models.companions import companions
-from tristill.stages.models.folder import load_model, pick_device
 from tristill.stages.models.language_model import LanguageModel, State
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.progress import say, waiting

@@ -14,7 +14,8 @@ from tristill.stages.dump.config import DumpConfig
 from tristill.stages.errors import CheckpointError
 from tristill.stages.losses.mixed import log_mixture
 from tristill.stages.losses.target import ComputedTargets, LogitsTarget, Rows
-from tristill.stages.models.folder import TOKENIZER_NAME, load_model
+from tristill.stages.models.checkpoint import load_model
+from tristill.stages.models.description import TOKENIZER_NAME
 from tristill.stages.models.language_model import LanguageModel
 
 

@@ -15,8 +15,7 @@ from tristill.stages.dump.ensemble import ALONE, Ensemble
 from tristill.stages.dump.extract import TeacherPositions
 from tristill.stages.dump.hidden_fit import HiddenWindows
 from tristill.stages.losses.target import ComputedTargets
-from tristill.stages.models.finite import finite_features
-from tristill.stages.models.language_model import Features, LanguageModel, State
+from tristill.stages.models.language_model import Features, LanguageModel, State, finite_features
 
 
 def no_progress(positions: int) -> None:

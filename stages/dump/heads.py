@@ -11,7 +11,7 @@ from torch import Tensor
 from tristill.cache.parts import SIGNAL_STEP_NATS
 from tristill.cache.profiles.heads import HeadSize
 from tristill.stages.dump.select import largest
-from tristill.stages.models.finite import require_finite
+from tristill.stages.models.language_model import require_finite
 
 _LOWEST_SAFE_LOG_P = -80.0
 """Below some -87 nats a float32 probability loses digits, and its square root with it."""

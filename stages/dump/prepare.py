@@ -30,8 +30,7 @@ from tristill.stages.dump.forward import sample_positions
 from tristill.stages.dump.hidden_calibrate import calibrate_hidden
 from tristill.stages.errors import CheckpointError
 from tristill.stages.fidelity.measure import NOISE_SHARE, FeaturePairs, near_student
-from tristill.stages.models.language_model import LanguageModel
-from tristill.stages.models.positions import require_positions
+from tristill.stages.models.language_model import LanguageModel, require_positions
 from tristill.stages.progress import Progress, waiting
 from tristill.stages.threads import torch_threads
 

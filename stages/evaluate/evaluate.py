@@ -9,12 +9,9 @@ from tristill.cache.spec import SplitName
 from tristill.stages.collectives import sum_of
 from tristill.stages.errors import CorpusError
 from tristill.stages.evaluate.config import EvaluateConfig
-from tristill.stages.evaluate.metrics import MetricSums, ValidationMetrics
-from tristill.stages.evaluate.spread import Documents, Unit, UnitSums
+from tristill.stages.evaluate.metrics import Documents, MetricSums, Unit, UnitSums, ValidationMetrics
 from tristill.stages.losses.chunked_head import chunks
-from tristill.stages.models.finite import finite_features, require_finite
-from tristill.stages.models.language_model import LanguageModel
-from tristill.stages.models.positions import require_positions
+from tristill.stages.models.language_model import LanguageModel, finite_features, require_finite, require_positions
 from tristill.stages.progress import Progress, say
 from tristill.stages.ranks import ALONE, Ranks
 from tristill.stages.targets.source import Epoch, Signals, TargetSource

@@ -8,10 +8,10 @@ from torch import Tensor
 from tristill.stages.errors import ExportError, StageError
 from tristill.stages.export.bitnet import unpack_trits
 from tristill.stages.export.rounding import TorchRuntime, round_before
+from tristill.stages.models.checkpoint import load_weights, read_tensors
 from tristill.stages.models.description import CONFIG_NAME, WEIGHTS_NAME, own_shape, read_config
-from tristill.stages.models.folder import load_weights, read_tensors
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.absmax import absmax_quantize
+from tristill.stages.quantize.activations import absmax_quantize
 
 _SCALE = ".weight_scale"
 

@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor
 
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 
 _OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",

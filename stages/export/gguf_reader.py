@@ -14,7 +14,7 @@ from tristill.stages.export.gguf_layout import architecture, halves, our_name, r
 from tristill.stages.export.gguf_tokenizer import ADDED_ROLES, ROLE_KEYS, GgufTokenizer, TokenType, gguf_tokenizer
 from tristill.stages.export.packages import import_gguf
 from tristill.stages.export.student import plain_transformer
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.transformer import Transformer
 
 _TEMPLATE = "tokenizer.chat_template"

@@ -13,9 +13,9 @@ from tristill.cache.atomic import write_atomically
 from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.export.own_format import write_own_format
 from tristill.stages.export.student import Student
+from tristill.stages.models.checkpoint import hugging_face_config
 from tristill.stages.models.companions import write_tokenizer
 from tristill.stages.models.description import CONFIG_NAME, WEIGHTS_NAME
-from tristill.stages.models.folder import hugging_face_config
 from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.models.transformer import Transformer
 

@@ -12,7 +12,7 @@ from tristill.stages.export.gguf import exported_tensors
 from tristill.stages.export.student import float_activations, int8_activations, plain_transformer
 from tristill.stages.models.language_model import LanguageModel
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.absmax import absmax_quantize
+from tristill.stages.quantize.activations import absmax_quantize
 
 Rounding = Callable[[Tensor], Tensor]
 

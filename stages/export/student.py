@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tristill.stages.errors import CheckpointError, ExportError
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.companions import SpecialIds
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, read_config
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, ModelConfig, read_config
 from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.models.language_model import LanguageModel
 from tristill.stages.models.origin import model_fingerprint

@@ -10,8 +10,9 @@ from tristill.cache import CacheMismatchError, Need, open_cache
 from tristill.stages.errors import TargetsError
 from tristill.stages.fidelity.measure import FeaturePairs, compare, gradient, mean_divergence, near_student
 from tristill.stages.losses.target import ComputedTargets
-from tristill.stages.models.finite import finite_features
-from tristill.stages.models.folder import CONFIG_NAME, load_model
+from tristill.stages.models.checkpoint import load_model
+from tristill.stages.models.description import CONFIG_NAME
+from tristill.stages.models.language_model import finite_features
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.progress import Progress
 from tristill.stages.targets.cached import CachedSource

@@ -1,7 +1,8 @@
 """Text from the model in a folder, as it is written; a ternary student runs from packed weights."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,9 @@ from tokenizers import Tokenizer
 from tristill.stages.data.text_stream import TextStream
 from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.errors import PromptError, TokenizerError
-from tristill.stages.models.causal import causal_model, load_causal_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
-from tristill.stages.models.folder import load_model
-from tristill.stages.models.generate import CausalModel, Sampling, stream
+from tristill.stages.models.generate import CausalModel, Sampling, causal_model, generate, load_causal_model, stream
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.packed.model import memory_text, pack_model
 from tristill.stages.progress import say
@@ -108,3 +108,28 @@ def _room(ids: list[int], model: CausalModel, tokenizer: Tokenizer, max_tokens: 
             f"{folder} has a context of {model.max_positions}; lower it or shorten the prompt"
         )
     return min(wanted, room)
+
+
+def continuations(
+    folder: Path, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, top_p: float, seed: int
+) -> list[str]:
+    """The text that the model in `folder` writes after each prompt, given as ids of its tokenizer.
+
+    Row b is drawn with the same random numbers whatever the model, so that models are compared by what they expect and
+    not by their luck. Raises PromptError where the context has no room for them, and what loading a model raises.
+    """
+    tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
+    model = load_generator(folder)
+    uniform_BM = torch.from_numpy(np.random.default_rng(seed).random((len(prompts), max_tokens)))
+    rows = [model.started(prompt) for prompt in prompts]
+    written = generate(model, rows, Sampling(temperature, top_p, max_tokens), uniform_BM)
+    return [
+        _added(tokenizer.decode(row[1:]), tokenizer.decode(list(prompt)))
+        for row, prompt in zip(written, prompts, strict=True)
+    ]
+
+
+def _added(text: str, prompt: str) -> str:
+    """What comes after the prompt; its last character may have been half of one."""
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False))
+    return text[sum(1 for _ in common) :]

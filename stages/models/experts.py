@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.models.quantized_linear import QuantizedWeight
 from tristill.stages.quantize.config import QuantizeConfig
 
 _PRODUCTS = {

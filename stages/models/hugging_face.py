@@ -15,13 +15,23 @@ from torch import Tensor, nn
 
 from tristill.cache.hidden import HiddenOutput
 from tristill.stages.errors import CheckpointError
+from tristill.stages.models.description import HuggingFaceShape
 from tristill.stages.models.experts import QuantizedStacks, find_stacks, quantize_stacks
-from tristill.stages.models.finite import require_finite
-from tristill.stages.models.hugging_face_shape import HuggingFaceShape
-from tristill.stages.models.language_model import Features, LanguageModel, State, StateWidths
-from tristill.stages.models.linear import QuantizedLinear, linears_of, replace_linears, require_fit
-from tristill.stages.models.positions import positions_in_tables
-from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.models.language_model import (
+    Features,
+    LanguageModel,
+    State,
+    StateWidths,
+    positions_in_tables,
+    require_finite,
+)
+from tristill.stages.models.quantized_linear import (
+    QuantizedLinear,
+    QuantizedWeight,
+    linears_of,
+    replace_linears,
+    require_fit,
+)
 from tristill.stages.quantize.config import QuantizeConfig
 
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")

@@ -7,7 +7,9 @@ quantised.
 Shapes: B batch, T positions, D width, H heads, G key/value heads, E width of a head, V vocabulary.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -16,12 +18,84 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor, nn
 
 from tristill.cache.hidden import HiddenOutput
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.errors import StageError
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.language_model import Features, LanguageModel, State, StateWidths
-from tristill.stages.models.linear import QuantizedLinear, project, quantize_linears
-from tristill.stages.models.past import LayerPast
-from tristill.stages.models.subln import SubNorm
+from tristill.stages.models.quantized_linear import QuantizedLinear, project, quantize_linears
 from tristill.stages.quantize.config import QuantizeConfig
+
+
+class LayerPast:
+    """What the attention of one block keeps. Keys are kept as rotated, so positions never move."""
+
+    def __init__(self, capacity: int) -> None:
+        self.length = 0
+        self._capacity = capacity
+        self._keys_BGCE: Tensor | None = None
+        self._values_BGCE: Tensor | None = None
+
+    def extend(self, keys_BGTE: Tensor, values_BGTE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add T positions; all keys and values so far, and which of them each new position sees.
+
+        The last is (T, length) booleans, or None where every new position sees all, which is so for T = 1.
+        """
+        new = keys_BGTE.shape[2]
+        start, self.length = self.length, self.length + new
+        assert self.length <= self._capacity, "the caller knows how long it gets"
+        if self._keys_BGCE is None or self._values_BGCE is None:
+            batch, heads, _, width = keys_BGTE.shape
+            self._keys_BGCE = keys_BGTE.new_empty(batch, heads, self._capacity, width)
+            self._values_BGCE = values_BGTE.new_empty(batch, heads, self._capacity, width)
+        self._keys_BGCE[:, :, start : self.length] = keys_BGTE
+        self._values_BGCE[:, :, start : self.length] = values_BGTE
+        seen = torch.ones(new, self.length, dtype=torch.bool, device=keys_BGTE.device).tril(start) if new > 1 else None
+        return self._keys_BGCE[:, :, : self.length], self._values_BGCE[:, :, : self.length], seen
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        if self._keys_BGCE is not None and self._values_BGCE is not None:
+            self._keys_BGCE, self._values_BGCE = self._keys_BGCE[rows], self._values_BGCE[rows]
+
+
+class SubNorm(nn.RMSNorm):
+    """x + strength * (RMSNorm(x) - x), computed in float32: the norm itself, unless quantisation is being turned on.
+
+    Wang et al. 2022, Foundation Transformers (arXiv 2210.06423), section 2, as BitNet has it (arXiv 2310.11453). With
+    `strength` 0 it is not there: a student that starts from a teacher without it computes the teacher's logits.
+    """
+
+    strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the shape and dtype of x."""
+        normed = F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).to(x.dtype)
+        return normed if self.strength == 1 else torch.lerp(x, normed, self.strength)
+
+
+@torch.no_grad()
+def fit_to_inputs(model: nn.Module, forward: Callable[[], object]) -> None:
+    """Set the weights of every SubNorm so that it changes what reaches it in `forward` as little as it can.
+
+    With u = x / rms(x), sum over positions of (x - w u)^2 is least at w = sum x u / sum u^2, for each of the D weights;
+    one where a weight has no input. A norm that was put into a trained model so begins near the identity.
+    """
+    fitted: dict[SubNorm, Tensor] = {}
+
+    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, SubNorm), "hooks are on these alone"
+        x_ND = inputs[0].flatten(0, -2).float()
+        u_ND = F.rms_norm(x_ND, norm.normalized_shape, None, norm.eps)
+        fitted[norm] = (x_ND * u_ND).sum(dim=0) / u_ND.square().sum(dim=0)
+
+    handles = [norm.register_forward_pre_hook(look) for norm in model.modules() if isinstance(norm, SubNorm)]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, weight_D in fitted.items():
+        norm.weight.copy_(weight_D.nan_to_num(nan=1.0))
+
 
 _INITIAL_STD = 0.02
 
@@ -255,3 +329,19 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = x * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
     return turned.to(x.dtype)
+
+
+def compile_model(model: LanguageModel) -> None:
+    """Compile a model in place: see Transformer.compile_blocks. The first step takes a minute or more.
+
+    Raises StageError where there is no C++ compiler, which torch needs on a CPU, and for other architectures.
+    """
+    if not isinstance(model, Transformer):
+        raise StageError("training.compile: is for our own transformer, a Llama; set it to false")
+    compiler = os.environ.get("CXX", "g++")
+    if model.head_weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise StageError(
+            f"training.compile: found no C++ compiler ({compiler}), which torch.compile needs on a CPU; install one, "
+            "name it in CXX, or set training.compile to false"
+        )
+    model.compile_blocks()

@@ -60,3 +60,45 @@ def round_to_trits(weight_OI: Tensor, scale_RG: Tensor) -> TernaryWeight:
     """clip(round(W / scale), -1, 1), half to even, with its scales."""
     scaled_OGC = in_groups(weight_OI, scale_RG.shape[-1]) / scale_RG[..., None]
     return TernaryWeight(scaled_OGC.round_().clamp_(-1, 1).to(torch.int8).flatten(-2), scale_RG)
+
+
+_SMALLEST_SCALE = 1e-5
+
+
+def absmean_scale(weight_OI: Tensor, scale_per: ScalePer = "tensor") -> Tensor:
+    """gamma = mean |W| over the whole matrix, a row or a group, at least 1e-5; (R, G) float32.
+
+    Ma et al. 2024, The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits (arXiv 2402.17764), equation 3,
+    which is of the whole matrix.
+    """
+    return blocks(weight_OI.float(), scale_per).abs().mean(dim=-1).clamp_(min=_SMALLEST_SCALE)
+
+
+def absmean_ternary(weight_OI: Tensor, scale_per: ScalePer = "tensor") -> TernaryWeight:
+    """gamma * clip(round(W / gamma), -1, 1), half to even; arXiv 2402.17764, equations 1 to 3.
+
+    Quantising it again changes no trit; the scale shrinks by the share of trits that are not zero. Gradients are those
+    of the identity: see straight_through.
+    """
+    return round_to_trits(weight_OI.float(), absmean_scale(weight_OI, scale_per))
+
+
+_THRESHOLD = 0.7
+_SMALLEST_SCALE = 1e-5
+
+
+def twn_ternary(weight_OI: Tensor, scale_per: ScalePer = "tensor") -> TernaryWeight:
+    """sign(W) where |W| > delta = 0.7 mean |W|, else 0; the scale is the mean |W| of those kept, at least 1e-5.
+
+    Li et al. 2016, Ternary Weight Networks (arXiv 1605.04711), equations 3, 5 and 6: about the delta that minimises the
+    squared error of normal and uniform weights, and the scale that minimises it for these trits. Here of the whole
+    matrix, a row or a group. Quantising it again changes nothing. Gradients are those of the identity: see
+    straight_through.
+    """
+    weight_RGC = blocks(weight_OI.float(), scale_per)
+    magnitude_RGC = weight_RGC.abs()
+    threshold_RG = _THRESHOLD * magnitude_RGC.mean(dim=-1)
+    kept_RGC = magnitude_RGC > threshold_RG[..., None]
+    scale_RG = (magnitude_RGC * kept_RGC).sum(dim=-1).div_(kept_RGC.sum(dim=-1).clamp_(min=1)).clamp_(_SMALLEST_SCALE)
+    trits = weight_RGC.sign().mul_(kept_RGC).to(torch.int8)
+    return TernaryWeight(trits.reshape(weight_OI.shape), scale_RG, threshold_RG)

@@ -21,8 +21,7 @@ from tristill.cache.spec import SplitName
 from tristill.stages.data.tokenized import corpus_of_model, load_corpus, split_windows
 from tristill.stages.losses.chunked_head import chunks
 from tristill.stages.losses.target import ComputedTargets
-from tristill.stages.models.finite import finite_features
-from tristill.stages.models.language_model import Features, LanguageModel
+from tristill.stages.models.language_model import Features, LanguageModel, finite_features
 from tristill.stages.targets.source import Epoch, Signals, TargetBatch
 
 

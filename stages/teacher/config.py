@@ -5,11 +5,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.description import read_description
-from tristill.stages.models.hub import find_model
-from tristill.stages.models.hugging_face_shape import Shape
-from tristill.stages.models.origin import Dtype
+from tristill.stages.models.description import ModelConfig, Shape, read_description
+from tristill.stages.models.origin import Dtype, find_model
 from tristill.stages.settings import ALWAYS_OUTSIDE, OUTSIDE, Section, neutral
 from tristill.stages.training.config import TrainingConfig
 

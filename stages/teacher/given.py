@@ -12,14 +12,12 @@ from tristill.stages.data.tokenizer_gate import own_tokenizer, require_same_toke
 from tristill.stages.errors import CheckpointError
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.evaluate.evaluate import basis, evaluate, evaluate_test
+from tristill.stages.models.checkpoint import load_model, pick_device
 from tristill.stages.models.companions import write_tokenizer
 from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, is_ours, read_config
-from tristill.stages.models.folder import load_model, pick_device
-from tristill.stages.models.hub import fetch_model
 from tristill.stages.models.hugging_face_folder import load_hugging_face
-from tristill.stages.models.language_model import LanguageModel
-from tristill.stages.models.origin import Origin, load_origin, model_fingerprint
-from tristill.stages.models.positions import warn_of_positions
+from tristill.stages.models.language_model import LanguageModel, warn_of_positions
+from tristill.stages.models.origin import Origin, fetch_model, load_origin, model_fingerprint
 from tristill.stages.models.trust import trust_code_of
 from tristill.stages.progress import say
 from tristill.stages.targets.online import OnlineSource

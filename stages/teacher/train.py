@@ -9,10 +9,9 @@ from tristill.stages.evaluate.evaluate import basis, evaluate, evaluate_test, gl
 from tristill.stages.losses.chunked_head import chunked_head_loss
 from tristill.stages.losses.cross_entropy import CrossEntropy
 from tristill.stages.losses.term import LossValues, WeightedTerm
-from tristill.stages.models.compiled import compile_model
-from tristill.stages.models.folder import pick_device, save_model
+from tristill.stages.models.checkpoint import pick_device, save_model
 from tristill.stages.models.origin import model_fingerprint
-from tristill.stages.models.transformer import Transformer
+from tristill.stages.models.transformer import Transformer, compile_model
 from tristill.stages.progress import say
 from tristill.stages.ranks import current_ranks
 from tristill.stages.targets.online import OnlineSource

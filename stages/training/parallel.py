@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tristill.stages.errors import StageError
 from tristill.stages.losses.term import LossValues
-from tristill.stages.models.quantized_weight import QuantizedWeight
+from tristill.stages.models.quantized_linear import QuantizedWeight
 from tristill.stages.ranks import Ranks
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

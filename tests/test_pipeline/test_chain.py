@@ -15,7 +15,7 @@ from tristill.cache import open_cache
 from tristill.pipeline.config import Config, load_config, save_config
 from tristill.pipeline.errors import ConfigError
 from tristill.stages.errors import CheckpointError
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.origin import model_fingerprint
 
 CONFIG = ("--config", "configs/test.toml")

@@ -14,8 +14,8 @@ from conftest import ENVIRONMENT, ROOT, tristill
 from tristill.pipeline.deployment import deployment_table
 from tristill.stages.deployment.measure import measure_deployment
 from tristill.stages.deployment.report import Deployment
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.checkpoint import load_model, save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.hugging_face_folder import hugging_face_shape, new_hugging_face
 from tristill.stages.models.origin import Origin
 from tristill.stages.models.transformer import Transformer

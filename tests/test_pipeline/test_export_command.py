@@ -11,7 +11,7 @@ import safetensors.torch
 from small_students import BPE, make_student, make_tokens
 
 from conftest import ENVIRONMENT, ROOT, Outcome, tristill
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.quantize.config import QuantizeConfig
 
 CONFIG = ("--config", "configs/test.toml")

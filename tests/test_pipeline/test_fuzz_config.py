@@ -20,9 +20,8 @@ from tristill.pipeline.provenance import new_provenance, read_provenance
 from tristill.pipeline.results import read_summary
 from tristill.stages.data.tokenized import load_corpus
 from tristill.stages.errors import StageError
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.description import read_description
-from tristill.stages.models.folder import hugging_face_config, load_model, read_tensors
+from tristill.stages.models.checkpoint import hugging_face_config, load_model, read_tensors
+from tristill.stages.models.description import ModelConfig, read_description
 from tristill.stages.models.origin import Origin, load_origin, model_files
 from tristill.stages.models.transformer import Transformer
 

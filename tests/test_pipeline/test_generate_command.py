@@ -11,8 +11,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, Outcome, tristill
 from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.generate.text import generate_text
-from tristill.stages.models.causal import load_causal_model
-from tristill.stages.models.generate import Sampling, generate
+from tristill.stages.models.generate import Sampling, generate, load_causal_model
 
 PROMPT = "def f("
 

@@ -21,7 +21,7 @@ from tristill.pipeline.steps import all_steps
 from tristill.pipeline.workspace import Workspace
 from tristill.stages.errors import StageError
 from tristill.stages.generate.text import generate_text
-from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.checkpoint import load_model, save_model
 from tristill.stages.models.hugging_face_folder import load_hugging_face
 from tristill.stages.models.origin import Origin
 from tristill.stages.models.transformer import Transformer

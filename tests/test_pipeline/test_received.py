@@ -21,7 +21,7 @@ from tristill.pipeline.sweep.config import load_sweep
 from tristill.pipeline.sweep.student import Base
 from tristill.stages.errors import CheckpointError
 from tristill.stages.models import trust
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.settings import Outside
 
 DEMO = ROOT / "configs" / "demo.toml"

@@ -23,14 +23,12 @@ from tristill.stages.data.tokenize import tokenize_corpus
 from tristill.stages.errors import CheckpointError
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.evaluate.evaluate import evaluate
-from tristill.stages.models.causal import load_causal_model
-from tristill.stages.models.folder import new_model
-from tristill.stages.models.generate import Sampling, generate
+from tristill.stages.models.checkpoint import new_model
+from tristill.stages.models.generate import Sampling, generate, load_causal_model
 from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
-from tristill.stages.models.language_model import State
+from tristill.stages.models.language_model import State, require_positions
 from tristill.stages.models.origin import Origin
-from tristill.stages.models.positions import require_positions
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.targets.online import OnlineSource
 from tristill.stages.teacher.config import TeacherConfig

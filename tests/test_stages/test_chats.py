@@ -35,8 +35,8 @@ from tristill.stages.data.tokenize import tokenize_corpus
 from tristill.stages.data.tokenized import load_corpus, split_windows
 from tristill.stages.errors import CorpusError, TokenizerError
 from tristill.stages.generate.text import generate_text
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import save_model
+from tristill.stages.models.checkpoint import save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.transformer import Transformer
 
 pytest.importorskip("transformers", reason="the extra `hf` is not installed")

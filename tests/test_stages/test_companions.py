@@ -26,9 +26,9 @@ from tristill.stages.export.gguf import write_gguf
 from tristill.stages.export.gguf_reader import check_gguf
 from tristill.stages.export.hugging_face import write_hugging_face
 from tristill.stages.export.student import Student, load_student
+from tristill.stages.models.checkpoint import save_model
 from tristill.stages.models.companions import SpecialIds, companions, generation_config
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.targets.cached import CachedSource

@@ -17,7 +17,7 @@ from tristill.stages.data.config import DataConfig
 from tristill.stages.data.corpus import documents
 from tristill.stages.data.tokenize import tokenize_corpus
 from tristill.stages.errors import CheckpointError, CorpusError
-from tristill.stages.models.hub import refuse_unwritable_home
+from tristill.stages.models.origin import refuse_unwritable_home
 
 WORDS = [f"fox number {n} met the moon" for n in range(60)]
 FROM_NOTHING = pa.table({"text": pa.array([], pa.string())})

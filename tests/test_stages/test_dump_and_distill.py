@@ -20,8 +20,8 @@ from tristill.stages.dump.prepare import cache_spec, split_specs
 from tristill.stages.errors import CheckpointError, TargetsError
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.evaluate.evaluate import evaluate
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.language_model import State
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.models.transformer import Transformer

@@ -22,8 +22,8 @@ from tristill.stages.errors import CheckpointError, TargetsError, TokenizerError
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.evaluate.evaluate import evaluate
 from tristill.stages.losses.target import DrawnTarget
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.models.checkpoint import load_model, save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.language_model import State
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.models.transformer import Transformer

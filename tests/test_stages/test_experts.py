@@ -13,17 +13,17 @@ from tristill.stages.distill.distill import model_size
 from tristill.stages.distill.health import TernaryHealth
 from tristill.stages.errors import StageError
 from tristill.stages.export.own_format import compare_own_format, write_own_format
+from tristill.stages.models.checkpoint import load_model, load_weights, new_model, save_model, saved_tensors
+from tristill.stages.models.description import HuggingFaceShape
 from tristill.stages.models.experts import StackedWeight
-from tristill.stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
 from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.models.hugging_face_folder import load_hugging_face, load_inner
-from tristill.stages.models.hugging_face_shape import HuggingFaceShape
-from tristill.stages.models.linear import QuantizedLinear
 from tristill.stages.models.origin import Origin
-from tristill.stages.quantize.absmax import absmax_quantize
-from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.models.quantized_linear import QuantizedLinear
+from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.quantize.learned import initial_step
+from tristill.stages.quantize.ternary import absmean_ternary
 
 pytest.importorskip("transformers")
 IDS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))

@@ -21,7 +21,7 @@ from tristill.stages.export.gguf_tokenizer import TokenType, gguf_tokenizer
 from tristill.stages.export.parity import FLOAT_BOUNDS, INT8_BOUNDS, HeldOut, measure_parity, spread_positions
 from tristill.stages.export.refusal import early_refusals, refuse
 from tristill.stages.export.rounding import int8_blocks
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 

@@ -15,10 +15,9 @@ from tristill.stages.errors import CheckpointError
 from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.evaluate.evaluate import evaluate
 from tristill.stages.generate.text import generate_text
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.finite import finite_features
-from tristill.stages.models.folder import load_model, save_model
-from tristill.stages.models.language_model import State
+from tristill.stages.models.checkpoint import load_model, save_model
+from tristill.stages.models.description import ModelConfig
+from tristill.stages.models.language_model import State, finite_features
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.targets.online import OnlineSource
 from tristill.stages.targets.source import Epoch, Signals

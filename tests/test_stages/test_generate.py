@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.generate import CausalModel, Sampling, TransformerRollout, draw, generate
 from tristill.stages.models.language_model import State
-from tristill.stages.models.past import LayerPast
-from tristill.stages.models.transformer import Transformer
+from tristill.stages.models.transformer import LayerPast, Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 
 VOCAB = 61

@@ -179,8 +179,8 @@ def test_a_teacher_that_is_nothing_without_bos_is_right_through_dump_evaluate_an
     from tristill.stages.evaluate.config import EvaluateConfig
     from tristill.stages.evaluate.evaluate import evaluate
     from tristill.stages.generate.text import generate_text
-    from tristill.stages.models.config import ModelConfig
-    from tristill.stages.models.folder import load_model, new_model, save_model
+    from tristill.stages.models.checkpoint import load_model, new_model, save_model
+    from tristill.stages.models.description import ModelConfig
     from tristill.stages.targets.cached import CachedSource
     from tristill.stages.teacher.config import TeacherConfig
     from tristill.stages.teacher.given import take_teacher

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tristill.stages.losses.hidden import HiddenLoss
 from tristill.stages.losses.hidden_config import HiddenLossConfig, RelationsConfig, resolved_layers
 from tristill.stages.losses.relations import RelationLoss, Widths, relation_divergence
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.language_model import State
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig

@@ -35,8 +35,8 @@ from tristill.stages.evaluate.config import EvaluateConfig
 from tristill.stages.fidelity.hidden import hidden_fidelity
 from tristill.stages.losses.hidden import HiddenLoss
 from tristill.stages.losses.hidden_config import HiddenLossConfig
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.language_model import State
 from tristill.stages.targets.cached import CachedSource
 from tristill.stages.targets.hidden import HiddenStates, HiddenTransforms

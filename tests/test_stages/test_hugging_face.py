@@ -17,18 +17,16 @@ from tristill.stages.data.tokenizer_gate import require_same_tokenizer, tokenize
 from tristill.stages.errors import CheckpointError, TokenizerError
 from tristill.stages.export.own_format import compare_own_format, write_own_format
 from tristill.stages.losses.target import ComputedTargets
-from tristill.stages.models.description import is_ours, read_description
-from tristill.stages.models.folder import load_model, load_weights, new_model, save_model, saved_tensors
-from tristill.stages.models.hub import fetch_model, find_model
+from tristill.stages.models.checkpoint import load_model, load_weights, new_model, save_model, saved_tensors
+from tristill.stages.models.description import HuggingFaceShape, is_ours, llama_shape, read_description
 from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.models.hugging_face_folder import hugging_face_shape, load_hugging_face
-from tristill.stages.models.hugging_face_shape import HuggingFaceShape, llama_shape
 from tristill.stages.models.language_model import State
-from tristill.stages.models.origin import Origin, checked_origin, model_fingerprint
+from tristill.stages.models.origin import Origin, checked_origin, fetch_model, find_model, model_fingerprint
 from tristill.stages.models.trust import trust_code_of
-from tristill.stages.quantize.absmax import absmax_quantize
-from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.ternary import absmean_ternary
 
 pytest.importorskip("transformers")
 IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))

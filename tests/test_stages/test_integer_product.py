@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.linear import QuantizedLinear, project
+from tristill.stages.models.description import ModelConfig
+from tristill.stages.models.quantized_linear import QuantizedLinear, project
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.absmax import absmax_codes, absmax_quantize
+from tristill.stages.quantize.activations import absmax_codes, absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.quantize.straight_through import straight_through
 

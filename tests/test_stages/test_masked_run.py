@@ -31,7 +31,7 @@ from tristill.stages.losses.hidden import HiddenLoss
 from tristill.stages.losses.hidden_config import HiddenLossConfig, RelationsConfig
 from tristill.stages.losses.relations import RelationLoss, Widths
 from tristill.stages.losses.term import WeightedTerm
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.transformer import State, Transformer
 from tristill.stages.targets.cached import CachedSource
 from tristill.stages.targets.online import OnlineSource

@@ -19,7 +19,7 @@ from tristill.stages.losses.chunked_head import chunked_head_loss
 from tristill.stages.losses.cross_entropy import CrossEntropy
 from tristill.stages.losses.selection_config import CurriculumConfig
 from tristill.stages.losses.term import WeightedTerm
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.models.language_model import State
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tristill.stages.dump.topk import topk_target
-from tristill.stages.evaluate.metrics import MetricSums, ValidationMetrics, acceptance
-from tristill.stages.evaluate.spread import Documents, UnitSums
+from tristill.stages.evaluate.metrics import Documents, MetricSums, UnitSums, ValidationMetrics, acceptance
 from tristill.stages.losses.target import ComputedTargets, LogitsTarget
 from tristill.stages.targets.source import TargetBatch
 from tristill.stages.targets.stored import PlainHeads

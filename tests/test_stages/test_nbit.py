@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tristill.stages.losses.term import LossValues
-from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.quantized_linear import QuantizedLinear
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.quantize.learned import initial_step, learned_quantize, through_step
 from tristill.stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize

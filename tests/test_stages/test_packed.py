@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.generate import CausalModel, Sampling, TransformerRollout, generate, stream
-from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.quantized_linear import QuantizedLinear
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.packed.layout import pack, unpack
 from tristill.stages.packed.linear import PackedLinear

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tristill.stages.models.linear import QuantizedLinear
-from tristill.stages.quantize.absmax import absmax_quantize
-from tristill.stages.quantize.absmean import absmean_ternary
+from tristill.stages.models.quantized_linear import QuantizedLinear
+from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.quantize.straight_through import straight_through
+from tristill.stages.quantize.ternary import absmean_ternary
 
 SEEDS = st.integers(0, 2**31)
 SCALES = st.sampled_from([1e-6, 1e-3, 1.0, 1e4])

@@ -15,9 +15,8 @@ from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.dump.dump import dump_logits
 from tristill.stages.errors import CorpusError
 from tristill.stages.fidelity.partition import log_partition
-from tristill.stages.generate.continuations import continuations
-from tristill.stages.generate.text import generate_text
-from tristill.stages.models.folder import load_model, save_model
+from tristill.stages.generate.text import continuations, generate_text
+from tristill.stages.models.checkpoint import load_model, save_model
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 

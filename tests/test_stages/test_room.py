@@ -9,7 +9,7 @@ import pytest
 
 from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.errors import CheckpointError, StageError, TokenizerError
-from tristill.stages.models.folder import load_model
+from tristill.stages.models.checkpoint import load_model
 from tristill.stages.resources import peak_rss_mib
 
 QWEN3 = {

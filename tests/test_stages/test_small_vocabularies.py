@@ -15,8 +15,8 @@ from tristill.stages.distill.distill import distill
 from tristill.stages.dump.config import DumpConfig
 from tristill.stages.dump.dump import dump_logits
 from tristill.stages.evaluate.config import EvaluateConfig
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import save_model
+from tristill.stages.models.checkpoint import save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.targets.cached import CachedSource
 

@@ -15,10 +15,9 @@ from tristill.stages.data.synthetic import write_synthetic, written_documents
 from tristill.stages.data.tokenize import tokenize_corpus
 from tristill.stages.data.tokenizer import train_tokenizer
 from tristill.stages.errors import CheckpointError, CorpusError, TokenizerError
-from tristill.stages.models.causal import load_causal_model
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import save_model
-from tristill.stages.models.generate import Sampling, generate
+from tristill.stages.models.checkpoint import save_model
+from tristill.stages.models.description import ModelConfig
+from tristill.stages.models.generate import Sampling, generate, load_causal_model
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 

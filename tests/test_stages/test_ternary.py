@@ -10,14 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tristill.stages.errors import StageError
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.linear import QuantizedLinear
+from tristill.stages.models.description import ModelConfig
+from tristill.stages.models.quantized_linear import QuantizedLinear
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.absmean import absmean_ternary
 from tristill.stages.quantize.config import QuantizeConfig, ScalePer
 from tristill.stages.quantize.learned import initial_seq_step, initial_step, learned_ternary, seq_ternary, through_step
-from tristill.stages.quantize.ternary import TernaryWeight, blocks
-from tristill.stages.quantize.twn import twn_ternary
+from tristill.stages.quantize.ternary import TernaryWeight, absmean_ternary, blocks, twn_ternary
 
 SEEDS = st.integers(0, 2**31)
 SCALES = st.sampled_from([1e-3, 1.0, 1e4])

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tristill.stages.errors import CheckpointError, StageError
-from tristill.stages.models.config import ModelConfig
-from tristill.stages.models.folder import load_model, pick_device, save_model
+from tristill.stages.models.checkpoint import load_model, pick_device, save_model
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.models.language_model import State
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.absmean import absmean_ternary
 from tristill.stages.quantize.config import QuantizeConfig
+from tristill.stages.quantize.ternary import absmean_ternary
 
 SHAPES = {
     "plain": {"width": 32, "layers": 2, "heads": 4, "mlp_width": 48},

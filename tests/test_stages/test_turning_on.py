@@ -18,12 +18,10 @@ from tristill.stages.distill.start import start_from
 from tristill.stages.dump.dump import dump_logits
 from tristill.stages.errors import StageError
 from tristill.stages.evaluate.config import EvaluateConfig
-from tristill.stages.models.folder import load_model
-from tristill.stages.models.linear import QuantizedLinear
-from tristill.stages.models.subln import SubNorm, fit_to_inputs
-from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.warmup import WarmupConfig, quantization_strength
+from tristill.stages.models.checkpoint import load_model
+from tristill.stages.models.quantized_linear import QuantizedLinear
+from tristill.stages.models.transformer import SubNorm, Transformer, fit_to_inputs
+from tristill.stages.quantize.config import QuantizeConfig, WarmupConfig, quantization_strength
 from tristill.stages.targets.source import Epoch, Signals
 from tristill.stages.training.loop import StepInfo
 

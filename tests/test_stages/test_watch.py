@@ -11,7 +11,7 @@ from tristill.stages.distill.config import DistillConfig, StudentConfig
 from tristill.stages.distill.distill import StudentSummary, distill
 from tristill.stages.dump.dump import dump_logits
 from tristill.stages.evaluate.config import EvaluateConfig
-from tristill.stages.models.config import ModelConfig
+from tristill.stages.models.description import ModelConfig
 from tristill.stages.quantize.config import QuantizeConfig, WarmupConfig
 from tristill.stages.training.watch import Watch
 

@@ -20,6 +20,8 @@ from tristill.stages.models.description import (
     STUDENT_TYPE,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
+    HuggingFaceShape,
+    Shape,
     is_ours,
     read_config,
     read_description,
@@ -28,32 +30,16 @@ from tristill.stages.models.hugging_face import HuggingFaceModel
 from tristill.stages.models.hugging_face_folder import (
     load_hugging_face,
     new_hugging_face,
+    require_room,
     require_room_for,
     tensors_of,
     with_shared,
 )
-from tristill.stages.models.hugging_face_shape import HuggingFaceShape, Shape
 from tristill.stages.models.language_model import LanguageModel
 from tristill.stages.models.origin import Origin, checked_origin
-from tristill.stages.models.room import require_room
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
 from tristill.stages.ranks import ALONE, Ranks, current_ranks
-
-__all__ = [
-    "CONFIG_NAME",
-    "TOKENIZER_NAME",
-    "WEIGHTS_NAME",
-    "hugging_face_config",
-    "load_model",
-    "load_transformer",
-    "load_weights",
-    "new_model",
-    "pick_device",
-    "read_tensors",
-    "save_model",
-    "saved_tensors",
-]
 
 
 def save_model(
