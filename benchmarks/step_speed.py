@@ -30,8 +30,8 @@ from tristill.stages.models.quantized_linear import QuantizedLinear
 from tristill.stages.models.transformer import Transformer, compile_model
 from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.straight_through import straight_through
-from tristill.stages.quantize.ternary import absmean_ternary
+from tristill.stages.quantize.gradients import straight_through
+from tristill.stages.quantize.ternary import Absmean
 from tristill.stages.resources import keep_freed_memory
 from tristill.stages.training.config import TrainingConfig
 from tristill.stages.training.optimizer import make_optimizer
@@ -57,7 +57,7 @@ class SimulatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         with torch.no_grad():
-            values = absmean_ternary(self.weight).dequantized()
+            values = Absmean().quantize(self.weight).dequantized()
         factors = straight_through(x, absmax_quantize(x)), straight_through(self.weight, values)
         return nn.functional.linear(*(factor.to(self._dtype) for factor in factors)).float()
 

@@ -62,7 +62,7 @@ def precision(teacher: Model) -> str:
         return "FP32" if origin.dtype == "float32" else origin.dtype
     if quantize is None or quantize.weights == "none":
         return "FP32"
-    return f"{quantize.bits}-bit layers" if quantize.is_nbit else "ternary layers"
+    return f"{quantize.bits}-bit layers" if quantize.bits else "ternary layers"
 
 
 def _story(run: Run) -> str:

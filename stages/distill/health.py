@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tristill.stages.models.language_model import LanguageModel
 from tristill.stages.models.quantized_linear import QuantizedWeight
 from tristill.stages.progress import say
-from tristill.stages.quantize.ternary import TernaryWeight, in_groups
+from tristill.stages.quantize.quantizer import TernaryWeight, in_groups
 from tristill.stages.training.parallel import made_whole
 
 _LOGS_UNTIL_FROZEN = 5

@@ -18,8 +18,7 @@ from tristill.stages.export.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from tristill.stages.export.packages import import_gguf
 from tristill.stages.export.student import plain_linears, require_ternary
 from tristill.stages.models.transformer import Transformer
-from tristill.stages.quantize.config import group_columns
-from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.quantizer import TernaryWeight, group_columns
 
 _FP16_ROUNDING = 2.0**-11
 """Half the distance of neighbouring float16 numbers, relative: what a normal number loses at most."""

@@ -1,5 +1,6 @@
 """Quantised weights with 8-bit activations: linear layers (BitLinear), and the base of stacks of experts."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,17 +19,8 @@ from tristill.stages.quantize.activations import (
     multiplies_integers,
 )
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.learned import (
-    initial_seq_step,
-    initial_step,
-    learned_quantize,
-    learned_ternary,
-    seq_ternary,
-    through_step,
-)
-from tristill.stages.quantize.nbit import largest_level, nbit_quantize
-from tristill.stages.quantize.straight_through import straight_through
-from tristill.stages.quantize.ternary import TernaryWeight, absmean_ternary, twn_ternary
+from tristill.stages.quantize.gradients import straight_through
+from tristill.stages.quantize.quantizer import TernaryWeight
 
 
 @dataclass(frozen=True)
@@ -91,20 +83,15 @@ class QuantizedWeight(nn.Module):
     def num_scales(self) -> int:
         """Scales of all its matrices; none in full precision."""
         *stack, rows, columns = self.matrices().shape
-        return torch.Size(stack).numel() * self.quantize.num_scales(rows, columns)
+        quantizer = self.quantize.quantizer
+        return 0 if quantizer is None else math.prod(stack) * quantizer.num_scales(rows, columns)
 
     @torch.no_grad()
     def fit_step(self) -> None:
         """Set the learned step, if there is one, to its initial value for the weights that are here now."""
-        if self.log_step is None:
-            return
-        per = self.quantize.scale_per
-        first_R1 = (
-            initial_seq_step(self.matrices(), per)
-            if self.quantize.weights == "seq"
-            else initial_step(self.matrices(), self._bits, per)
-        )
-        self.log_step.copy_(first_R1.log().reshape(self.log_step.shape))
+        if self.log_step is not None and self.quantize.quantizer is not None:
+            first_R1 = self.quantize.quantizer.initial_step(self.matrices())
+            self.log_step.copy_(first_R1.log().reshape(self.log_step.shape))
 
     def ternary(self) -> TernaryWeight:
         """Trits and scales of the weights that are here now, with no gradient; of a ternary code only."""
@@ -114,14 +101,11 @@ class QuantizedWeight(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """Q_w(W), differentiable, of the parameter's shape and dtype: what the layer multiplies by."""
-        if self.quantize.weights == "none":
+        quantizer = self.quantize.quantizer
+        if quantizer is None:
             return self.latent
-        weight_OI, values_OI = self.matrices(), self._current().values_OI
-        if self.log_step is None:
-            quantized_OI = straight_through(weight_OI, values_OI)
-        else:
-            step_R1 = self._step_R1(self.log_step)
-            quantized_OI = through_step(weight_OI, step_R1, values_OI, largest_level(self._bits))
+        weight_OI = self.matrices()
+        quantized_OI = quantizer.with_gradient(weight_OI, self._current().values_OI, self._step_R1())
         if self.strength < 1:
             quantized_OI = torch.lerp(weight_OI, quantized_OI, self.strength)
         return self.as_parameter(quantized_OI)
@@ -144,14 +128,15 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Quantise the weights again if they or the step were written to since the last time."""
-        if self.quantize.weights == "none":
+        quantizer = self.quantize.quantizer
+        if quantizer is None:
             return
         sources = [self.latent] if self.log_step is None else [self.latent, self.log_step]
         made_of = tuple(number for source in sources for number in (source.data_ptr(), _num_writes(source)))
         if self._quantized is None or self._quantized.made_of != made_of:
-            weight_OI = self.matrices()
-            ternary = self._quantize_to_trits(weight_OI) if self.quantize.is_ternary else None
-            values_OI = self._quantize_to_bits(weight_OI) if ternary is None else ternary.dequantized()
+            quantized = quantizer.quantize(self.matrices(), self._step_R1())
+            ternary = quantized if isinstance(quantized, TernaryWeight) else None
+            values_OI = quantized.dequantized() if isinstance(quantized, TernaryWeight) else quantized
             self._quantized = Quantized(made_of, values_OI, ternary)
 
     def forget(self) -> None:
@@ -164,28 +149,8 @@ class QuantizedWeight(nn.Module):
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
-    def _quantize_to_trits(self, weight_OI: Tensor) -> TernaryWeight:
-        match self.quantize.weights:
-            case "absmean":
-                return absmean_ternary(weight_OI, self.quantize.scale_per)
-            case "twn":
-                return twn_ternary(weight_OI, self.quantize.scale_per)
-        assert self.log_step is not None, "made with the layer"
-        quantize = seq_ternary if self.quantize.weights == "seq" else learned_ternary
-        return quantize(weight_OI, self._step_R1(self.log_step))
-
-    def _quantize_to_bits(self, weight_OI: Tensor) -> Tensor:
-        if self.log_step is not None:
-            return learned_quantize(weight_OI, self._step_R1(self.log_step), self._bits)
-        return nbit_quantize(weight_OI, self._bits, error_diffusion=self.quantize.weights == "nbit-diffused")
-
-    def _step_R1(self, log_step: Tensor) -> Tensor:  # noqa: N802 - shape suffix
-        return log_step.exp().reshape(*self.matrices().shape[:-2], -1, 1)
-
-    @property
-    def _bits(self) -> int:
-        assert self.quantize.packed_bits is not None, "the config refuses an nbit code without bits"
-        return self.quantize.packed_bits
+    def _step_R1(self) -> Tensor | None:  # noqa: N802 - shape suffix
+        return None if self.log_step is None else self.log_step.exp().reshape(*self.matrices().shape[:-2], -1, 1)
 
 
 def _num_writes(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.quantizer import TernaryWeight
 
 TRITS_PER_BYTE = 4
 _TAIL_BYTES = 4

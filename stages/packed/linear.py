@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from tristill.stages.packed.layout import PackedWeight, pack
 from tristill.stages.packed.product import packed_product
 from tristill.stages.quantize.activations import absmax_codes
-from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.quantizer import TernaryWeight
 
 
 class PackedLinear(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.quantizer import TernaryWeight
 
 _LARGEST_CODE = 127
 _SMALLEST_ABSMAX = 1e-5

@@ -7,6 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tristill.stages.quantize.learned import Learned, NbitLearned, Seq
+from tristill.stages.quantize.nbit import Nbit, NbitDiffused
+from tristill.stages.quantize.quantizer import Quantizer, ScalePer, group_columns
+from tristill.stages.quantize.ternary import Absmean, Twn
 from tristill.stages.settings import Section
 
 
@@ -40,9 +44,15 @@ def quantization_strength(config: WarmupConfig | None, step: int) -> float:
 
 
 WeightCode = Literal["absmean", "twn", "learned", "seq", "nbit", "nbit-diffused", "nbit-learned", "none"]
-ScalePer = Literal["tensor", "row", "group-128", "group-256"]
-
-_TERNARY = ("absmean", "twn", "learned", "seq")
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "absmean": Absmean,
+    "twn": Twn,
+    "learned": Learned,
+    "seq": Seq,
+    "nbit": Nbit,
+    "nbit-diffused": NbitDiffused,
+    "nbit-learned": NbitLearned,
+}
 
 
 class QuantizeConfig(Section):
@@ -87,19 +97,16 @@ class QuantizeConfig(Section):
     ] = None
 
     @model_validator(mode="after")
-    def _bits_belong_to_nbit(self) -> Self:
-        if self.is_nbit and self.bits is None:
+    def _fits_the_quantizer(self) -> Self:
+        quantizer = self.quantizer
+        if quantizer is not None and quantizer.takes_bits and self.bits is None:
             raise ValueError(f"weights = {self.weights!r} needs bits, and found none; set bits to 2..8")
-        if not self.is_nbit and self.bits is not None:
+        if self.bits is not None and not (quantizer and quantizer.takes_bits):
             raise ValueError(
                 f"bits = {self.bits} belongs to the nbit codes, and found weights = {self.weights!r}; leave bits out, "
                 "or set weights to nbit, nbit-diffused or nbit-learned (a variant cannot unset the bits of "
                 "student.quantize: let the variants have them)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _scales_are_of_ternary_codes(self) -> Self:
         if self.scale_per != "tensor" and not self.is_ternary:
             raise ValueError(
                 f"scale_per = {self.scale_per!r} belongs to the ternary codes, and found weights = {self.weights!r}; "
@@ -111,6 +118,12 @@ class QuantizeConfig(Section):
                 "row; set one of these, or weights to absmean or twn"
             )
         return self
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The code of the weights; None for full precision."""
+        kind = QUANTIZERS.get(self.weights)
+        return None if kind is None else kind(self.scale_per, self.bits)
 
     def misfits(self, linears: Mapping[str, tuple[int, int]]) -> list[str]:
         """What is wrong with these settings for a model of such linear layers, (out, in) by name; empty if nothing."""
@@ -132,8 +145,8 @@ class QuantizeConfig(Section):
 
     def has_steps_of(self, other: "QuantizeConfig") -> bool:
         """Whether learned steps of the one mean the same in the other."""
-        mine, theirs = ((code.weights, code.bits, code.scale_per, code.layers) for code in (self, other))
-        return self.has_learned_step and mine == theirs
+        fields = {"weights", "bits", "scale_per", "layers"}
+        return self.has_learned_step and self.model_dump(include=fields) == other.model_dump(include=fields)
 
     def covers(self, name: str) -> bool:
         """Whether the linear layer of that name is quantised."""
@@ -142,32 +155,14 @@ class QuantizeConfig(Section):
     @property
     def is_ternary(self) -> bool:
         """Whether weights are -1, 0 or 1 times a scale."""
-        return self.weights in _TERNARY
-
-    @property
-    def is_nbit(self) -> bool:
-        """Whether weights have 2^bits - 1 symmetric levels."""
-        return self.weights.startswith("nbit")
+        return self.quantizer is not None and self.quantizer.is_ternary
 
     @property
     def has_learned_step(self) -> bool:
         """Whether the scale is a parameter that is trained."""
-        return self.weights in {"learned", "seq", "nbit-learned"}
+        return self.quantizer is not None and self.quantizer.learns_step
 
     @property
     def packed_bits(self) -> int | None:
         """Bits of a packed weight; None in full precision."""
         return 2 if self.is_ternary else self.bits
-
-    def num_scales(self, rows: int, columns: int) -> int:
-        """Scales of a matrix; none in full precision."""
-        if self.packed_bits is None:
-            return 0
-        if self.weights in {"nbit", "nbit-diffused"} or self.scale_per == "row":
-            return rows
-        return 1 if self.scale_per == "tensor" else rows * columns // group_columns(self.scale_per)
-
-
-def group_columns(scale_per: ScalePer) -> int:
-    """Columns of a group; 1 where rows are not cut."""
-    return int(scale_per.removeprefix("group-")) if scale_per.startswith("group-") else 1

@@ -22,8 +22,8 @@ from tristill.stages.models.origin import Origin
 from tristill.stages.models.quantized_linear import QuantizedLinear
 from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.learned import initial_step
-from tristill.stages.quantize.ternary import absmean_ternary
+from tristill.stages.quantize.learned import NbitLearned
+from tristill.stages.quantize.ternary import Absmean
 
 pytest.importorskip("transformers")
 IDS = torch.randint(0, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -80,7 +80,7 @@ def test_nine_tenths_of_a_mixture_are_ternary_and_every_expert_has_its_own_scale
         ternary, matrices_EOI = stack.ternary(), stack.matrices().detach()
         assert len(matrices_EOI) == 4
         for expert, matrix_OI in enumerate(matrices_EOI):
-            alone = absmean_ternary(matrix_OI)
+            alone = Absmean().quantize(matrix_OI)
             assert torch.equal(ternary.trits_OI[expert], alone.trits_OI)
             assert torch.equal(ternary.scale_RG[expert], alone.scale_RG)
         assert stack.num_scales == 4
@@ -106,7 +106,7 @@ def test_an_expert_is_multiplied_as_a_linear_layer_is() -> None:
     share_NK = torch.rand(10, 2, generator=torch.Generator().manual_seed(3))
 
     def product(x: Tensor, matrix_OI: Tensor) -> Tensor:
-        return F.linear(absmax_quantize(x), absmean_ternary(matrix_OI).dequantized())
+        return F.linear(absmax_quantize(x), Absmean().quantize(matrix_OI).dequantized())
 
     wanted = torch.zeros(10, 32)
     latent = dict(experts.named_parameters(recurse=False))
@@ -143,7 +143,7 @@ def test_a_learned_step_of_a_stack_is_that_of_each_matrix_alone() -> None:
     stack = next(iter(stacks_of(student_of("mixtral", weights="nbit-learned", bits=4)).values()))
     assert stack.log_step is not None
     for step, matrix_OI in zip(stack.log_step.exp(), stack.matrices(), strict=True):
-        torch.testing.assert_close(step, initial_step(matrix_OI, 4).squeeze())
+        torch.testing.assert_close(step, NbitLearned(bits=4).initial_step(matrix_OI).squeeze())
     out = stack.quantized_weight()
     out.backward(torch.ones_like(out))
     assert stack.log_step.grad is not None
@@ -190,7 +190,7 @@ def test_patterns_choose_among_stacks_and_the_others_stay_as_they_are() -> None:
         x_ND = torch.randn(6, 32)
         routed = torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1)
         inner_NF = experts._apply_gate(F.linear(x_ND, theirs.gate_up_proj[0]))
-        wanted = F.linear(absmax_quantize(inner_NF), absmean_ternary(theirs.down_proj[0]).dequantized())
+        wanted = F.linear(absmax_quantize(inner_NF), Absmean().quantize(theirs.down_proj[0]).dequantized())
         torch.testing.assert_close(experts(x_ND, *routed), wanted)
     with pytest.raises(StageError, match=r"found '\*.w9', which names no linear layer"):
         student_of("mixtral", layers=("*.w9",))

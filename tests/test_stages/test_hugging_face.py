@@ -26,7 +26,7 @@ from tristill.stages.models.origin import Origin, checked_origin, fetch_model, f
 from tristill.stages.models.trust import trust_code_of
 from tristill.stages.quantize.activations import absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.ternary import absmean_ternary
+from tristill.stages.quantize.ternary import Absmean
 
 pytest.importorskip("transformers")
 IDS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -122,7 +122,7 @@ def test_a_quantised_layer_is_absmean_of_the_weights_it_came_with(kind: str, fol
     assert {name.split(".")[1] for name in layers} <= {"layers", "h"}
     name, layer = next(iter(layers.items()))
     plain = teacher.inner.get_submodule(name)
-    assert torch.equal(layer.quantized_weight(), absmean_ternary(plain.weight, "tensor").dequantized())
+    assert torch.equal(layer.quantized_weight(), Absmean().quantize(plain.weight).dequantized())
     x = torch.randn(3, plain.in_features)
     by_hand = absmax_quantize(x) @ layer.quantized_weight().T + (0 if plain.bias is None else plain.bias)
     assert torch.allclose(layer(x), by_hand, atol=1e-5)

@@ -10,7 +10,7 @@ from tristill.stages.models.quantized_linear import QuantizedLinear, project
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.activations import absmax_codes, absmax_quantize
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.straight_through import straight_through
+from tristill.stages.quantize.gradients import straight_through
 
 DEVICES = [
     "cpu",

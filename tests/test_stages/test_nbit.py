@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from tristill.stages.losses.term import LossValues
 from tristill.stages.models.quantized_linear import QuantizedLinear
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.learned import initial_step, learned_quantize, through_step
-from tristill.stages.quantize.nbit import diffuse, largest_level, nbit_codes, nbit_quantize
+from tristill.stages.quantize.learned import NbitLearned
+from tristill.stages.quantize.nbit import Nbit, NbitDiffused, largest_level
 from tristill.stages.training.config import TrainingConfig
 from tristill.stages.training.loop import StepInfo, Training
 from tristill.stages.training.optimizer import make_optimizer
@@ -28,8 +29,13 @@ def random_tensor(seed: int, scale: float, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def nbit(code: str, bits: int, **more: object) -> QuantizeConfig:
-    return QuantizeConfig.model_validate({"weights": code, "bits": bits, **more})
+def coder(bits: int, *, error_diffusion: bool = False) -> Nbit:
+    return (NbitDiffused if error_diffusion else Nbit)(bits=bits)
+
+
+def learned_layer(bits: int) -> QuantizedLinear:
+    settings = {"weights": "nbit-learned", "bits": bits, "activations": "none"}
+    return QuantizedLinear(6, 5, QuantizeConfig.model_validate(settings))
 
 
 def sequential_codes(row: list[float], largest: int) -> tuple[list[int], int]:
@@ -49,13 +55,13 @@ def sequential_codes(row: list[float], largest: int) -> tuple[list[int], int]:
 def test_nbit_is_round_of_weight_over_scale_row_by_row(seed: int, scale: float, bits: int) -> None:
     weight = random_tensor(seed, scale, 4, 9)
     largest = 2 ** (bits - 1) - 1
-    codes, found_scale = nbit_codes(weight, bits, error_diffusion=False)
+    codes, found_scale = coder(bits).codes(weight)
     for row, row_codes, row_scale in zip(weight.tolist(), codes.tolist(), found_scale.flatten().tolist(), strict=True):
         expected_scale = max(*(abs(w) for w in row), 1e-5) / largest
         assert row_scale == expected_scale
         assert row_codes == [round(w / expected_scale) for w in row]
         assert max(map(abs, row_codes)) <= largest
-    torch.testing.assert_close(nbit_quantize(weight, bits, error_diffusion=False).double(), codes * found_scale)
+    torch.testing.assert_close(coder(bits).quantize(weight).double(), codes * found_scale)
 
 
 @settings(deadline=None)
@@ -64,7 +70,7 @@ def test_error_diffusion_without_a_loop_is_the_sequential_definition_and_never_c
     seed: int, scale: float, bits: int, columns: int
 ) -> None:
     weight = random_tensor(seed, scale, 3, columns)
-    codes, row_scale = nbit_codes(weight, bits, error_diffusion=True)
+    codes, row_scale = NbitDiffused(bits=bits).codes(weight)
     for row, row_codes in zip((weight.double() / row_scale).tolist(), codes.tolist(), strict=True):
         expected, clipped = sequential_codes(row, largest_level(bits))
         assert row_codes == expected
@@ -76,14 +82,14 @@ def test_error_diffusion_without_a_loop_is_the_sequential_definition_and_never_c
 def test_error_diffusion_is_the_sequential_definition_on_ties_too(quarters: list[int]) -> None:
     row = [quarter / 4 for quarter in quarters]  # exact in floating point, so that many sums end in 1/2
     expected, clipped = sequential_codes(row, 7)
-    assert diffuse(torch.tensor([row])).tolist() == [expected]
+    assert NbitDiffused(bits=4).rounded(torch.tensor([row])).tolist() == [expected]
     assert clipped == 0
 
 
 def test_a_row_at_the_last_level_stays_there_whatever_error_arrives() -> None:
     row = torch.tensor([[0.5, 7.0, 7.0, -0.5, 0.5, -7.0, -7.0]], dtype=torch.float64)
-    assert diffuse(row).tolist() == [[1, 7, 7, -1, 1, -7, -7]]
-    assert diffuse(-row).abs().max() == 7
+    assert NbitDiffused(bits=4).rounded(row).tolist() == [[1, 7, 7, -1, 1, -7, -7]]
+    assert NbitDiffused(bits=4).rounded(-row).abs().max() == 7
 
 
 @settings(deadline=None)
@@ -91,8 +97,8 @@ def test_a_row_at_the_last_level_stays_there_whatever_error_arrives() -> None:
 def test_quantising_what_is_quantised_changes_no_bit(
     seed: int, scale: float, bits: int, error_diffusion: bool, columns: int
 ) -> None:
-    once = nbit_quantize(random_tensor(seed, scale, 5, columns), bits, error_diffusion=error_diffusion)
-    assert torch.equal(nbit_quantize(once, bits, error_diffusion=error_diffusion), once)
+    once = coder(bits, error_diffusion=error_diffusion).quantize(random_tensor(seed, scale, 5, columns))
+    assert torch.equal(coder(bits, error_diffusion=error_diffusion).quantize(once), once)
 
 
 @settings(deadline=None)
@@ -101,7 +107,7 @@ def test_error_diffusion_keeps_the_sum_of_every_part_of_a_row_within_half_a_step
     seed: int, scale: float, bits: int, columns: int
 ) -> None:
     weight = random_tensor(seed, scale, 4, columns)
-    codes, step = nbit_codes(weight, bits, error_diffusion=True)
+    codes, step = NbitDiffused(bits=bits).codes(weight)
     errors = (codes * step - weight.double()).cumsum(-1) / step
     assert errors.abs().max() <= 0.5 + 1e-6
     assert ((codes - weight.double() / step).abs() <= 1 + 1e-6).all()
@@ -116,7 +122,7 @@ def test_error_diffusion_keeps_means_of_rows_better_than_rounding_does_and_costs
     weight = random_tensor(0, 0.02, 400, 256)
     errors = {}
     for error_diffusion in (False, True):
-        codes, step = nbit_codes(weight, bits, error_diffusion=error_diffusion)
+        codes, step = coder(bits, error_diffusion=error_diffusion).codes(weight)
         errors[error_diffusion] = codes - weight.double() / step
     mean = {which: float(error.mean(-1).abs().mean()) for which, error in errors.items()}
     square = {which: float(error.square().mean()) for which, error in errors.items()}
@@ -124,16 +130,6 @@ def test_error_diffusion_keeps_means_of_rows_better_than_rounding_does_and_costs
     if bits > 2:  # rounding errors of 2 bits are not uniform: most weights become zero
         assert square[False] == pytest.approx(1 / 12, rel=0.02)
         assert square[True] == pytest.approx(1 / 6, rel=0.02)
-
-
-@pytest.mark.parametrize("error_diffusion", [False, True])
-def test_nbit_survives_zeros_and_rows_do_not_touch_each_other(error_diffusion: bool) -> None:
-    weight = random_tensor(2, 1.0, 3, 8)
-    weight[1] = 0
-    found = nbit_quantize(weight, 4, error_diffusion=error_diffusion)
-    assert found[1].abs().max() == 0
-    alone = torch.stack([nbit_quantize(row, 4, error_diffusion=error_diffusion) for row in weight])
-    assert torch.equal(found, alone)
 
 
 def lsq_reference(
@@ -161,8 +157,11 @@ def lsq_reference(
 def test_learned_step_has_the_papers_values_and_gradients(seed: int, scale: float, bits: int, ratio: float) -> None:
     weight = random_tensor(seed, scale, 6, 7).double().requires_grad_()
     upstream = random_tensor(seed + 1, 1.0, 6, 7).double()
-    step = (initial_step(weight.detach(), bits) * ratio).requires_grad_()
-    quantized = through_step(weight, step, learned_quantize(weight.detach(), step.detach(), bits), largest_level(bits))
+    lsq = NbitLearned(bits=bits)
+    step = (lsq.initial_step(weight.detach()) * ratio).requires_grad_()
+    values = lsq.quantize(weight.detach(), step.detach())
+    assert isinstance(values, torch.Tensor)
+    quantized = lsq.with_gradient(weight, values, step)
     quantized.backward(upstream)
     expected = lsq_reference(weight.detach(), float(step.detach()), bits, upstream)
     torch.testing.assert_close(quantized.flatten().tolist(), expected[0])
@@ -172,44 +171,22 @@ def test_learned_step_has_the_papers_values_and_gradients(seed: int, scale: floa
     assert float(step.grad) == pytest.approx(expected[2], rel=1e-9, abs=1e-12)
 
 
-def test_learned_step_at_the_last_levels_counts_as_clipped() -> None:
-    weight = torch.tensor([-8.0, -7.0, -6.5, 0.25, 6.9, 7.0, 9.0], requires_grad=True)
-    step = torch.tensor(1.0, requires_grad=True)
-    quantized = through_step(weight, step, learned_quantize(weight.detach(), step.detach(), 4), 7)
-    quantized.sum().backward()
-    assert quantized.tolist() == [-7, -7, -6, 0, 7, 7, 7]
-    assert weight.grad is not None
-    assert step.grad is not None
-    assert weight.grad.tolist() == [0, 0, 1, 1, 1, 0, 0]
-    assert float(step.grad) == pytest.approx((-7 - 7 + 0.5 - 0.25 + 0.1 + 7 + 7) / math.sqrt(7 * 7), rel=1e-5)
-
-
 @settings(deadline=None)
 @given(SEEDS, SCALES, BITS)
 def test_learned_quantising_what_is_quantised_changes_no_bit(seed: int, scale: float, bits: int) -> None:
     weight = random_tensor(seed, scale, 6, 7)
-    step = initial_step(weight, bits)
+    lsq = NbitLearned(bits=bits)
+    step = lsq.initial_step(weight)
     assert float(step) == pytest.approx(2 * max(float(weight.abs().mean()), 1e-5) / largest_level(bits) ** 0.5)
-    once = learned_quantize(weight, step, bits)
-    assert torch.equal(learned_quantize(once, step, bits), once)
-
-
-@pytest.mark.parametrize("code", ["nbit", "nbit-diffused"])
-def test_a_layer_of_nbit_weights_multiplies_by_them_and_passes_gradients_straight_through(code: str) -> None:
-    layer = QuantizedLinear(6, 5, nbit(code, 3, activations="none"))
-    assert [name for name, _ in layer.named_parameters()] == ["weight"]
-    x, upstream = random_tensor(3, 1.0, 2, 6), random_tensor(4, 1.0, 2, 5)
-    y = layer(x)
-    used = nbit_quantize(layer.weight.detach(), 3, error_diffusion=code == "nbit-diffused")
-    torch.testing.assert_close(y, x @ used.T)
-    y.backward(upstream)
-    torch.testing.assert_close(layer.weight.grad, upstream.T @ x)
+    once = lsq.quantize(weight, step)
+    assert isinstance(once, torch.Tensor)
+    assert torch.equal(cast("torch.Tensor", lsq.quantize(once, step)), once)
 
 
 def test_a_layer_of_a_learned_step_trains_its_logarithm() -> None:
-    layer = QuantizedLinear(6, 5, nbit("nbit-learned", 3, activations="none"))
+    layer = learned_layer(3)
     assert layer.log_step is not None
-    torch.testing.assert_close(layer.log_step.exp(), initial_step(layer.weight, 3).squeeze())
+    torch.testing.assert_close(layer.log_step.exp(), NbitLearned(bits=3).initial_step(layer.weight).squeeze())
     x, upstream = random_tensor(3, 1.0, 2, 6), random_tensor(4, 1.0, 2, 5)
     layer(x).backward(upstream)
     step = float(layer.log_step.detach().exp())
@@ -225,7 +202,7 @@ def test_a_learned_step_stays_positive_and_bears_no_weight_decay(tmp_path: Path)
 
     def make_layer() -> QuantizedLinear:
         torch.manual_seed(1)
-        return QuantizedLinear(6, 5, nbit("nbit-learned", 4, activations="none"))
+        return learned_layer(4)
 
     def batches(first: int) -> Iterator[torch.Tensor]:
         return (random_tensor(number, 1.0, 4, 6) for number in range(first, 1000))
@@ -251,28 +228,3 @@ def test_a_learned_step_stays_positive_and_bears_no_weight_decay(tmp_path: Path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     groups = make_optimizer(whole, config).param_groups
     assert {p.ndim: group["weight_decay"] for group in groups for p in group["params"]} == {2: 0.5, 0: 0.0}
-
-
-@pytest.mark.parametrize("code", ["nbit", "nbit-diffused", "nbit-learned"])
-def test_codes_of_n_bits_need_their_bits_and_others_refuse_them(code: str) -> None:
-    with pytest.raises(ValueError, match=rf"weights = '{code}' needs bits, and found none; set bits to 2..8"):
-        QuantizeConfig.model_validate({"weights": code})
-    for bits in (1, 9):
-        with pytest.raises(ValueError, match=r"bits\n  Input should be (greater|less) than or equal to"):
-            nbit(code, bits)
-    config = nbit(code, 4)
-    assert (config.is_nbit, config.is_ternary, config.packed_bits) == (True, False, 4)
-    assert QuantizeConfig.model_validate(config.model_dump(exclude_none=True)) == config
-
-
-@pytest.mark.parametrize("code", ["absmean", "none"])
-def test_bits_are_refused_where_the_code_has_no_choice(code: str) -> None:
-    with pytest.raises(ValueError, match=rf"bits = 4 belongs to the nbit codes, and found weights = '{code}'; leave b"):
-        nbit(code, 4)
-
-
-def test_settings_of_students_made_before_there_were_bits_are_the_same_settings() -> None:
-    old = {"weights": "absmean", "activations": "absmax-int8"}
-    assert QuantizeConfig.model_validate(old) == QuantizeConfig()
-    numbers = QuantizeConfig().numbers()  # the record of a step takes a setting that is missing for none
-    assert {key: value for key, value in numbers.items() if value is not None} == old

@@ -17,7 +17,7 @@ from tristill.stages.packed.linear import PackedLinear
 from tristill.stages.packed.model import memory_use, pack_model
 from tristill.stages.packed.product import product_by_bags, product_by_blocks
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.ternary import TernaryWeight
+from tristill.stages.quantize.quantizer import TernaryWeight
 from tristill.stages.threads import torch_threads
 
 VOCAB = 83

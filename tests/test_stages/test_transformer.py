@@ -14,7 +14,7 @@ from tristill.stages.models.language_model import State
 from tristill.stages.models.origin import model_fingerprint
 from tristill.stages.models.transformer import Transformer
 from tristill.stages.quantize.config import QuantizeConfig
-from tristill.stages.quantize.ternary import absmean_ternary
+from tristill.stages.quantize.ternary import Absmean
 
 SHAPES = {
     "plain": {"width": 32, "layers": 2, "heads": 4, "mlp_width": 48},
@@ -109,7 +109,7 @@ def test_a_students_linear_weights_are_ternary_and_nothing_else_is() -> None:
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             source = student.get_parameter(name)
-            parameter.copy_(absmean_ternary(source).dequantized() if "proj" in name else source)
+            parameter.copy_(Absmean().quantize(source).dequantized() if "proj" in name else source)
     ids = torch.arange(16)[None]
     torch.testing.assert_close(student.logits(ids), plain.logits(ids))
 
