@@ -78,7 +78,7 @@ def generate(
     run_dir: Path | None,
     **sampling: Any,
 ) -> None:
-    """Write text: by `teacher`, a student by name, or the model in a folder. A ternary one runs from packed weights.
+    """Write text: by `teacher`, a student by name, or the model in a folder.
 
     Control characters other than the newline and the tab are shown as pictures or in angle brackets.
 

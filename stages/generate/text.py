@@ -1,4 +1,4 @@
-"""Text from the model in a folder, as it is written; a ternary student runs from packed weights."""
+"""Text from the model in a folder, as it is written, and after prompts of a batch."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +12,8 @@ from tokenizers import Tokenizer
 from tristill.stages.data.text_stream import TextStream
 from tristill.stages.data.tokenizer import load_tokenizer
 from tristill.stages.errors import PromptError, TokenizerError
-from tristill.stages.models.checkpoint import load_model
-from tristill.stages.models.description import CONFIG_NAME, TOKENIZER_NAME, is_ours, read_config
-from tristill.stages.models.generate import CausalModel, Sampling, causal_model, generate, load_causal_model, stream
-from tristill.stages.models.transformer import Transformer
-from tristill.stages.packed.model import memory_text, pack_model
+from tristill.stages.models.description import TOKENIZER_NAME
+from tristill.stages.models.generate import CausalModel, Sampling, generate, load_causal_model, stream
 from tristill.stages.progress import say
 from tristill.stages.tokenizer_file import panics_named
 
@@ -41,26 +38,15 @@ def generate_text(
     PromptError if the context has no room, or not enough.
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
-    model = load_generator(folder)
+    model = load_causal_model(folder, _CPU)
     with panics_named(folder / TOKENIZER_NAME):
         ids = model.started(tokenizer.encode(prompt, add_special_tokens=False).ids)
     sampling = Sampling(temperature, top_p, _room(ids, model, tokenizer, max_tokens, folder))
     uniform_M = np.random.default_rng([seed, 0]).random(sampling.max_tokens)
     yield prompt
-    yield from _written(model, tokenizer, ids, sampling, torch.from_numpy(uniform_M), on_done)
-
-
-def _written(
-    model: CausalModel,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    sampling: Sampling,
-    uniform_M: torch.Tensor,
-    on_done: Callable[[str], None],
-) -> Iterator[str]:
     text = TextStream(tokenizer, ids[1:])
     num_new, started_s = 0, time.perf_counter()
-    for drawn in stream(model, [ids], sampling, uniform_M[None]):
+    for drawn in stream(model, [ids], sampling, torch.from_numpy(uniform_M)[None]):
         for _, new_id in drawn:
             num_new += 1
             yield text.add(new_id)
@@ -69,20 +55,6 @@ def _written(
     on_done(
         f"{num_new} tokens after {len(ids) - 1} of prompt in {elapsed_s:.2f} s: {num_new / elapsed_s:,.0f} tokens/s"
     )
-
-
-def load_generator(folder: Path) -> CausalModel:
-    """The model in a folder, on the CPU; a ternary one from packed weights."""
-    if not is_ours(read_config(folder / CONFIG_NAME)):
-        say(f"{folder}: a model of transformers, runs as it is")
-        return load_causal_model(folder, _CPU)
-    model = load_model(folder)
-    if not isinstance(model, Transformer):
-        say(f"{folder}: an architecture of transformers, runs as it was trained, unpacked")
-        return causal_model(model.eval(), folder, _CPU)
-    pack_model(model)
-    say(f"{folder}: {memory_text(model)}")
-    return causal_model(model, folder, _CPU)
 
 
 def _room(ids: list[int], model: CausalModel, tokenizer: Tokenizer, max_tokens: int | None, folder: Path) -> int:
@@ -119,7 +91,7 @@ def continuations(
     not by their luck. Raises PromptError where the context has no room for them, and what loading a model raises.
     """
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
-    model = load_generator(folder)
+    model = load_causal_model(folder, _CPU)
     uniform_BM = torch.from_numpy(np.random.default_rng(seed).random((len(prompts), max_tokens)))
     rows = [model.started(prompt) for prompt in prompts]
     written = generate(model, rows, Sampling(temperature, top_p, max_tokens), uniform_BM)

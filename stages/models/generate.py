@@ -184,13 +184,9 @@ def stream(
 def load_causal_model(folder: Path, device: torch.device) -> CausalModel:
     """The model in `folder`: a teacher or student of ours by our own code, anything else by transformers."""
     origin = checked_origin(folder)
-    if origin is None and is_ours(read_config(folder / CONFIG_NAME)):
-        return causal_model(load_model(folder).to(device).eval(), folder, device)
-    return _hugging_face_model(origin or Origin(folder=folder), folder / TOKENIZER_NAME, device)
-
-
-def causal_model(model: LanguageModel, folder: Path, device: torch.device) -> CausalModel:
-    """A model of ours that is on the device, packed or not, with what its folder says of it."""
+    if origin is not None or not is_ours(read_config(folder / CONFIG_NAME)):
+        return _hugging_face_model(origin or Origin(folder=folder), folder / TOKENIZER_NAME, device)
+    model = load_model(folder).to(device).eval()
     config = read_config(folder / CONFIG_NAME)
     try:
         end_of_text_id, max_positions = int(config["eos_token_id"]), int(config["max_position_embeddings"])
@@ -212,7 +208,8 @@ def rollout_of(model: LanguageModel, folder: Path) -> Callable[[int], Rollout]:
     if isinstance(model, HuggingFaceModel):
         _require_attention(model.inner, folder)
         return partial(HuggingFaceRollout, model.inner, model.vocab_size)
-    return partial(TransformerRollout, _own(model))
+    assert isinstance(model, Transformer), "models are ours or of transformers"
+    return partial(TransformerRollout, model)
 
 
 _KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -280,8 +277,3 @@ def _require_attention(inner: Any, folder: Path) -> None:
             f"{folder}: found a {inner.config.model_type}, which keeps no keys and values; expected a decoder with "
             "attention"
         )
-
-
-def _own(model: LanguageModel) -> Transformer:
-    assert isinstance(model, Transformer), "models are ours or of transformers"
-    return model
