@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from tristill.pipeline.workspace import Workspace
 from tristill.stages.errors import StageError
 from tristill.stages.generate.text import generate_text
 from tristill.stages.models.checkpoint import load_model, save_model
+from tristill.stages.models.description import ModelConfig, read_description
 from tristill.stages.models.hugging_face_folder import load_hugging_face
 from tristill.stages.models.origin import Origin
 from tristill.stages.models.transformer import Transformer
@@ -84,16 +84,26 @@ def run(config: Path, run_dir: Path, *assignments: str, until: int | None = None
     return workspace
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_run_of_an_architecture(place: Path, tmp_path: Path, kind: str) -> None:
-    config = config_file(place, kind, tmp_path / "config.toml")
-    run_dir = tmp_path / "run"
-    workspace = run(config, run_dir)
+@pytest.fixture(scope="module")
+def qwen3(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A whole run, which tests read and copy."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    return run(config_file(place, "qwen3", folder / "config.toml"), folder / "run")
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_run_of_an_architecture(place: Path, tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    if kind == "qwen3":
+        workspace = request.getfixturevalue("qwen3")
+    else:
+        workspace = run(config_file(place, kind, tmp_path / "config.toml"), tmp_path / "run")
+    run_dir = workspace.run_dir
     origin = json.loads((run_dir / "teacher" / "origin.json").read_text())
     assert origin["folder"] == str(place / kind)
     assert not list((run_dir / "teacher").glob("*.safetensors"))
-    with_cache(workspace, lambda cache: teaches_like(cache, place / kind, kind))
+    cache = open_cache(workspace.cache)
+    teaches_like(cache, place / kind)
+    cache.close()
     summary = json.loads((run_dir / "students" / "student" / "summary.json").read_text())
     assert summary["targets"] == "cached"
     assert summary["model"]["ternary_parameters"] > 0
@@ -110,15 +120,7 @@ def test_a_whole_run_of_an_architecture(place: Path, tmp_path: Path, kind: str) 
     assert exported["vocab_size"] == VOCAB  # the padding is cut off
 
 
-def with_cache(workspace: Workspace, check: Any) -> None:
-    cache = open_cache(workspace.cache)
-    try:
-        check(cache)
-    finally:
-        cache.close()
-
-
-def teaches_like(cache: Cache, teacher: Path, kind: str) -> None:
+def teaches_like(cache: Cache, teacher: Path) -> None:
     """The dense profile holds the final state at 8 bits: logits from the cache are the teacher's to that."""
     assert cache.spec.vocab_size == VOCAB
     source = CachedSource(cache, torch.device("cpu"))
@@ -134,7 +136,9 @@ def teaches_like(cache: Cache, teacher: Path, kind: str) -> None:
 
 def test_a_llama_of_transformers_gives_the_cache_of_our_own_transformer(place: Path, tmp_path: Path) -> None:
     """The same weights, forwarded by transformers and by us, without rounding that hides a difference."""
-    model = Transformer(load_shape(place / "llama"), VOCAB)
+    shape = read_description(place / "llama").shape
+    assert isinstance(shape, ModelConfig)
+    model = Transformer(shape, VOCAB)
     theirs = load_hugging_face(Origin(folder=place / "llama"), place / "llama" / "tokenizer.json")
     tensors = {name: tensor.clone() for name, tensor in theirs.inner.state_dict().items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -168,41 +172,28 @@ def test_a_llama_of_transformers_gives_the_cache_of_our_own_transformer(place: P
         cache.close()
 
 
-def load_shape(folder: Path) -> Any:
-    from tristill.stages.models.description import read_description
-
-    return read_description(folder).shape
-
-
-def test_online_targets_of_a_given_teacher_are_those_of_its_dense_cache(place: Path, tmp_path: Path) -> None:
+def test_online_targets_of_a_given_teacher_are_those_of_its_dense_cache(
+    qwen3: Workspace, place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(qwen3.run_dir, tmp_path / "run")
+    for made in ("cache", "students"):
+        shutil.rmtree(tmp_path / "run" / made)
     config = config_file(place, "qwen3", tmp_path / "config.toml")
-    workspace = run(config, tmp_path / "run")
-    shutil.rmtree(workspace.cache)
-    online = run(config, tmp_path / "run", 'distill.targets="online"', until=2)
     online = Workspace(load_config(config, ('distill.targets="online"',)), tmp_path / "run")
-    cached = json.loads((workspace.student("student") / "summary.json").read_text())
-    shutil.rmtree(workspace.student("student"))
     execute(all_steps(online)[-1])
-    found = json.loads((workspace.student("student") / "summary.json").read_text())
+    found, cached = (json.loads((each.student("student") / "summary.json").read_text()) for each in (online, qwen3))
     assert found["targets"] == "online"
     assert found["validation"]["loss_nats"] == pytest.approx(cached["validation"]["loss_nats"], rel=2e-3)
 
 
-def test_the_command_line_runs_a_given_teacher_and_generates_from_it(place: Path, tmp_path: Path) -> None:
-    config = config_file(place, "qwen3", tmp_path / "config.toml")
-    cli = ("--config", str(config), "--run-dir", str(tmp_path / "run"))
-    done = tristill("run", "--until", "distill", *cli)
-    assert done.code == 0, done.stderr
-    assert "teacher: 320 outputs for 300 ids: the last 20 are padding of the output matrix" in done.stderr
-    workspace = Workspace(load_config(config), tmp_path / "run")
+def test_models_of_a_run_generate_and_are_evaluated_and_an_unknown_shape_is_no_gguf(qwen3: Workspace) -> None:
     for name in ("teacher", "student"):
-        folder = workspace.model_folder(name)
-        text = "".join(generate_text(folder, "def a", temperature=0, top_p=1, seed=0, max_tokens=4))
+        text = "".join(generate_text(qwen3.model_folder(name), "def a", temperature=0, top_p=1, seed=0, max_tokens=4))
         assert text.startswith("def a")
-    assert all(step.is_complete() for step in all_steps(workspace))
-    assert evaluate_models(workspace, ()).keys() == {"teacher", "student"}
+    assert all(step.is_complete() for step in all_steps(qwen3))
+    assert evaluate_models(qwen3, ()).keys() == {"teacher", "student"}
     with pytest.raises(StageError, match=r"found an architecture of transformers \(qwen3\), which goes out in its own"):
-        export_model(workspace, "student", "gguf", ("TQ2_0",), None, print)
+        export_model(qwen3, "student", "gguf", ("TQ2_0",), None, print)
 
 
 def test_a_student_of_another_architecture_learns_from_the_same_cache(place: Path, tmp_path: Path) -> None:
@@ -251,27 +242,19 @@ def test_a_teacher_that_caps_its_logits_is_dumped_where_the_profile_keeps_logits
     cache.close()
 
 
-@pytest.fixture
-def begun(place: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A run whose teacher is taken, of a model that may be changed."""
+def test_a_model_that_changed_since_or_is_gone_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(place / "qwen3", tmp_path / "model")
     config = config_file(place, "qwen3", tmp_path / "config.toml", tmp_path / "model")
     run(config, tmp_path / "run", until=2)
-    return config, tmp_path / "run"
-
-
-def test_a_model_that_changed_since_is_refused(begun: tuple[Path, Path], place: Path) -> None:
-    config, run_dir = begun
-    write_model(config.parent / "model", "qwen3", place / "tokenizer.json", outputs=PADDED, seed=1)
+    assert "teacher: 320 outputs for 300 ids: the last 20 are padding of the output matrix" in capsys.readouterr().err
+    write_model(tmp_path / "model", "qwen3", place / "tokenizer.json", outputs=PADDED, seed=1)
     with pytest.raises((StageError, PipelineError), match=r"input checkpoint: was|is another model than when"):
-        run(config, run_dir, until=3)
-
-
-def test_a_model_that_is_gone_is_named(begun: tuple[Path, Path]) -> None:
-    config, run_dir = begun
-    shutil.rmtree(config.parent / "model")
+        run(config, tmp_path / "run", until=3)
+    shutil.rmtree(tmp_path / "model")
     with pytest.raises(StageError, match=r"is another model than when|found no"):
-        run(config, run_dir, until=3)
+        run(config, tmp_path / "run", until=3)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused_with_the_first_ids(place: Path, tmp_path: Path) -> None:
