@@ -131,7 +131,7 @@ def load_config(path: Path, assignments: tuple[str, ...] = ()) -> Config:
 def read_toml(path: Path, assignments: tuple[str, ...] = ()) -> dict[str, Any]:
     """What a TOML file says after `dotted.key=value` assignments, unchecked."""
     try:
-        plain = tomllib.loads(read_file(_shipped(path) if not path.exists() else path).decode("utf-8-sig"))
+        plain = tomllib.loads(read_file(path if path.exists() else _shipped(path)).decode("utf-8-sig"))
     except FileNotFoundError as exc:
         folder = "configs/sweeps" if path.parent.name == "sweeps" else "configs"
         names = ", ".join(sorted(f"{folder}/{found.name}" for found in _shipped(Path(folder)).glob("*.toml")))

@@ -50,9 +50,9 @@ class TernaryWeight:
 
 @dataclass(frozen=True)
 class Quantizer(ABC):
-    """One code of weights: a subclass holds its formula, its gradient rule and its source, and no state.
+    """Quantiser of weights: a subclass holds its formula, its gradient rule and its source, and no state.
 
-    bits: of a code that takes them. scale_per: what shares a scale.
+    scale_per: the weights that share a scale. bits: bits per weight, where `takes_bits`.
     """
 
     scale_per: ScalePer = "tensor"
